@@ -1,0 +1,1 @@
+"""DiMR, fast: the model, its configuration and nothing else."""
