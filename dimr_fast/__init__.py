@@ -1,1 +1,7 @@
-"""DiMR, fast: the model, its configuration and nothing else."""
+"""DiMR, fast: a multi-resolution diffusion model with time-dependent layer normalisation."""
+
+from dimr_fast.config import PRESETS, BranchConfig, DiMRConfig
+from dimr_fast.model import DiMR
+
+__all__ = ["PRESETS", "BranchConfig", "DiMR", "DiMRConfig"]
+__version__ = "0.1.0"

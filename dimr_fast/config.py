@@ -1,0 +1,218 @@
+"""The model's configuration, the published presets and two small ones."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Self
+
+NORM_TYPES = ("TDRMSN", "LN", "RMSN")
+BLOCK_TYPES = ("TransformerBlock", "ConvNeXtBlock")
+
+
+def _require(ok: bool, argument: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{argument}: got {value!r}, expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchConfig:
+    """One resolution of the model; the fields have the published names.
+
+    A branch works at `max_height × max_width`, a factor `input_feature_ratio` below the input, and
+    has `num_blocks // 2 · 2 + 1` blocks. `num_attention_heads` matters to a TransformerBlock only,
+    `kernel_size` to a ConvNeXtBlock only. `checkpointing` recomputes each block in the backward
+    pass instead of keeping its activations; it has no published counterpart.
+    """
+
+    block_type: str
+    dim: int
+    hidden_dim: int
+    num_blocks: int
+    max_height: int
+    max_width: int
+    input_feature_ratio: int
+    num_attention_heads: int = 1
+    kernel_size: int = 7
+    image_input_ratio: int = 1
+    final_kernel_size: int = 3
+    dropout_prob: float = 0.0
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.block_type in BLOCK_TYPES, "block_type", self.block_type, f"{BLOCK_TYPES}")
+        for name in ("dim", "hidden_dim", "num_blocks", "max_height", "max_width"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value > 0, name, value, "a positive integer")
+        for name in ("input_feature_ratio", "num_attention_heads"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value > 0, name, value, "a positive integer")
+        for name in ("kernel_size", "final_kernel_size"):
+            value = getattr(self, name)
+            odd = isinstance(value, int) and value > 0 and value % 2 == 1
+            _require(odd, name, value, "an odd positive integer")
+        _require(
+            self.dim % self.num_attention_heads == 0,
+            "num_attention_heads",
+            self.num_attention_heads,
+            f"a divisor of dim = {self.dim}",
+        )
+        _require(
+            self.image_input_ratio == 1,
+            "image_input_ratio",
+            self.image_input_ratio,
+            "1: every branch reads the full-resolution image",
+        )
+        _require(0 <= self.dropout_prob < 1, "dropout_prob", self.dropout_prob, "0 <= p < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiMRConfig:
+    """A whole model: branches from low to high resolution, as the published configuration has them.
+
+    `num_classes` counts the null class of guidance, which is the last index. `norm_type` is the
+    norm inside the blocks: "TDRMSN" (`td_rms_norm`), "LN" (`td_layer_norm`) or "RMSN" (`rms_norm`).
+    `block_grad_to_lowres` stops the gradient of a branch from reaching those below it.
+    Raises ValueError naming the field where a value is out of range or sizes do not nest.
+    """
+
+    channels: int
+    num_classes: int
+    stage_configs: tuple[BranchConfig, ...]
+    norm_type: str = "TDRMSN"
+    block_grad_to_lowres: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "num_classes"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value > 0, name, value, "a positive integer")
+        _require(self.norm_type in NORM_TYPES, "norm_type", self.norm_type, f"one of {NORM_TYPES}")
+        object.__setattr__(self, "stage_configs", tuple(self.stage_configs))
+        _require(len(self.stage_configs) > 0, "stage_configs", self.stage_configs, "a branch")
+        for i, branch in enumerate(self.stage_configs):
+            _require(
+                isinstance(branch, BranchConfig), f"stage_configs[{i}]", branch, "a BranchConfig"
+            )
+            size = (branch.max_height, branch.max_width)
+            full = tuple(s * branch.input_feature_ratio for s in size)
+            _require(
+                full == self.image_size,
+                f"stage_configs[{i}].input_feature_ratio",
+                branch.input_feature_ratio,
+                f"the ratio of the input size {self.image_size} to this branch's {size}",
+            )
+            if i > 0:
+                low = self.stage_configs[i - 1]
+                ratio = branch.max_height // low.max_height
+                _require(
+                    ratio >= 1 and size == (low.max_height * ratio, low.max_width * ratio),
+                    f"stage_configs[{i}].max_height, max_width",
+                    size,
+                    f"a multiple of the branch below, {(low.max_height, low.max_width)}",
+                )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the model's input."""
+        last = self.stage_configs[-1]
+        ratio = last.input_feature_ratio
+        return last.max_height * ratio, last.max_width * ratio
+
+    @property
+    def null_class(self) -> int:
+        """The class index that stands for "no class" in guidance."""
+        return self.num_classes - 1
+
+    @classmethod
+    def from_published(cls, config: Any) -> Self:
+        """Read a published configuration: an object with these fields as attributes.
+
+        The object is left as it is; fields of its own that the model does not use are ignored.
+        Raises ValueError naming a field that is missing or out of range.
+        """
+        values = _read_fields(cls, config, "config")
+        values["stage_configs"] = tuple(
+            BranchConfig(**_read_fields(BranchConfig, stage, f"config.stage_configs[{i}]"))
+            for i, stage in enumerate(config.stage_configs)
+        )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values; `from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build a configuration from what `to_dict` gave; ValueError for unknown fields."""
+        try:
+            branches = tuple(BranchConfig(**branch) for branch in values["stage_configs"])
+            return cls(**{**values, "stage_configs": branches})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"values: not a DiMR configuration ({error})") from error
+
+
+def _read_fields(cls: type, config: Any, where: str) -> dict[str, Any]:
+    values = {}
+    for field in dataclasses.fields(cls):
+        if hasattr(config, field.name):
+            values[field.name] = getattr(config, field.name)
+        elif field.default is dataclasses.MISSING:
+            raise ValueError(
+                f"{where}: got {type(config).__name__} without {field.name!r}, expected that field"
+            )
+    return values
+
+
+def _preset(
+    channels: int,
+    size: int,
+    widths: tuple[int, ...],
+    num_blocks: tuple[int, ...],
+    heads: int,
+    norm_type: str = "TDRMSN",
+    num_classes: int = 1001,
+    kernel_size: int = 7,
+) -> DiMRConfig:
+    """A transformer at the lowest resolution, ConvNeXt branches at each doubling above it."""
+    branches = []
+    for i, (width, depth) in enumerate(zip(widths, num_blocks, strict=True)):
+        ratio = 2 ** (len(widths) - 1 - i)
+        branches.append(
+            BranchConfig(
+                block_type="ConvNeXtBlock" if i else "TransformerBlock",
+                dim=width,
+                hidden_dim=2 * width,
+                num_blocks=depth,
+                max_height=size // ratio,
+                max_width=size // ratio,
+                input_feature_ratio=ratio,
+                num_attention_heads=1 if i else heads,
+                kernel_size=kernel_size,
+            )
+        )
+    return DiMRConfig(
+        channels=channels,
+        num_classes=num_classes,
+        stage_configs=tuple(branches),
+        norm_type=norm_type,
+    )
+
+
+PRESETS: dict[str, DiMRConfig] = {
+    "DiMR-XL/2R": _preset(4, 32, (960, 480), (39, 20), 16),
+    "DiMR-G/2R": _preset(4, 32, (1152, 576), (57, 29), 16),
+    "DiMR-XL/3R": _preset(4, 64, (960, 480, 240), (39, 20, 20), 16),
+    "DiMR-M/3R": _preset(3, 64, (768, 384, 192), (15, 8, 8), 12, "LN"),
+    "DiMR-L/3R": _preset(3, 64, (960, 480, 240), (21, 11, 11), 16, "LN"),
+    "demo": _preset(3, 32, (160, 96, 48), (5, 4, 4), 5, num_classes=7),
+    "tiny": _preset(3, 16, (24, 16, 8), (3, 2, 2), 2, num_classes=7, kernel_size=3),
+}
+"""The published models (paper table 1; sizes of the 3R models follow from their parameter counts),
+`demo` for 32×32 images in 6 classes on any machine, and `tiny` for tests."""
+
+
+def preset(name: str, **overrides: Any) -> DiMRConfig:
+    """The configuration of that name, with fields of `DiMRConfig` replaced by `overrides`."""
+    _require(name in PRESETS, "name", name, f"one of {', '.join(PRESETS)}")
+    fields = [field.name for field in dataclasses.fields(DiMRConfig)]
+    for key in overrides:
+        _require(key in fields, "overrides", key, f"fields of DiMRConfig: {', '.join(fields)}")
+    return dataclasses.replace(PRESETS[name], **overrides)

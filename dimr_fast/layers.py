@@ -1,0 +1,259 @@
+"""The modules a branch is made of; parameters carry the published names.
+
+Time enters a forward pass as `td`: the value of every time-dependent parameter of the model at
+the batch's times (`ops.td_parameters`, computed once per forward). A `TDParameter` knows its
+place in it, so no module keeps state between calls.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dimr_fast import ops
+from dimr_fast.config import BranchConfig
+
+TDValues = Sequence[Tensor]
+
+
+class Operation(nn.Module):
+    """A module that runs one operator, by the implementation its attribute names."""
+
+    operator: str
+    implementation: str = "auto"
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` with the published initialisation: truncated normal (std 0.02), zero bias."""
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` with the published initialisation: truncated normal (std 0.02)."""
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+
+class TDParameter(nn.Module):
+    """A width-D parameter that depends on time (paper eq. 4–5), as four vectors.
+
+    `initial` is its value before training: 1 for a scale, 0 for a shift. `index`, its place among
+    the model's time-dependent parameters, is assigned by `DiMR`.
+    """
+
+    index: int
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.param0 = nn.Parameter(torch.full((dim,), initial))
+        self.param1 = nn.Parameter(torch.full((dim,), initial))
+        self.nodecay_weight = nn.Parameter(torch.zeros(dim))
+        self.nodecay_bias = nn.Parameter(torch.zeros(dim))
+
+    @property
+    def vectors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.param0, self.param1, self.nodecay_weight, self.nodecay_bias
+
+
+class TDLayerNorm(Operation):
+    """`ops.td_layer_norm` over the last axis ("LN")."""
+
+    operator = "td_layer_norm"
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = TDParameter(dim, 1.0)
+        self.bias = TDParameter(dim, 0.0)
+
+    def values(self, td: TDValues) -> tuple[Tensor, Tensor]:
+        """Scale and shift, `[T, D]` each."""
+        return td[self.weight.index], td[self.bias.index]
+
+    def forward(self, x: Tensor, td: TDValues) -> Tensor:
+        return ops.td_layer_norm(x, *self.values(td), implementation=self.implementation)
+
+
+class TDRMSNorm(Operation):
+    """`ops.td_rms_norm` over the last axis ("TDRMSN", the published models' norm)."""
+
+    operator = "td_rms_norm"
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = TDParameter(dim, 1.0)
+
+    def forward(self, x: Tensor, td: TDValues) -> Tensor:
+        return ops.td_rms_norm(x, td[self.scale.index], implementation=self.implementation)
+
+
+class RMSNorm(Operation):
+    """`ops.rms_norm` over the last axis ("RMSN"); time has no part in it."""
+
+    operator = "rms_norm"
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, td: TDValues) -> Tensor:
+        return ops.rms_norm(x, self.scale, implementation=self.implementation)
+
+
+NORMS: dict[str, type[TDLayerNorm] | type[TDRMSNorm] | type[RMSNorm]] = {
+    "TDRMSN": TDRMSNorm,
+    "LN": TDLayerNorm,
+    "RMSN": RMSNorm,
+}
+
+
+class Attention(Operation):
+    """Pre-norm self-attention, without the residual add."""
+
+    operator = "attention"
+
+    def __init__(self, config: BranchConfig, norm_type: str) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.norm = NORMS[norm_type](config.dim)
+        self.query_key_value = Linear(config.dim, 3 * config.dim, bias=False)
+        self.dense = Linear(config.dim, config.dim)
+
+    def forward(self, x: Tensor, td: TDValues) -> Tensor:
+        qkv = self.query_key_value(self.norm(x, td))
+        return self.dense(ops.attention(qkv, self.num_heads, implementation=self.implementation))
+
+
+class DepthwiseConv2d(Operation):
+    """`ops.depthwise_conv2d` of a branch's image `[B, H·W, D]`, without the residual add."""
+
+    operator = "depthwise_conv2d"
+
+    def __init__(self, config: BranchConfig) -> None:
+        super().__init__()
+        self.size = (config.max_height, config.max_width)
+        k = config.kernel_size
+        # The published name of the convolution inside its block; it also initialises the weights.
+        self.add_module("1", nn.Conv2d(config.dim, config.dim, k, groups=config.dim))
+
+    def forward(self, x: Tensor, td: TDValues) -> Tensor:
+        conv = self.get_submodule("1")
+        image = x.unflatten(1, self.size)
+        return ops.depthwise_conv2d(
+            image, conv.weight, conv.bias, implementation=self.implementation
+        ).flatten(1, 2)
+
+
+class GatedMLP(Operation):
+    """Pre-norm `w2(gelu(w0(x)) · w1(x))` (paper section 3.3), without the residual add."""
+
+    operator = "gated_gelu"
+
+    def __init__(self, config: BranchConfig, norm_type: str) -> None:
+        super().__init__()
+        self.norm = NORMS[norm_type](config.dim)
+        self.w0 = Linear(config.dim, config.hidden_dim)
+        self.w1 = Linear(config.dim, config.hidden_dim)
+        self.w2 = Linear(config.hidden_dim, config.dim)
+
+    def forward(self, x: Tensor, td: TDValues) -> Tensor:
+        weight = torch.cat([self.w0.weight, self.w1.weight])
+        bias = torch.cat([self.w0.bias, self.w1.bias])
+        hidden = F.linear(self.norm(x, td), weight, bias)
+        return self.w2(ops.gated_gelu(hidden, implementation=self.implementation))
+
+
+class Block(nn.Module):
+    """Mix positions, then channels: a transformer or ConvNeXt block on `[B, N, D]`."""
+
+    def __init__(self, config: BranchConfig, norm_type: str) -> None:
+        super().__init__()
+        transformer = config.block_type == "TransformerBlock"
+        self.block1 = Attention(config, norm_type) if transformer else DepthwiseConv2d(config)
+        self.block2 = GatedMLP(config, norm_type)
+        self.dropout = nn.Dropout(config.dropout_prob)
+
+    def forward(self, x: Tensor, td: TDValues) -> Tensor:
+        x = x + self.dropout(self.block1(x, td))
+        return x + self.dropout(self.block2(x, td))
+
+
+class PositionEmbedding(nn.Module):
+    """Add a learned vector to every position of `[B, H·W, D]` (row-major)."""
+
+    def __init__(self, config: BranchConfig) -> None:
+        super().__init__()
+        self.position_embeddings = Embedding(config.max_height * config.max_width, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.position_embeddings.weight
+
+
+class PatchEmbedding(nn.Module):
+    """Full-resolution image `[B, C, H, W]` to a branch's positions `[B, h·w, D]`."""
+
+    def __init__(self, config: BranchConfig, channels: int) -> None:
+        super().__init__()
+        r = config.input_feature_ratio
+        self.add_module("1", nn.Conv2d(channels, config.dim, r, stride=r))
+        self.add_module("3", PositionEmbedding(config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.get_submodule("1")(x)
+        return self.get_submodule("3")(patches.flatten(2).mT)
+
+
+class Head(nn.Module):
+    """A branch's noise prediction `[B, C, h, w]` from its last features `[B, h·w, D]`."""
+
+    def __init__(self, config: BranchConfig, channels: int) -> None:
+        super().__init__()
+        self.size = (config.max_height, config.max_width)
+        k = config.final_kernel_size
+        self.add_module("0", TDLayerNorm(config.dim))
+        self.add_module("2", nn.Conv2d(config.dim, channels, k, padding=k // 2))
+
+    def forward(self, x: Tensor, td: TDValues) -> Tensor:
+        normed = self.get_submodule("0")(x, td)
+        return self.get_submodule("2")(normed.mT.unflatten(2, self.size))
+
+
+class _Projection(nn.Module):
+    """The cascade's linear layer under its published name."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.kernel = Linear(in_features, out_features)
+
+
+class UpsampleAdd(Operation):
+    """`ops.upsample_add`: a branch's features, upsampled, added to the next branch's embedding."""
+
+    operator = "upsample_add"
+
+    def __init__(self, low: BranchConfig, config: BranchConfig) -> None:
+        super().__init__()
+        self.low_size = (low.max_height, low.max_width)
+        self.size = (config.max_height, config.max_width)
+        in_features = low.dim * (2 * (low.num_blocks // 2) + 2)
+        q = config.max_height // low.max_height
+        self.add_module("0", TDLayerNorm(in_features))
+        self.add_module("1", _Projection(in_features, config.dim * q * q))
+        self.add_module("2", TDLayerNorm(config.dim))
+
+    def forward(self, x: Tensor, features: Sequence[Tensor], td: TDValues) -> Tensor:
+        kernel = self.get_submodule("1").kernel
+        return ops.upsample_add(
+            x.unflatten(1, self.size),
+            [f.unflatten(1, self.low_size) for f in features],
+            self.get_submodule("0").values(td),
+            kernel.weight,
+            kernel.bias,
+            self.get_submodule("2").values(td),
+            implementation=self.implementation,
+        ).flatten(1, 2)

@@ -1,0 +1,179 @@
+"""DiMR: branches of rising resolution, wired together (paper figure 2)."""
+
+from collections.abc import Iterator
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dimr_fast import ops
+from dimr_fast.config import BranchConfig, DiMRConfig, preset
+from dimr_fast.layers import (
+    Block,
+    Embedding,
+    Head,
+    Linear,
+    Operation,
+    PatchEmbedding,
+    TDParameter,
+    TDValues,
+    UpsampleAdd,
+)
+
+
+class Branch(nn.Module):
+    """One resolution: embed the image, add what comes from below, run the blocks, predict."""
+
+    def __init__(self, config: BranchConfig, low: BranchConfig | None, model: DiMRConfig) -> None:
+        super().__init__()
+        self.is_transformer = config.block_type == "TransformerBlock"
+        self.checkpointing = config.checkpointing
+        self.depth = config.num_blocks // 2
+        self.input_layer = PatchEmbedding(config, model.channels)
+        if self.is_transformer:
+            self.class_embeds = Embedding(model.num_classes, config.dim)
+        if low is not None:
+            self.upsample = UpsampleAdd(low, config)
+        self.blocks = nn.ModuleList(
+            Block(config, model.norm_type) for _ in range(2 * self.depth + 1)
+        )
+        self.skip_denses = nn.ModuleList(
+            Linear(2 * config.dim, config.dim) for _ in range(self.depth)
+        )
+        self.output_layer = Head(config, model.channels)
+
+    def forward(
+        self, image: Tensor, features: list[Tensor], y: Tensor, td: TDValues
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The noise prediction `[B, C, h, w]`, and the features `[B, h·w, D]` for the next branch."""
+        x = self.input_layer(image)
+        if features:
+            x = self.upsample(x, features, td)
+        features = [x]
+        if self.is_transformer:
+            x = torch.cat([self.class_embeds(y)[:, None].to(x.dtype), x], 1)
+        skips: list[Tensor] = []
+        for j, block in enumerate(self.blocks):
+            if j > self.depth:
+                skip = skips.pop()
+                x = self.skip_denses[j - self.depth - 1](torch.cat([x, skip], -1))
+            x = self._run(block, x, td)
+            if j < self.depth:
+                skips.append(x)
+            features.append(x[:, 1:] if self.is_transformer else x)
+        return self.output_layer(features[-1], td), features
+
+    def _run(self, block: nn.Module, x: Tensor, td: TDValues) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, td, use_reentrant=False)
+        return block(x, td)
+
+
+class DiMR(nn.Module):
+    """Multi-resolution diffusion model that predicts the noise in an image (arXiv 2406.09416).
+
+    `config` is a `DiMRConfig` or a published configuration object (any object with its attributes;
+    it is not changed). Parameters have the names and shapes of the published state dict.
+    Raises ValueError naming the field of a configuration that is out of range.
+    """
+
+    def __init__(self, config: DiMRConfig | Any) -> None:
+        super().__init__()
+        if not isinstance(config, DiMRConfig):
+            config = DiMRConfig.from_published(config)
+        self.config = config
+        branches = config.stage_configs
+        self.stages = nn.ModuleList(
+            Branch(branch, branches[i - 1] if i else None, config)
+            for i, branch in enumerate(branches)
+        )
+        for index, parameter in enumerate(self._td_parameters()):
+            parameter.index = index
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> Self:
+        """A randomly initialised model of a named size, e.g. `"DiMR-XL/2R"`.
+
+        `overrides` replace fields of `DiMRConfig`, e.g. `num_classes=11`. Raises ValueError naming
+        an unknown preset or field.
+        """
+        return cls(preset(name, **overrides))
+
+    def _td_parameters(self) -> Iterator[TDParameter]:
+        return (module for module in self.modules() if isinstance(module, TDParameter))
+
+    def set_implementation(self, implementation: str) -> Self:
+        """Run every operator that has it by the named implementation, the others by "auto".
+
+        Raises ValueError where no operator has one of that name.
+        """
+        known = {name for operator in ops.OPERATORS.values() for name in operator.names}
+        if implementation not in known | {"auto"}:
+            raise ValueError(
+                f"implementation: got {implementation!r}, expected 'auto' or one of {sorted(known)}"
+            )
+        for module in self.modules():
+            if isinstance(module, Operation):
+                has_it = implementation in ops.OPERATORS[module.operator].names
+                module.implementation = implementation if has_it else "auto"
+        return self
+
+    def forward(
+        self,
+        x: Tensor,
+        t: object = None,
+        log_snr: Tensor | None = None,
+        y: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The noise in `x` as each branch sees it, from low to high resolution.
+
+        Args:
+            x: noisy image `[B, C, H, W]`, floating point.
+            t: unused; there because published training scripts pass it.
+            log_snr: the time condition, `[B]` (a time per image) or `[1]` (one for all), floating
+                point. Despite its name it is not a log-SNR in the published recipe but
+                `8·n/1000 − 4` for the discrete step n of 1..1000.
+            y: class of each image `[B]`, int64 or int32; `config.null_class` means none.
+
+        Returns a list of `[B, C, h, w]`, one a branch; the last has the size of `x`.
+        Raises ValueError naming an argument that is missing or of the wrong shape or dtype.
+        """
+        log_snr, y = self._check(x, log_snr, y)
+        td = ops.td_parameters(
+            log_snr.to(torch.promote_types(log_snr.dtype, torch.float32)) / 4,
+            [parameter.vectors for parameter in self._td_parameters()],
+        )
+        predictions = []
+        features: list[Tensor] = []
+        for branch in self.stages:
+            prediction, features = branch(x, features, y, td)
+            if self.config.block_grad_to_lowres:
+                features = [f.detach() for f in features]
+            predictions.append(prediction)
+        return predictions
+
+    def _check(self, x: Tensor, log_snr: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        config = self.config
+        expected = (config.channels, *config.image_size)
+        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, {expected}]")
+        if not x.is_floating_point():
+            raise ValueError(f"x: got dtype {x.dtype}, expected a floating-point dtype")
+        if log_snr is None:
+            raise ValueError("log_snr: got None, expected the time condition, [B] or [1]")
+        if not log_snr.is_floating_point():
+            raise ValueError(f"log_snr: got dtype {log_snr.dtype}, expected floating point")
+        if log_snr.dim() == 0:
+            log_snr = log_snr[None]
+        if log_snr.dim() != 1 or log_snr.shape[0] not in (1, x.shape[0]):
+            raise ValueError(
+                f"log_snr: got shape {tuple(log_snr.shape)}, expected [{x.shape[0]}] or [1]"
+            )
+        if y is None:
+            raise ValueError("y: got None, expected the class of each image, [B]")
+        if y.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"y: got dtype {y.dtype}, expected int64 or int32")
+        if tuple(y.shape) != (x.shape[0],):
+            raise ValueError(f"y: got shape {tuple(y.shape)}, expected [{x.shape[0]}]")
+        return log_snr, y

@@ -1,0 +1,24 @@
+"""The operators: public functions, each with a choice of implementation."""
+
+from dimr_fast.ops.attention import attention
+from dimr_fast.ops.depthwise_conv2d import depthwise_conv2d
+from dimr_fast.ops.gated_gelu import gated_gelu
+from dimr_fast.ops.implementations import OPERATORS, Implementations
+from dimr_fast.ops.rms_norm import rms_norm
+from dimr_fast.ops.td_layer_norm import td_layer_norm
+from dimr_fast.ops.td_parameters import td_parameters
+from dimr_fast.ops.td_rms_norm import td_rms_norm
+from dimr_fast.ops.upsample_add import upsample_add
+
+__all__ = [
+    "OPERATORS",
+    "Implementations",
+    "attention",
+    "depthwise_conv2d",
+    "gated_gelu",
+    "rms_norm",
+    "td_layer_norm",
+    "td_parameters",
+    "td_rms_norm",
+    "upsample_add",
+]

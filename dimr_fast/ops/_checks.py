@@ -1,0 +1,22 @@
+"""Argument checks that several operators share."""
+
+from torch import Tensor
+
+
+def check_time_values(x: Tensor, **values: Tensor) -> None:
+    """ValueError where a `[T, D]` value does not fit `x` `[B, …, D]` (T is B or 1)."""
+    if x.dim() < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, …, D]")
+    for name, value in values.items():
+        if value.dim() != 2 or value.shape[0] not in (1, x.shape[0]):
+            times = f"[1 or {x.shape[0]}, {x.shape[-1]}]"
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {times}")
+        check_width(x, value, name)
+
+
+def check_width(x: Tensor, value: Tensor, name: str) -> None:
+    """ValueError where `value`'s last axis is not as wide as `x`'s or lies on another device."""
+    if value.shape[-1:] != x.shape[-1:]:
+        raise ValueError(f"{name}: got width {value.shape[-1:]}, expected that of x, {x.shape[-1]}")
+    if value.device != x.device:
+        raise ValueError(f"{name}: got device {value.device}, expected that of x, {x.device}")

@@ -1,0 +1,197 @@
+"""What every operator means, and the whole model, in plain PyTorch.
+
+This file is the specification that the tests compare with. It shares no code with the fast path:
+it is written to be read beside the paper (arXiv 2406.09416), not to be quick. Features are
+channels-last; `B` is the batch, `N` the tokens, `D` the width, and `T` is `B` (a time per image)
+or 1 (one time for all).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _widen(x: Tensor) -> Tensor:
+    """Statistics are never taken in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _per_image(value: Tensor, x: Tensor) -> Tensor:
+    """View a `[T, D]` value so that it broadcasts over `[B, …, D]`."""
+    return value.reshape(value.shape[0], *[1] * (x.dim() - 2), value.shape[-1])
+
+
+def td_parameter(
+    tau: Tensor, param0: Tensor, param1: Tensor, nodecay_weight: Tensor, nodecay_bias: Tensor
+) -> Tensor:
+    """Value `[T, D]` of a time-dependent parameter at times `tau` `[T]` (paper eq. 4–5)."""
+    gate = torch.sigmoid((nodecay_weight + 1) * tau[:, None] + nodecay_bias)
+    return param1 + gate * (param0 - param1)
+
+
+def td_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm of `x` `[B, …, D]` with a scale and a shift per time, each `[T, D]`."""
+    wide = _widen(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+    return (normed * _per_image(weight, x) + _per_image(bias, x)).to(x.dtype)
+
+
+def td_rms_norm(x: Tensor, scale: Tensor) -> Tensor:
+    """RMSNorm of `x` `[B, …, D]` with a scale per time `[T, D]`; epsilon is added to the rms."""
+    wide = _widen(x)
+    rms = wide.square().mean(-1, keepdim=True).sqrt()
+    return (wide / (rms + 1e-8) * _per_image(scale, x)).to(x.dtype)
+
+
+def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
+    """RMSNorm of `x` `[B, …, D]` with one learned scale `[D]`."""
+    return td_rms_norm(x, scale[None])
+
+
+def gated_gelu(x: Tensor) -> Tensor:
+    """`gelu(a) · b` for `x` `[…, 2·hidden]` = `a ‖ b`, with the exact (erf) GELU."""
+    gate, value = x.chunk(2, -1)
+    return F.gelu(gate) * value
+
+
+def attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """Softmax attention: packed `[B, N, 3·heads·head_dim]` to `[B, N, heads·head_dim]`."""
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    scores = _widen(q @ k.mT) / math.sqrt(q.shape[-1])
+    out = scores.softmax(-1).to(v.dtype) @ v
+    return out.transpose(1, 2).flatten(2)
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve each channel of `x` `[B, H, W, D]` with its odd k×k filter (`weight` `[D, 1, k, k]`)."""
+    padding = weight.shape[-1] // 2
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0])
+    return out.permute(0, 2, 3, 1)
+
+
+def upsample_add(
+    x: Tensor,
+    features: Sequence[Tensor],
+    norm_in: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    norm_out: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Add a branch's features to the embedding `x` `[B, H, W, D]` of the next (paper section 3.1).
+
+    `features` are `[B, h, w, d]` each, `norm_in` and `norm_out` scale and shift of the two norms
+    at each time, `weight` `[D·q², d·len(features)]` the projection, whose output channels are
+    ordered `[row, column, D]` within a box of q×q, q = H/h.
+    """
+    h, w = features[0].shape[1:3]
+    q = x.shape[1] // h
+    y = td_layer_norm(torch.cat(list(features), -1), *norm_in)
+    y = F.linear(y, weight, bias)
+    y = y.unflatten(-1, (q, q, -1)).permute(0, 1, 3, 2, 4, 5).reshape(-1, h * q, w * q, x.shape[-1])
+    return x + td_layer_norm(y, *norm_out)
+
+
+class _Parameters:
+    """A state dict seen from one prefix, with time-dependent parameters read at `tau`."""
+
+    def __init__(self, state: Mapping[str, Tensor], tau: Tensor, prefix: str = "") -> None:
+        self.state, self.tau, self.prefix = state, tau, prefix
+
+    def at(self, name: str) -> "_Parameters":
+        return _Parameters(self.state, self.tau, f"{self.prefix}{name}.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.state[self.prefix + name]
+
+    def td(self, name: str) -> Tensor:
+        vectors = ("param0", "param1", "nodecay_weight", "nodecay_bias")
+        return td_parameter(self.tau, *(self[f"{name}.{v}"] for v in vectors))
+
+    def td_norm(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.td(f"{name}.weight"), self.td(f"{name}.bias")
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self[f"{name}.weight"], self.state.get(f"{self.prefix}{name}.bias"))
+
+
+def _norm(x: Tensor, p: _Parameters, norm_type: str) -> Tensor:
+    if norm_type == "LN":
+        return td_layer_norm(x, *p.td_norm("norm"))
+    return (
+        td_rms_norm(x, p.td("norm.scale"))
+        if norm_type == "TDRMSN"
+        else rms_norm(x, p["norm.scale"])
+    )
+
+
+def _block(x: Tensor, p: _Parameters, config: Any, branch: Any) -> Tensor:
+    mixer, mlp = p.at("block1"), p.at("block2")
+    if branch.block_type == "TransformerBlock":
+        qkv = mixer.linear(_norm(x, mixer, config.norm_type), "query_key_value")
+        x = x + mixer.linear(attention(qkv, branch.num_attention_heads), "dense")
+    else:
+        image = x.unflatten(1, (branch.max_height, branch.max_width))
+        x = x + depthwise_conv2d(image, mixer["1.weight"], mixer["1.bias"]).flatten(1, 2)
+    y = _norm(x, mlp, config.norm_type)
+    hidden = torch.cat([mlp.linear(y, "w0"), mlp.linear(y, "w1")], -1)
+    return x + mlp.linear(gated_gelu(hidden), "w2")
+
+
+def dimr(
+    config: Any, state: Mapping[str, Tensor], image: Tensor, log_snr: Tensor, y: Tensor
+) -> list[Tensor]:
+    """The whole model without dropout: one noise prediction `[B, C, h, w]` a branch, low to high.
+
+    `config` has the fields of `DiMRConfig`, `state` the names of the published state dict; `image`
+    is `[B, C, H, W]`, `log_snr` `[B]` or `[1]`, `y` `[B]`.
+    """
+    params = _Parameters(state, log_snr / 4)
+    predictions: list[Tensor] = []
+    features: list[Tensor] = []
+    for i, branch in enumerate(config.stage_configs):
+        p = params.at(f"stages.{i}")
+        size = (branch.max_height, branch.max_width)
+        x = F.conv2d(
+            image,
+            p["input_layer.1.weight"],
+            p["input_layer.1.bias"],
+            stride=branch.input_feature_ratio,
+        )
+        x = x.flatten(2).mT + p["input_layer.3.position_embeddings.weight"]
+        if features:
+            low = config.stage_configs[i - 1]
+            maps = [f.unflatten(1, (low.max_height, low.max_width)) for f in features]
+            if config.block_grad_to_lowres:
+                maps = [f.detach() for f in maps]
+            x = upsample_add(
+                x.unflatten(1, size),
+                maps,
+                p.td_norm("upsample.0"),
+                p["upsample.1.kernel.weight"],
+                p["upsample.1.kernel.bias"],
+                p.td_norm("upsample.2"),
+            ).flatten(1, 2)
+
+        features = [x]
+        is_transformer = branch.block_type == "TransformerBlock"
+        if is_transformer:
+            x = torch.cat([p["class_embeds.weight"][y][:, None], x], 1)
+        depth = branch.num_blocks // 2
+        skips: list[Tensor] = []
+        for j in range(2 * depth + 1):
+            if j > depth:
+                x = p.linear(torch.cat([x, skips.pop()], -1), f"skip_denses.{j - depth - 1}")
+            x = _block(x, p.at(f"blocks.{j}"), config, branch)
+            if j < depth:
+                skips.append(x)
+            features.append(x[:, 1:] if is_transformer else x)
+
+        x = td_layer_norm(features[-1], *p.td_norm("output_layer.0")).mT.unflatten(2, size)
+        head = p["output_layer.2.weight"]
+        predictions.append(F.conv2d(x, head, p["output_layer.2.bias"], padding=head.shape[-1] // 2))
+    return predictions
