@@ -6,6 +6,7 @@ place in it, so no module keeps state between calls.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +143,7 @@ class DepthwiseConv2d(Operation):
         self.add_module("1", nn.Conv2d(config.dim, config.dim, k, groups=config.dim))
 
     def forward(self, x: Tensor, td: TDValues) -> Tensor:
-        conv = self.get_submodule("1")
+        conv = cast(nn.Conv2d, self.get_submodule("1"))
         image = x.unflatten(1, self.size)
         return ops.depthwise_conv2d(
             image, conv.weight, conv.bias, implementation=self.implementation
@@ -247,13 +248,15 @@ class UpsampleAdd(Operation):
         self.add_module("2", TDLayerNorm(config.dim))
 
     def forward(self, x: Tensor, features: Sequence[Tensor], td: TDValues) -> Tensor:
-        kernel = self.get_submodule("1").kernel
+        norm_in = cast(TDLayerNorm, self.get_submodule("0"))
+        kernel = cast(_Projection, self.get_submodule("1")).kernel
+        norm_out = cast(TDLayerNorm, self.get_submodule("2"))
         return ops.upsample_add(
             x.unflatten(1, self.size),
             [f.unflatten(1, self.low_size) for f in features],
-            self.get_submodule("0").values(td),
+            norm_in.values(td),
             kernel.weight,
             kernel.bias,
-            self.get_submodule("2").values(td),
+            norm_out.values(td),
             implementation=self.implementation,
         ).flatten(1, 2)

@@ -46,7 +46,7 @@ class Branch(nn.Module):
     def forward(
         self, image: Tensor, features: list[Tensor], y: Tensor, td: TDValues
     ) -> tuple[Tensor, list[Tensor]]:
-        """The noise prediction `[B, C, h, w]`, and the features `[B, h·w, D]` for the next branch."""
+        """The noise prediction `[B, C, h, w]`, and the features `[B, h·w, D]` for the cascade."""
         x = self.input_layer(image)
         if features:
             x = self.upsample(x, features, td)

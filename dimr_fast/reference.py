@@ -68,7 +68,7 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Convolve each channel of `x` `[B, H, W, D]` with its odd k×k filter (`weight` `[D, 1, k, k]`)."""
+    """Convolve each channel of `x` `[B, H, W, D]` with its odd k×k filter `[D, 1, k, k]`."""
     padding = weight.shape[-1] // 2
     out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0])
     return out.permute(0, 2, 3, 1)

@@ -31,8 +31,8 @@ def upsample_add(
     if x.dim() != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, H, W, D]")
     _check_features(x, features)
-    h, w, width = features[0].shape[1], features[0].shape[2], sum(f.shape[-1] for f in features)
-    q = x.shape[1] // h
+    width = sum(f.shape[-1] for f in features)
+    q = x.shape[1] // features[0].shape[1]
     expected = (x.shape[-1] * q * q, width)
     if tuple(weight.shape) != expected:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected {expected}")
