@@ -1,0 +1,20 @@
+"""The diffusion process: schedule, training objective, guidance and sampler. Knows no model."""
+
+from .guidance import ConstantGuidance, Guidance, ModelFn, PowerCosineGuidance, guided
+from .loss import multi_scale_loss, pool_noise
+from .schedule import DiscreteSchedule, time_condition
+from .solvers import NoiseFn, dpm_solver_singlestep
+
+__all__ = [
+    "ConstantGuidance",
+    "DiscreteSchedule",
+    "Guidance",
+    "ModelFn",
+    "NoiseFn",
+    "PowerCosineGuidance",
+    "dpm_solver_singlestep",
+    "guided",
+    "multi_scale_loss",
+    "pool_noise",
+    "time_condition",
+]

@@ -1,0 +1,120 @@
+"""Classifier-free guidance: push a prediction away from the one that knows no class."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .schedule import time_condition
+from .solvers import NoiseFn
+
+ModelFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A noise prediction from `x` [N, ...], the condition (`log_snr`, [1] or [N]) and labels [N]."""
+
+
+@dataclass(frozen=True)
+class ConstantGuidance:
+    """The same guidance at every time: `ε = ε_c + scale·(ε_c − ε_u)`. Published scale: 0.4.
+
+    Raises ValueError unless `scale` is finite and at least 0, where 0 means no guidance.
+
+    Source: Ho and Salimans 2022, arXiv 2207.12598, equation 6.
+    """
+
+    scale: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale >= 0):
+            raise ValueError(f"scale: got {self.scale}, expected a finite number of at least 0")
+
+    @property
+    def off(self) -> bool:
+        """Whether guidance never changes the prediction."""
+        return self.scale == 0
+
+    def extra(self, t: Tensor) -> Tensor:
+        """The factor of `ε_c − ε_u` that is added to `ε_c` at time `t`; same shape as `t`."""
+        return torch.full_like(t, self.scale)
+
+
+@dataclass(frozen=True)
+class PowerCosineGuidance:
+    """Guidance that grows as the noise falls: `ε = ε_u + w·(ε_c − ε_u)`.
+
+    `w = (peak − 1)·½(1 − cos(π·(1 − t)^power)) + 1`: none at t = 1, `peak` at t = 0. A larger
+    power leaves more of the early steps unguided.
+
+    Raises ValueError unless `peak` is finite and at least 1 (1 means no guidance) and `power` is
+    finite and positive.
+
+    Source: Gao et al. 2023, arXiv 2303.14389.
+    """
+
+    peak: float
+    power: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.peak) and self.peak >= 1):
+            raise ValueError(f"peak: got {self.peak}, expected a finite number of at least 1")
+        if not (math.isfinite(self.power) and self.power > 0):
+            raise ValueError(f"power: got {self.power}, expected a finite number above 0")
+
+    @property
+    def off(self) -> bool:
+        """Whether guidance never changes the prediction."""
+        return self.peak == 1
+
+    def extra(self, t: Tensor) -> Tensor:
+        """The factor of `ε_c − ε_u` that is added to `ε_c` at time `t`; same shape as `t`."""
+        return (self.peak - 1) * 0.5 * (1 - torch.cos(math.pi * (1 - t) ** self.power))
+
+
+Guidance = ConstantGuidance | PowerCosineGuidance
+
+
+def guided(model_fn: ModelFn, y: Tensor, null_label: int, guidance: Guidance) -> NoiseFn:
+    """The guided noise prediction of a class-conditional model, as a solver takes it.
+
+    Each call of the result is one call of `model_fn`: a batch of 2B, first the images with their
+    labels, then the same images with the null label; or, where guidance is off, the B images
+    alone. `model_fn` is given `8·t − 4` as its condition: [1] for a time that all images share,
+    one per image otherwise.
+
+    `y`: integer labels [B]. `null_label`: the label that stands for "no class". The result takes
+    `x` [B, ...] and `t` (0-d or [B]) and returns the shape and dtype of `x`; guidance is computed
+    in that dtype, also where the model predicts in a lower one.
+
+    Raises ValueError for `y` of another shape or dtype and, when called, for an `x` or `t` that
+    does not fit it or a prediction that is not shaped like its input.
+    """
+    if y.ndim != 1 or y.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"y: got {y.dtype} {tuple(y.shape)}, expected int32 or int64 labels [B]")
+    labels = y if guidance.off else torch.cat([y, torch.full_like(y, null_label)])
+
+    def noise_fn(x: Tensor, t: Tensor) -> Tensor:
+        if x.shape[:1] != y.shape:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected [{y.shape[0]}, ...] as y")
+        if t.ndim != 0 and t.shape != y.shape:
+            raise ValueError(
+                f"t: got shape {tuple(t.shape)}, expected one time or one per image, {y.shape[0]}"
+            )
+        condition = time_condition(t.reshape(-1))
+        if guidance.off:
+            return _predict(model_fn, x, condition, labels)
+        both = condition if t.ndim == 0 else torch.cat([condition, condition])
+        conditional, null = _predict(model_fn, torch.cat([x, x]), both, labels).chunk(2)
+        extra = guidance.extra(t).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+        return conditional + extra * (conditional - null)
+
+    return noise_fn
+
+
+def _predict(model_fn: ModelFn, x: Tensor, condition: Tensor, y: Tensor) -> Tensor:
+    noise = model_fn(x, condition, y)
+    if noise.shape != x.shape:
+        raise ValueError(
+            f"model_fn: returned shape {tuple(noise.shape)}, expected that of x, {tuple(x.shape)}"
+        )
+    return noise.to(x.dtype)

@@ -1,0 +1,146 @@
+"""The noise schedule: how much of the image and how much noise an input holds at each time."""
+
+import math
+from bisect import bisect
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
+
+import torch
+from torch import Tensor
+
+
+def time_condition(t: Tensor) -> Tensor:
+    """The value the network takes as `log_snr` at time `t`: `8·t − 4`.
+
+    The argument's name is historical: in the published latent recipe it is this linear function of
+    time, which grows with the noise, and not a log signal-to-noise ratio.
+
+    `t`: any shape, in (0, 1]. Returns the same shape and dtype.
+    """
+    return 8 * t - 4
+
+
+class DiscreteSchedule:
+    """The 1000-step schedule of Stable Diffusion, at its steps and, interpolated, between them.
+
+    `β = linspace(√0.00085, √0.012, 1000)²` and `ᾱ_n = Π (1 − β)`. Step `n` in 1..1000 is time
+    `t = n/1000`; an input at step `n` is `√ᾱ_n·x0 + √(1 − ᾱ_n)·ε`.
+
+    `betas`, `alphas_cumprod`: float64 [1000] on `device`; step `n` is entry `n − 1`. The methods
+    that take tensors work there and never wait for the device; those that take a float are plain
+    host arithmetic in float64, for coefficients that are known before a sampling loop starts.
+
+    Source: Rombach et al. 2022, arXiv 2112.10752 (the values); Lu et al. 2022, arXiv 2206.00927
+    (discrete-time models in continuous time).
+    """
+
+    num_steps = 1000
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        first, last = math.sqrt(0.00085), math.sqrt(0.012)
+        stride = (last - first) / (self.num_steps - 1)
+        betas = [(first + n * stride) ** 2 for n in range(self.num_steps)]
+        alphas_cumprod = list(accumulate((1 - beta for beta in betas), mul))
+        self._times = [n / self.num_steps for n in range(1, self.num_steps + 1)]
+        self._log_alphas = [0.5 * math.log(value) for value in alphas_cumprod]
+        self.betas = torch.tensor(betas, dtype=torch.float64, device=device)
+        self.alphas_cumprod = torch.tensor(alphas_cumprod, dtype=torch.float64, device=device)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, step: Tensor) -> Tensor:
+        """The input at `step`: `√ᾱ_n·x0 + √(1 − ᾱ_n)·noise`, each image at its own step.
+
+        `x0`, `noise`: [B, ...], floating point. `step`: integer [B] in 1..1000. All on the
+        schedule's device. Returns the shape and dtype of `x0`.
+
+        Raises ValueError for other shapes, dtypes or devices, and on the CPU for a step out of
+        range; on a GPU that is a device assertion, since a check would wait for the device.
+
+        Source: Ho et al. 2020, arXiv 2006.11239, equation 4.
+        """
+        if not x0.is_floating_point() or x0.ndim < 1:
+            raise ValueError(
+                f"x0: got {x0.dtype} {tuple(x0.shape)}, expected a floating-point batch [B, ...]"
+            )
+        if noise.shape != x0.shape or noise.dtype != x0.dtype:
+            raise ValueError(
+                f"noise: got {noise.dtype} {tuple(noise.shape)}, expected that of x0, "
+                f"{x0.dtype} {tuple(x0.shape)}"
+            )
+        _check_step(step)
+        if step.shape != x0.shape[:1]:
+            raise ValueError(
+                f"step: got shape {tuple(step.shape)}, expected one per image, ({x0.shape[0]},)"
+            )
+        device = self.alphas_cumprod.device
+        for name, tensor in (("x0", x0), ("noise", noise), ("step", step)):
+            if tensor.device != device:
+                raise ValueError(f"{name}: on {tensor.device}, expected the schedule's {device}")
+        try:
+            # index_select, unlike indexing, also refuses the -1 that step 0 would become.
+            kept = self.alphas_cumprod.index_select(0, step.long() - 1)
+        except IndexError as error:
+            raise ValueError(
+                f"step: got values in {step.min().item()}..{step.max().item()}, "
+                f"expected 1..{self.num_steps}"
+            ) from error
+        kept = kept.view(-1, *[1] * (x0.ndim - 1))
+        return kept.sqrt().to(x0.dtype) * x0 + (1 - kept).sqrt().to(x0.dtype) * noise
+
+    def condition(self, step: Tensor) -> Tensor:
+        """The network's `log_snr` at a discrete step, `8·n/1000 − 4` (see `time_condition`).
+
+        `step`: integer, any shape, in 1..1000. Returns float32 of the same shape, in (−4, 4].
+        Raises ValueError for another dtype.
+        """
+        _check_step(step)
+        return time_condition(step.to(torch.float32) / self.num_steps)
+
+    def log_alpha(self, t: float) -> float:
+        """`log √ᾱ` at time `t`, linear in `t` between the steps.
+
+        Raises ValueError for `t` outside [1/1000, 1].
+        """
+        if not self._times[0] <= t <= self._times[-1]:
+            raise ValueError(f"t: got {t}, expected a time in [1/{self.num_steps}, 1]")
+        return _interpolate(t, self._times, self._log_alphas)
+
+    def alpha_sigma(self, t: float) -> tuple[float, float]:
+        """The factors of image and noise at time `t`: `α = √ᾱ` and `σ = √(1 − α²)`.
+
+        Raises ValueError for `t` outside [1/1000, 1].
+        """
+        log_alpha = self.log_alpha(t)
+        return math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha))
+
+    def half_log_snr(self, t: float) -> float:
+        """`λ = log(α/σ)` at time `t`; it falls as `t` grows.
+
+        Raises ValueError for `t` outside [1/1000, 1].
+        """
+        log_alpha = self.log_alpha(t)
+        return log_alpha - 0.5 * math.log(-math.expm1(2 * log_alpha))
+
+    def time_at(self, half_log_snr: float) -> float:
+        """The time `t` at which `λ` is `half_log_snr`: the inverse of `half_log_snr(t)`.
+
+        Beyond the schedule's ends the outermost interval is continued, so that a value which
+        rounding has put just outside still has a time. Raises ValueError if it is not finite.
+        """
+        if not math.isfinite(half_log_snr):
+            raise ValueError(f"half_log_snr: got {half_log_snr}, expected a finite number")
+        # log α = −½·log(1 + exp(−2λ)), written so that the exponential cannot overflow.
+        log_alpha = min(half_log_snr, 0.0) - 0.5 * math.log1p(math.exp(-2 * abs(half_log_snr)))
+        return _interpolate(log_alpha, self._log_alphas[::-1], self._times[::-1])
+
+
+def _check_step(step: Tensor) -> None:
+    if step.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"step: got {step.dtype}, expected int32 or int64")
+
+
+def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """The piecewise linear function through (xs, ys), xs ascending, its ends continued."""
+    right = min(max(bisect(xs, x), 1), len(xs) - 1)
+    left = right - 1
+    return ys[left] + (x - xs[left]) * (ys[right] - ys[left]) / (xs[right] - xs[left])
