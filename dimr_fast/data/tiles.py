@@ -64,40 +64,44 @@ def load_tiles(size: int = 32, stride: int = 16) -> Tiles:
     if stride < 1:
         raise ValueError(f"stride: got {stride}, expected at least 1 pixel")
     picture, land = _read_picture(), _read_land()
-    images, labels, corners = [], [], []
+    rows = np.arange(0, _HEIGHT - size + 1, stride)
     columns = np.arange(0, _WIDTH - size + 1, stride)
-    for row in range(0, _HEIGHT - size + 1, stride):
-        windows = _windows(picture[:, row : row + size], size, stride)
-        share = _windows(land[row : row + size], size, stride).mean((1, 2), dtype=np.float64)
-        candidates = np.flatnonzero(share >= 0.1)
-        windows, share = windows[candidates], share[candidates]
-        keep = windows.std((1, 2, 3), dtype=np.float32) >= 12
-        latitude = abs(90 - (row + size / 2) / _PIXELS_PER_DEGREE)
-        zone = 0 if latitude > 60 else 1 if latitude >= 23.5 else 2
-        images.append(windows[keep])
-        labels.append(zone + 3 * (share[keep] >= 0.9))
-        corners.append(np.stack([np.full(keep.sum(), row), columns[candidates[keep]]], 1))
-
-    all_images = torch.from_numpy(np.concatenate(images))
-    all_labels = torch.from_numpy(np.concatenate(labels)).long()
-    all_corners = torch.from_numpy(np.concatenate(corners)).long()
-    left = all_corners[:, 1] % _PERIOD
-    train = left + size <= _TRAIN_WIDTH
-    val = (left >= _TRAIN_WIDTH) & (left + size <= _PERIOD)
+    left = columns % _PERIOD
+    train_columns = columns[left + size <= _TRAIN_WIDTH]
+    val_columns = columns[(left >= _TRAIN_WIDTH) & (left + size <= _PERIOD)]
     return Tiles(
-        train_images=all_images[train],
-        train_labels=all_labels[train],
-        train_corners=all_corners[train],
-        val_images=all_images[val],
-        val_labels=all_labels[val],
-        val_corners=all_corners[val],
+        *_cut(picture, land, rows, train_columns, size),
+        *_cut(picture, land, rows, val_columns, size),
     )
 
 
-def _windows(band: np.ndarray, size: int, stride: int) -> np.ndarray:
-    """Every `stride`-th square of a band of `size` rows: [.., size, W] to [N, .., size, size]."""
-    squares = np.lib.stride_tricks.sliding_window_view(band, size, axis=-1)
-    return np.moveaxis(squares[..., ::stride, :], -2, 0)
+def _cut(
+    picture: np.ndarray, land: np.ndarray, rows: np.ndarray, columns: np.ndarray, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images, labels and corners of the tiles at `rows` x `columns` that are worth keeping."""
+    images, labels, corners = [], [], []
+    for row in rows:
+        land_share = _squares(land[row : row + size], columns, size).mean((1, 2), np.float64)
+        coast_or_inland = land_share >= 0.1
+        share, column = land_share[coast_or_inland], columns[coast_or_inland]
+        squares = _squares(picture[:, row : row + size], column, size)
+        textured = squares.std((1, 2, 3)) >= 12
+        latitude = abs(90 - (row + size / 2) / _PIXELS_PER_DEGREE)
+        zone = 0 if latitude > 60 else 1 if latitude >= 23.5 else 2
+        images.append(squares[textured])
+        labels.append(zone + 3 * (share[textured] >= 0.9))
+        corners.append(np.stack([np.full(textured.sum(), row), column[textured]], 1))
+    return (
+        torch.from_numpy(np.concatenate(images)),
+        torch.from_numpy(np.concatenate(labels)),
+        torch.from_numpy(np.concatenate(corners)),
+    )
+
+
+def _squares(band: np.ndarray, columns: np.ndarray, size: int) -> np.ndarray:
+    """The squares of a band [.., size, W] that start at `columns`: [N, .., size, size]."""
+    windows = np.lib.stride_tricks.sliding_window_view(band, size, axis=-1)
+    return np.ascontiguousarray(np.moveaxis(windows[..., columns, :], -2, 0))
 
 
 def _read_picture() -> np.ndarray:
