@@ -157,7 +157,9 @@ class DiMR(nn.Module):
         config = self.config
         expected = (config.channels, *config.image_size)
         if x.dim() != 4 or tuple(x.shape[1:]) != expected:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, {expected}]")
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, expected [B, {', '.join(map(str, expected))}]"
+            )
         if not x.is_floating_point():
             raise ValueError(f"x: got dtype {x.dtype}, expected a floating-point dtype")
         if log_snr is None:

@@ -2,15 +2,14 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from dimr_fast.data import DataUnavailableError
+from dimr_fast.files import write_atomically
 
 
 def image_grid(
@@ -43,7 +42,7 @@ def image_grid(
                 (width * scale, height * scale), Image.Resampling.NEAREST
             )
             grid.paste(cell, (margin + column * cell_width, row * cell_height))
-    _write_atomically(path, lambda file: grid.save(file, format="PNG"))
+    write_atomically(path, lambda part: grid.save(part, format="PNG"))
 
 
 def loss_curve(losses: Sequence[float], path: str | os.PathLike[str]) -> None:
@@ -54,11 +53,10 @@ def loss_curve(losses: Sequence[float], path: str | os.PathLike[str]) -> None:
     """
     if len(losses) == 0:
         raise ValueError("losses: got none, expected one for each step")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise DataUnavailableError("the matplotlib package") from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     values = np.asarray(losses, dtype=np.float64)
     steps = np.arange(1, len(values) + 1)
     span = max(1, len(values) // 20)
@@ -74,15 +72,12 @@ def loss_curve(losses: Sequence[float], path: str | os.PathLike[str]) -> None:
     axes.set(xlabel="training step", ylabel="loss")
     axes.legend()
     axes.grid(alpha=0.3)
-    _write_atomically(path, lambda file: canvas.print_png(file))
+    write_atomically(path, lambda part: canvas.print_png(part))
 
 
-def _write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    target = Path(path)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+def require_matplotlib() -> None:
+    """DataUnavailableError where matplotlib, which `loss_curve` needs, is missing."""
     try:
-        with unfinished.open("wb") as file:
-            write(file)
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise DataUnavailableError("the matplotlib package") from error

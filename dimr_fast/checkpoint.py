@@ -1,0 +1,85 @@
+"""Checkpoints: one safetensors file that appears whole or not at all; published `.pth` files."""
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dimr_fast.config import DiMRConfig
+from dimr_fast.files import write_atomically
+from dimr_fast.model import DiMR
+
+EMA_PREFIX = "ema."
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, damaged or of another kind; the message names the file."""
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors, and JSON values as metadata, to `path`, replacing it in one step.
+
+    What was there stays until the new file is complete. Raises OSError where it cannot be written.
+    """
+    text = {name: json.dumps(value) for name, value in metadata.items()}
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        write_atomically(path, lambda part: save_file(whole, part, metadata=text))
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, on the CPU, and the metadata of a file written by `save_checkpoint`.
+
+    Raises CheckpointError where the file is missing, damaged or was written by something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
+
+
+def load_model(path: Path) -> tuple[DiMR, tuple[str, ...]]:
+    """The model of a checkpoint, on the CPU and ready to sample, and the names of its classes.
+
+    The model has the EMA weights and is in evaluation mode.
+
+    Raises CheckpointError where the file is unusable or its weights do not fit its configuration.
+    """
+    tensors, metadata = load_checkpoint(path)
+    try:
+        model = DiMR(DiMRConfig.from_dict(metadata["config"]))
+        classes = tuple(metadata["classes"])
+        weights = {
+            name.removeprefix(EMA_PREFIX): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(EMA_PREFIX)
+        }
+        model.load_state_dict(weights, strict=True)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of a DiMR model ({error})") from error
+    return model.eval(), classes
+
+
+def load_published(path: Path) -> dict[str, Tensor]:
+    """The state dict of a published `.pth` file, for `model.load_state_dict(…, strict=True)`.
+
+    Only tensors are unpickled. Raises CheckpointError where the file is missing, damaged or holds
+    anything else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: not a readable .pth file ({error})") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path}: holds {type(state).__name__}, expected a state dict")
+    return state

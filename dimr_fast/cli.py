@@ -1,0 +1,67 @@
+"""`dimr-fast …`: a thin shell over the jobs."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import tyro
+
+from dimr_fast import info as info_job
+from dimr_fast.checkpoint import CheckpointError
+from dimr_fast.data import DataUnavailableError
+from dimr_fast.demo import DemoConfig
+from dimr_fast.demo import demo as demo_job
+from dimr_fast.sampling import SampleConfig
+from dimr_fast.sampling import sample as sample_job
+from dimr_fast.training import CHECKPOINT, TrainConfig
+from dimr_fast.training import train as train_job
+
+
+def demo(config: Annotated[DemoConfig, tyro.conf.OmitArgPrefixes]) -> None:
+    """Train on satellite tiles, draw a grid of images and score them."""
+    demo_job(config)
+
+
+def train(config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes], resume: bool = False) -> None:
+    """Train a model.
+
+    Args:
+        resume: go on with the run in the output folder.
+    """
+    summary = train_job(config, resume=resume)
+    print(
+        f"{'stopped' if summary.interrupted else 'finished'} at step {summary.steps}, "
+        f"loss {summary.last_loss:.3f}, {summary.images_per_second:.0f} images/s; "
+        f"wrote {config.output / CHECKPOINT}"
+    )
+
+
+def sample(config: Annotated[SampleConfig, tyro.conf.OmitArgPrefixes]) -> None:
+    """Draw a grid of images from a checkpoint."""
+    print(f"wrote {sample_job(config)}")
+
+
+def info() -> None:
+    """Say what is installed and which implementation of each operator would run here."""
+    info_job.main()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 2 for what the user can put right, 0 for success."""
+    commands: dict[str, Callable[..., None]] = {
+        "demo": demo,
+        "train": train,
+        "sample": sample,
+        "info": info,
+    }
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands, prog="dimr-fast", description=__doc__, args=arguments
+        )
+    except (ValueError, OSError, CheckpointError, DataUnavailableError) as error:
+        print(f"dimr-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"dimr-fast: stopped: {error}", file=sys.stderr)
+        return 1
+    return 0

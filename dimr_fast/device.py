@@ -1,0 +1,55 @@
+"""Where a job runs, and in which precision."""
+
+import time
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is a CUDA device where there is one, else the CPU; ValueError for an unusable one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: got {device!r}, which is not usable here ({error})") from error
+    return found
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of the matrix products; "auto" is bf16 where the device is faster with it."""
+    if precision != "auto":
+        return _DTYPES[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if _bf16_is_faster() else torch.float32
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, for a report."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _bf16_is_faster() -> bool:
+    """Time one linear layer in each dtype: a CPU may compute bf16 in hardware or emulate it."""
+    seconds = {}
+    for dtype in _DTYPES.values():
+        x = torch.randn(2048, 256).to(dtype)
+        weight = torch.randn(512, 256).to(dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            F.linear(x, weight)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    # A margin, because autocast adds casts.
+    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
