@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dimr_fast.config import DiMRConfig
+from dimr_fast.data.scaling import PixelScale
 from dimr_fast.files import write_atomically
 from dimr_fast.model import DiMR
 
@@ -48,10 +50,17 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
 
 
-def load_model(path: Path) -> tuple[DiMR, tuple[str, ...]]:
-    """The model of a checkpoint, on the CPU and ready to sample, and the names of its classes.
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model to sample from, and what its training data says of its inputs."""
 
-    The model has the EMA weights and is in evaluation mode.
+    model: DiMR
+    classes: tuple[str, ...]
+    pixels: PixelScale
+
+
+def load_model(path: Path) -> TrainedModel:
+    """The model of a checkpoint, on the CPU, with its EMA weights and in evaluation mode.
 
     Raises CheckpointError where the file is unusable or its weights do not fit its configuration.
     """
@@ -59,15 +68,16 @@ def load_model(path: Path) -> tuple[DiMR, tuple[str, ...]]:
     try:
         model = DiMR(DiMRConfig.from_dict(metadata["config"]))
         classes = tuple(metadata["classes"])
+        pixels = PixelScale(**metadata["pixels"])
         weights = {
             name.removeprefix(EMA_PREFIX): tensor
             for name, tensor in tensors.items()
             if name.startswith(EMA_PREFIX)
         }
         model.load_state_dict(weights, strict=True)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of a DiMR model ({error})") from error
-    return model.eval(), classes
+    return TrainedModel(model.eval(), classes, pixels)
 
 
 def load_published(path: Path) -> dict[str, Tensor]:

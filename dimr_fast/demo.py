@@ -90,8 +90,8 @@ def _samples_for_score(
     config: SampleConfig, train_labels: Tensor, seconds: float
 ) -> tuple[Tensor, float]:
     """As many images as `seconds` give, a batch at least, and the time they took."""
-    model, _ = load_model(config.checkpoint)
-    model.to(resolve_device(config.device))
+    trained = load_model(config.checkpoint)
+    trained.model.to(resolve_device(config.device))
     generator = torch.Generator().manual_seed(config.seed)
     # The classes in their natural shares, as in the tiles that the samples are compared with.
     labels = train_labels[torch.randperm(len(train_labels), generator=generator)]
@@ -102,7 +102,7 @@ def _samples_for_score(
         for index, batch in enumerate(labels.split(config.batch_size)):
             batches.append(
                 sample_images(
-                    model,
+                    trained,
                     batch,
                     steps=config.steps,
                     guidance=config.guidance,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dimr_fast.checkpoint import load_model
+from dimr_fast.checkpoint import TrainedModel, load_model
 from dimr_fast.device import Precision, resolve_device, resolve_precision
 from dimr_fast.diffusion import (
     ConstantGuidance,
@@ -17,12 +17,11 @@ from dimr_fast.diffusion import (
     guided,
 )
 from dimr_fast.files import write_json
-from dimr_fast.model import DiMR
 from dimr_fast.pictures import image_grid
 
 
 def sample_images(
-    model: DiMR,
+    trained: TrainedModel,
     labels: Tensor,
     *,
     steps: int = 25,
@@ -34,12 +33,12 @@ def sample_images(
 ) -> Tensor:
     """Images of the given classes by DPM-Solver++ with constant guidance.
 
-    `labels` is int64 `[N]`; the result uint8 `[N, C, H, W]` on the CPU, for a model trained on
-    pixels in −1..1. Image i starts from noise of its own, drawn from `seed` and i on the CPU, so
-    that it does not depend on the batch size. `progress` is called with the number of images of
-    each finished batch.
+    `labels` is int64 `[N]`; the result uint8 `[N, C, H, W]` on the CPU. Image i starts from noise
+    of its own, drawn from `seed` and i on the CPU, so that it does not depend on the batch size.
+    `progress` is called with the number of images of each finished batch.
     Raises ValueError for labels, steps or a guidance scale out of range.
     """
+    model = trained.model
     config = model.config
     if labels.dim() != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels: got {labels.dtype} {tuple(labels.shape)}, expected int64 [N]")
@@ -64,7 +63,7 @@ def sample_images(
         )
         with torch.inference_mode():
             x = dpm_solver_singlestep(noise_fn, noise.to(device), schedule, steps)
-        images.append(((x + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8))
+        images.append(trained.pixels.to_pixels(x).cpu())
         if progress is not None:
             progress(len(indices))
     return torch.cat(images) if images else torch.empty(0, *shape, dtype=torch.uint8)
@@ -112,12 +111,14 @@ def sample(config: SampleConfig) -> Path:
     if grid.exists():
         raise FileExistsError(f"{grid} exists already; choose another output")
     device = resolve_device(config.device)
-    model, classes = load_model(config.checkpoint)
+    trained = load_model(config.checkpoint)
+    trained.model.to(device)
+    classes = trained.classes
     config.output.mkdir(parents=True, exist_ok=True)
     labels = torch.arange(len(classes)).repeat_interleave(config.per_class)
     with tqdm(total=len(labels), unit="image", desc="sampling") as bar:
         images = sample_images(
-            model.to(device),
+            trained,
             labels,
             steps=config.steps,
             guidance=config.guidance,

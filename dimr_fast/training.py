@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from dimr_fast.checkpoint import EMA_PREFIX, CheckpointError, load_checkpoint, save_checkpoint
 from dimr_fast.config import preset
+from dimr_fast.data.scaling import PixelScale
 from dimr_fast.data.tiles import load_tiles
 from dimr_fast.device import Precision, device_name, resolve_device, resolve_precision
 from dimr_fast.diffusion import DiscreteSchedule, multi_scale_loss
@@ -102,6 +103,7 @@ class _Run:
 
     model: DiMR
     classes: tuple[str, ...]
+    pixels: PixelScale
     optimizer: torch.optim.AdamW
     step: int = 0
     seconds: float = 0.0
@@ -126,6 +128,7 @@ class _Run:
         metadata = {
             "config": self.model.config.to_dict(),
             "classes": self.classes,
+            "pixels": dataclasses.asdict(self.pixels),
             "step": self.step,
             "seconds": self.seconds,
         }
@@ -173,11 +176,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     device = resolve_device(config.device)
     dtype = resolve_precision(config.precision, device)
     images, labels, classes = _load_data(config)
+    pixels = PixelScale.of(images)
     model_config = preset(config.preset, num_classes=len(classes) + 1)
 
     torch.manual_seed(config.seed)
     model = DiMR(model_config).to(device)
-    run = _Run(model, classes, _optimizer(model, config))
+    run = _Run(model, classes, pixels, _optimizer(model, config))
     if resume:
         run.load(path)
     else:
@@ -256,7 +260,7 @@ def _loop(
         while done < 1 and not stopped():
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate(config, run.step, done)
-            x0, y = _batch(images, labels, config, run.step, run.model.config.null_class)
+            x0, y = _batch(run, images, labels, config)
             step = torch.randint(1, schedule.num_steps + 1, (len(x0),), device=device)
             noise = torch.randn_like(x0)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -308,23 +312,23 @@ def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
     return config.learning_rate * rise * fall
 
 
-def _batch(
-    images: Tensor, labels: Tensor, config: TrainConfig, step: int, null_class: int
-) -> tuple[Tensor, Tensor]:
-    """Images in −1..1, half of them mirrored, and labels, some dropped; all from seed and step.
+def _batch(run: _Run, images: Tensor, labels: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Scaled images, half of them mirrored, and labels, some dropped; all from seed and step.
 
     Every image comes once an epoch, in an order of the epoch's own.
     """
     count, batch, device = len(images), config.batch_size, images.device
-    first = step * batch
+    first = run.step * batch
     epochs = range(first // count, (first + batch - 1) // count + 1)
     order = torch.cat([_permutation(count, config.seed, epoch) for epoch in epochs])
     indices = order[first - epochs[0] * count :][:batch].to(device)
-    torch.manual_seed(config.seed * 2**32 + step)
-    x = images[indices].float() / 127.5 - 1
+    torch.manual_seed(config.seed * 2**32 + run.step)
+    x = run.pixels.to_model(images[indices])
     mirrored = torch.rand(batch, 1, 1, 1, device=device) < 0.5
     dropped = torch.rand(batch, device=device) < config.label_dropout
-    return torch.where(mirrored, x.flip(3), x), labels[indices].masked_fill(dropped, null_class)
+    return torch.where(mirrored, x.flip(3), x), labels[indices].masked_fill(
+        dropped, run.model.config.null_class
+    )
 
 
 @lru_cache(maxsize=4)

@@ -1,0 +1,157 @@
+"""Sampling from a checkpoint as a user does it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dimr_fast import DiMR
+from dimr_fast.checkpoint import (
+    CheckpointError,
+    TrainedModel,
+    load_checkpoint,
+    load_model,
+    load_published,
+    save_checkpoint,
+)
+from dimr_fast.data.scaling import PixelScale
+from dimr_fast.sampling import SampleConfig, sample, sample_images
+
+CLASSES = ("a", "b", "c", "d", "e", "f")
+
+
+@pytest.fixture
+def trained() -> TrainedModel:
+    torch.manual_seed(0)
+    model = DiMR.from_preset("tiny")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return TrainedModel(model.eval(), CLASSES, PixelScale(100.0, 50.0))
+
+
+def write(trained: TrainedModel, path: Path) -> None:
+    tensors = {f"ema.{name}": value for name, value in trained.model.state_dict().items()}
+    metadata = {
+        "config": trained.model.config.to_dict(),
+        "classes": trained.classes,
+        "pixels": vars(trained.pixels),
+    }
+    save_checkpoint(path, tensors, metadata)
+
+
+def test_an_image_does_not_depend_on_its_batch(trained: TrainedModel) -> None:
+    labels = torch.arange(5)
+    together = sample_images(trained, labels, steps=4, precision="fp32")
+    apart = sample_images(trained, labels, steps=4, batch_size=2, precision="fp32")
+    assert together.dtype == torch.uint8
+    assert together.shape == (5, 3, 16, 16)
+    # A batch of another size may take another order of summation, never more than a rounding.
+    assert (together.int() - apart.int()).abs().max() <= 1
+    other = sample_images(trained, labels, steps=4, seed=1, precision="fp32")
+    assert (together.int() - other.int()).abs().float().mean() > 1
+
+
+def test_sampling_takes_the_stated_number_of_evaluations(trained: TrainedModel) -> None:
+    batches: list[int] = []
+    trained.model.register_forward_pre_hook(
+        lambda _, args: batches.append(len(args[0])), with_kwargs=False
+    )
+    sample_images(trained, torch.arange(3), steps=5, guidance=0.4, precision="fp32")
+    assert batches == [6] * 5
+    batches.clear()
+    sample_images(trained, torch.arange(3), steps=5, guidance=0.0, precision="fp32")
+    assert batches == [3] * 5
+
+
+def test_no_images_for_no_labels(trained: TrainedModel) -> None:
+    assert sample_images(trained, torch.empty(0, dtype=torch.int64)).shape == (0, 3, 16, 16)
+
+
+def test_labels_out_of_range_are_named(trained: TrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"labels: got \[7\]"):
+        sample_images(trained, torch.tensor([7]))
+    with pytest.raises(ValueError, match=r"labels: got torch\.float32"):
+        sample_images(trained, torch.zeros(2))
+
+
+def test_pixel_scale_inverts_itself() -> None:
+    images = torch.arange(256, dtype=torch.uint8)
+    scale = PixelScale.of(images)
+    values = scale.to_model(images)
+    assert abs(values.mean().item()) < 1e-3
+    assert abs(values.std().item() - 1) < 1e-3
+    assert torch.equal(scale.to_pixels(values), images)
+    assert scale.to_pixels(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+
+
+def test_a_grid_from_a_checkpoint(trained: TrainedModel, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    write(trained, path)
+    config = SampleConfig(checkpoint=path, output=tmp_path / "out", per_class=2, steps=2)
+    grid = sample(config)
+    with Image.open(grid) as picture:
+        width, height = picture.size
+    assert width > 2 * 16
+    assert height > 6 * 16
+    assert json.loads((tmp_path / "out" / "sample.json").read_text())["steps"] == 2
+    with pytest.raises(FileExistsError, match="exists already"):
+        sample(config)
+
+
+def test_a_checkpoint_gives_back_its_model(trained: TrainedModel, tmp_path: Path) -> None:
+    write(trained, tmp_path / "c.safetensors")
+    loaded = load_model(tmp_path / "c.safetensors")
+    assert loaded.classes == CLASSES
+    assert loaded.pixels == trained.pixels
+    assert not loaded.model.training
+    for name, value in trained.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value)
+
+
+def test_unusable_checkpoints_are_named(trained: TrainedModel, tmp_path: Path) -> None:
+    missing, text, other = tmp_path / "none", tmp_path / "text", tmp_path / "other"
+    text.write_text("not a checkpoint")
+    save_checkpoint(other, {"weight": torch.zeros(3)}, {"config": {"channels": 1}})
+    for path in (missing, text, tmp_path):
+        with pytest.raises(CheckpointError, match=f"{path}: not a readable checkpoint"):
+            load_model(path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of a DiMR model"):
+        load_model(other)
+
+
+def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, {"weight": torch.ones(3)}, {})
+    with pytest.raises(TypeError):
+        save_checkpoint(path, {"weight": torch.zeros(3)}, {"value": object()})
+    shared = torch.zeros(4)
+    save_checkpoint(path, {"a": shared, "b": shared[:2]}, {})
+    assert load_checkpoint(path)[0]["b"].shape == (2,)
+    with pytest.raises(OSError, match="none"):
+        save_checkpoint(tmp_path / "none" / "c.safetensors", {"weight": torch.ones(3)}, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+class _Payload:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("unpickled code ran",)
+
+
+def test_published_files_load_without_running_their_code(
+    trained: TrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = trained.model.state_dict()
+    torch.save(state, tmp_path / "nnet.pth")
+    model = DiMR.from_preset("tiny")
+    model.load_state_dict(load_published(tmp_path / "nnet.pth"), strict=True)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    torch.save({"weight": _Payload()}, tmp_path / "bad.pth")
+    with pytest.raises(CheckpointError, match=r"bad.pth: not a readable .pth file"):
+        load_published(tmp_path / "bad.pth")
+    assert "ran" not in capsys.readouterr().out
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="holds list"):
+        load_published(tmp_path / "list.pth")
