@@ -17,12 +17,16 @@ _FOLDER = Path(__file__).parent
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def why_not(library: str) -> str | None:
     """The reason why `library` ("cpu" or "cuda") is not loaded, or None once it is.
 
     The first call tries to load it; its answer holds for the life of the process.
     """
+    return _load(library)
+
+
+@functools.cache
+def _load(library: str) -> str | None:
     if library not in LIBRARIES:
         raise ValueError(f"library: got {library!r}, expected one of {LIBRARIES}")
     path = _FOLDER / f"libdimr_fast_{library}.so"
@@ -45,9 +49,13 @@ def _why_not_built(library: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def why_not_gpu(index: int | None) -> str | None:
     """The reason why the CUDA library has no code for GPU `index` (None: the current one)."""
+    return _check_gpu(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _check_gpu(index: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
     compiled = str(build_facts().get("cuda_architectures", ""))
     return why_not_architecture((major, minor), compiled)

@@ -15,10 +15,9 @@
 #include <algorithm>
 #include <vector>
 
-// Vectors wider than SSE2's are chosen when the library is loaded; needs glibc's ifunc.
+// AVX2 and its fused multiply-add are chosen when the library is loaded; needs glibc's ifunc.
 #if defined(__x86_64__) && defined(__gnu_linux__)
-#define DIMR_FAST_CLONES \
-    __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define DIMR_FAST_CLONES __attribute__((target_clones("arch=haswell", "default")))
 #else
 #define DIMR_FAST_CLONES
 #endif
@@ -29,31 +28,35 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t BLOCK = 16;  // channels of a task: one AVX-512 register of floats
-constexpr int64_t PIXELS = 4;  // outputs summed together: enough independent sums to fill the FMAs
+constexpr int64_t BLOCK = 16;  // channels of a task
+constexpr int64_t PIXELS = 4;  // outputs summed together: 8 independent AVX registers of sums
 constexpr int64_t BAND = 8;    // rows of a task
 
+// One block of channels of one pixel. Aligned, because a load across two cache lines costs double.
+struct alignas(64) Pixel {
+    float lane[BLOCK];
+};
+
 // Sums one row of outputs.
-//   rows   [k, row_pixels, BLOCK] of the scratch, the first of the k rows that this one reads
-//   weight [k, k, BLOCK], bias [BLOCK]
-//   out    [width, BLOCK], width a multiple of PIXELS
-DIMR_FAST_CLONES void convolve_row(const float* rows, const float* weight, const float* bias,
-                                   float* out, int64_t width, int64_t row_pixels, int64_t kernel) {
-    typedef float Vector __attribute__((vector_size(BLOCK * sizeof(float)), aligned(4)));
+//   rows   [k, row_pixels], the first of the k rows of the scratch that this one reads
+//   weight [k, k], bias [1]
+//   out    [width], width a multiple of PIXELS
+DIMR_FAST_CLONES void convolve_row(const Pixel* rows, const Pixel* weight, const Pixel* bias,
+                                   Pixel* out, int64_t width, int64_t row_pixels, int64_t kernel) {
+    typedef float Vector __attribute__((vector_size(32), may_alias));
+    constexpr int64_t VECTORS = sizeof(Pixel) / sizeof(Vector);
+    const auto* start = reinterpret_cast<const Vector*>(bias);
     for (int64_t w = 0; w < width; w += PIXELS) {
-        Vector sum[PIXELS];
-        for (int64_t p = 0; p < PIXELS; ++p) sum[p] = *reinterpret_cast<const Vector*>(bias);
-        for (int64_t i = 0; i < kernel; ++i) {
-            const float* pixel = rows + (i * row_pixels + w) * BLOCK;
+        Vector sum[PIXELS * VECTORS];
+        for (int64_t n = 0; n < PIXELS * VECTORS; ++n) sum[n] = start[n % VECTORS];
+        for (int64_t i = 0; i < kernel; ++i)
             for (int64_t j = 0; j < kernel; ++j) {
-                const Vector factor =
-                    *reinterpret_cast<const Vector*>(weight + (i * kernel + j) * BLOCK);
-                for (int64_t p = 0; p < PIXELS; ++p)
-                    sum[p] += factor * *reinterpret_cast<const Vector*>(pixel + (j + p) * BLOCK);
+                const auto* x = reinterpret_cast<const Vector*>(rows + i * row_pixels + w + j);
+                const auto* factor = reinterpret_cast<const Vector*>(weight + i * kernel + j);
+                for (int64_t n = 0; n < PIXELS * VECTORS; ++n) sum[n] += factor[n % VECTORS] * x[n];
             }
-        }
-        for (int64_t p = 0; p < PIXELS; ++p)
-            *reinterpret_cast<Vector*>(out + (w + p) * BLOCK) = sum[p];
+        auto* y = reinterpret_cast<Vector*>(out + w);
+        for (int64_t n = 0; n < PIXELS * VECTORS; ++n) y[n] = sum[n];
     }
 }
 
@@ -66,36 +69,36 @@ void run(const DepthwiseConv2dShape& s, const T* x, const T* weight, const T* bi
     const int64_t bands = round_up(s.height, BAND) / BAND;
     const int64_t out_pixels = round_up(s.width, PIXELS), row_pixels = out_pixels + k - 1;
 
-    // [blocks, k, k, BLOCK] and [blocks, BLOCK], zero beyond the last channel
-    std::vector<float> factors(blocks * k * k * BLOCK), start(blocks * BLOCK);
+    // [blocks, k, k] and [blocks], zero beyond the last channel
+    std::vector<Pixel> factors(blocks * k * k, Pixel{}), start(blocks, Pixel{});
     for (int64_t c = 0; c < s.channels; ++c) {
         const int64_t block = c / BLOCK, lane = c % BLOCK;
         for (int64_t i = 0; i < k * k; ++i)
-            factors[(block * k * k + i) * BLOCK + lane] = static_cast<float>(weight[c * k * k + i]);
-        if (bias) start[c] = static_cast<float>(bias[c]);
+            factors[block * k * k + i].lane[lane] = static_cast<float>(weight[c * k * k + i]);
+        if (bias) start[block].lane[lane] = static_cast<float>(bias[c]);
     }
 
     const auto tasks = [&](int64_t begin, int64_t end) {
-        std::vector<float> rows((BAND + k - 1) * row_pixels * BLOCK), out(out_pixels * BLOCK);
+        std::vector<Pixel> rows((BAND + k - 1) * row_pixels), out(out_pixels);
         for (int64_t task = begin; task < end; ++task) {
             const int64_t block = task % blocks, band = task / blocks % bands;
             const int64_t image = task / blocks / bands;
             const int64_t c0 = block * BLOCK, lanes = std::min(BLOCK, s.channels - c0);
             const int64_t h0 = band * BAND, h1 = std::min(h0 + BAND, s.height);
 
-            std::fill(rows.begin(), rows.end(), 0.f);
+            std::fill(rows.begin(), rows.end(), Pixel{});
             for (int64_t h = std::max<int64_t>(h0 - pad, 0); h < std::min(h1 + pad, s.height); ++h)
                 for (int64_t w = 0; w < s.width; ++w) {
                     const T* from = x + ((image * s.height + h) * s.width + w) * s.channels + c0;
-                    float* to = &rows[((h - h0 + pad) * row_pixels + w + pad) * BLOCK];
+                    float* to = rows[(h - h0 + pad) * row_pixels + w + pad].lane;
                     for (int64_t c = 0; c < lanes; ++c) to[c] = static_cast<float>(from[c]);
                 }
             for (int64_t h = h0; h < h1; ++h) {
-                convolve_row(&rows[(h - h0) * row_pixels * BLOCK], &factors[block * k * k * BLOCK],
-                             &start[c0], out.data(), out_pixels, row_pixels, k);
+                convolve_row(&rows[(h - h0) * row_pixels], &factors[block * k * k], &start[block],
+                             out.data(), out_pixels, row_pixels, k);
                 for (int64_t w = 0; w < s.width; ++w) {
                     T* to = y + ((image * s.height + h) * s.width + w) * s.channels + c0;
-                    for (int64_t c = 0; c < lanes; ++c) to[c] = static_cast<T>(out[w * BLOCK + c]);
+                    for (int64_t c = 0; c < lanes; ++c) to[c] = static_cast<T>(out[w].lane[c]);
                 }
             }
         }
