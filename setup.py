@@ -22,44 +22,35 @@ class CMakeBuild(build_ext):
     """Runs CMake once for all libraries, and leaves beside them why any is missing."""
 
     def run(self) -> None:
+        try:
+            self._build()
+        except toolchain.BuildError as error:
+            raise SystemExit(f"error: {error}") from None
+
+    def _build(self) -> None:
+        cuda, no_compiler = toolchain.plan_cuda(), toolchain.why_no_compiler()
         output = self._output_folder()
         output.mkdir(parents=True, exist_ok=True)
         for stale in self._built():
             stale.unlink()
-        nvcc = toolchain.choose_nvcc()
-        definitions = {}
-        if isinstance(nvcc, Path):
-            architectures = toolchain.choose_architectures(
-                os.environ.get("TORCH_CUDA_ARCH_LIST"), toolchain.supported_architectures(nvcc)
-            )
-            definitions = {
-                "CMAKE_CUDA_COMPILER": nvcc,
-                "CMAKE_CUDA_ARCHITECTURES": toolchain.cmake_architectures(architectures),
-                "DIMR_FAST_CUDA_ARCHITECTURES": " ".join(architectures),
-            }
-        reasons = {} if isinstance(nvcc, Path) else {"cuda": nvcc}
-        no_compiler = toolchain.why_no_compiler()
-        if no_compiler:
-            reasons["cpu"] = no_compiler
-        else:
-            self._compile(output, definitions)
-        for library, reason in reasons.items():
-            self.warn(f"dimr_fast: the {library} library was not built: {reason}")
-        (output / REASONS).write_text(json.dumps(reasons) + "\n")
+        if no_compiler is None:
+            self._compile(output, cuda)
+        reasons = {"cpu": no_compiler, "cuda": cuda if isinstance(cuda, str) else None}
+        missing = {library: reason for library, reason in reasons.items() if reason}
+        for library, reason in missing.items():
+            self.warn(f"dimr_fast: the {library} library is not built: {reason}")
+        (output / REASONS).write_text(json.dumps(missing) + "\n")
 
-    def _compile(self, output: Path, definitions: dict[str, object]) -> None:
+    def _compile(self, output: Path, cuda: toolchain.CudaPlan | str) -> None:
         import pybind11
 
         torch = toolchain.find_torch()
         if torch is None:
+            oldest = ".".join(map(str, toolchain.OLDEST_TORCH))
             raise toolchain.BuildError(
-                "torch: no torch >= {}.{} to build against; install it first".format(
-                    *toolchain.OLDEST_TORCH
-                )
+                f"torch: none >= {oldest} to build against; install it first"
             )
-        print(f"dimr_fast: building against torch {torch.version}")
         definitions = {
-            **definitions,
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
             "Python_EXECUTABLE": sys.executable,
@@ -69,15 +60,25 @@ class CMakeBuild(build_ext):
             "TORCH_VERSION": torch.version,
             "DIMR_FAST_VERSION": self.distribution.get_version(),
         }
+        advice = ""
+        if isinstance(cuda, toolchain.CudaPlan):
+            advice = "; DIMR_FAST_SKIP_CUDA=1 builds without CUDA"
+            definitions |= {
+                "CMAKE_CUDA_COMPILER": cuda.nvcc,
+                "CMAKE_CUDA_ARCHITECTURES": toolchain.cmake_architectures(cuda.architectures),
+                "DIMR_FAST_CUDA_ARCHITECTURES": " ".join(cuda.architectures),
+            }
         build = str(Path(self.build_temp).resolve())
         arguments = [f"-D{name}={value}" for name, value in definitions.items()]
         jobs = os.environ.get("MAX_JOBS")
+        print(f"dimr_fast: building against torch {torch.version}", flush=True)
         try:
-            subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *arguments], check=True)
+            subprocess.run(
+                ["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *arguments], check=True
+            )
             subprocess.run(["cmake", "--build", build, *(["-j", jobs] if jobs else [])], check=True)
-        except subprocess.CalledProcessError as error:
-            advice = " (DIMR_FAST_SKIP_CUDA=1 builds without CUDA)" if "CMAKE_CUDA_COMPILER" in definitions else ""
-            raise toolchain.BuildError(f"the build failed, see above{advice}") from error
+        except subprocess.CalledProcessError:
+            raise toolchain.BuildError(f"the compilers failed, see above{advice}") from None
 
     def _output_folder(self) -> Path:
         return Path(self.get_ext_fullpath(self.extensions[0].name)).resolve().parent

@@ -60,7 +60,9 @@ def find_torch(folders: list[Path] | None = None) -> Torch | None:
         headers = folder / "torch" / "include" / "torch" / "csrc" / "stable"
         if not (facts.is_file() and headers.is_dir()):
             continue
-        version = re.search(r"^__version__\s*=\s*['\"]((\d+)\.(\d+)[^'\"]*)", facts.read_text(), re.M)
+        version = re.search(
+            r"^__version__\s*=\s*['\"]((\d+)\.(\d+)[^'\"]*)", facts.read_text(), re.M
+        )
         if version and (int(version[2]), int(version[3])) >= OLDEST_TORCH:
             return Torch(folder / "torch", version[1])
     return None
@@ -70,7 +72,7 @@ def why_no_compiler(environ: Mapping[str, str] = os.environ) -> str | None:
     """Why C++ cannot be compiled here, or None where it can."""
     named = environ.get("CXX")
     if named:
-        if not shutil.which(shlex.split(named)[-1], path=environ.get("PATH")):
+        if not shutil.which(shlex.split(named)[0], path=environ.get("PATH")):
             return f"no C++ compiler: CXX is {named!r}, which is not there"
     elif not any(shutil.which(c, path=environ.get("PATH")) for c in ("c++", "g++", "clang++")):
         return "no C++ compiler: none of c++, g++, clang++ on PATH and CXX not set"
@@ -89,18 +91,34 @@ def find_nvcc(environ: Mapping[str, str] = os.environ) -> Path | str:
     return Path(found) if found else "no nvcc: not on PATH and CUDA_HOME not set"
 
 
-def choose_nvcc(environ: Mapping[str, str] = os.environ) -> Path | str:
-    """`find_nvcc` as the two switches `DIMR_FAST_SKIP_CUDA` and `DIMR_FAST_FORCE_CUDA` want it."""
-    skip, force = (environ.get(f"DIMR_FAST_{w}_CUDA") == "1" for w in ("SKIP", "FORCE"))
+@dataclass(frozen=True)
+class CudaPlan:
+    """The CUDA compiler and the architectures to compile for, such as ("8.0", "9.0+PTX")."""
+
+    nvcc: Path
+    architectures: tuple[str, ...]
+
+
+def plan_cuda(environ: Mapping[str, str] = os.environ) -> CudaPlan | str:
+    """How to build the CUDA library, or the reason why it is not built.
+
+    Heeds `DIMR_FAST_SKIP_CUDA`, `DIMR_FAST_FORCE_CUDA`, `CUDA_HOME` and `TORCH_CUDA_ARCH_LIST`;
+    BuildError where they contradict each other, are malformed or cannot be honoured.
+    """
+    skip, force = (environ.get(f"DIMR_FAST_{word}_CUDA") == "1" for word in ("SKIP", "FORCE"))
     if skip and force:
         raise BuildError("DIMR_FAST_SKIP_CUDA=1 and DIMR_FAST_FORCE_CUDA=1 exclude each other")
     if skip:
         return "skipped: DIMR_FAST_SKIP_CUDA=1"
-    nvcc = find_nvcc(environ)
-    reason = why_no_compiler(environ) or (nvcc if isinstance(nvcc, str) else None)
-    if force and reason:
-        raise BuildError(f"DIMR_FAST_FORCE_CUDA=1 but the CUDA library cannot be built: {reason}")
-    return reason or nvcc
+    requested = environ.get("TORCH_CUDA_ARCH_LIST")
+    if requested:
+        parse_architectures(requested)
+    nvcc = why_no_compiler(environ) or find_nvcc(environ)
+    if isinstance(nvcc, Path):
+        return CudaPlan(nvcc, choose_architectures(requested, supported_architectures(nvcc)))
+    if force:
+        raise BuildError(f"DIMR_FAST_FORCE_CUDA=1 but the CUDA library cannot be built: {nvcc}")
+    return nvcc
 
 
 def parse_architectures(text: str) -> tuple[str, ...]:
@@ -108,9 +126,10 @@ def parse_architectures(text: str) -> tuple[str, ...]:
     entries = tuple(text.replace(";", " ").replace(",", " ").split())
     wrong = [e for e in entries if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", e)]
     if wrong or not entries:
+        named = ", ".join(map(repr, wrong)) or "nothing"
         raise BuildError(
-            f"TORCH_CUDA_ARCH_LIST: got {text!r}, in which {', '.join(map(repr, wrong)) or 'nothing'} "
-            "is not an architecture; expected a list such as '8.0;9.0;10.0+PTX'"
+            f"TORCH_CUDA_ARCH_LIST: got {text!r}, with {named} for an architecture; "
+            "expected a list such as '8.0;9.0;10.0+PTX'"
         )
     return entries
 
@@ -120,7 +139,7 @@ def choose_architectures(text: str | None, supported: tuple[str, ...]) -> tuple[
 
     `supported` are nvcc's, such as ("8.0", "9.0"), oldest first.
     """
-    if text is None:
+    if not text:
         known = [a for a in DEFAULT_ARCHITECTURES if a in supported] or [supported[-1]]
         return (*known[:-1], known[-1] + "+PTX")
     entries = parse_architectures(text)
