@@ -198,6 +198,27 @@ def test_autocast_casts_as_for_a_convolution(implementation):
     assert weight.grad.dtype == torch.float32
 
 
+def test_meta_tensors_have_only_a_shape():
+    x, weight, bias = make(2, 4, 5, 6, 3, device="meta")
+    assert depthwise_conv2d(x, weight, bias).shape == x.shape
+
+
+@compiled
+def test_one_graph_serves_every_size():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    run = torch.compile(cpu, fullgraph=True, backend=backend, dynamic=True)
+    for size in (5, 7, 9):
+        inputs = make(2, size, size + 1, 9, 3)
+        torch.testing.assert_close(run(*inputs), cpu(*inputs), rtol=0, atol=0)
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize(
     ("error", "argument", "change"),
     [

@@ -69,7 +69,10 @@ def depthwise_conv2d(
     implementation cannot run. Source: the ConvNeXt block of SPEC section 2.
     """
     _check(x, weight, bias)
-    x, weight, bias = _autocast(x, weight, bias)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     chosen = implementations.select(implementation, x)
     if chosen == "reference":
         return reference.depthwise_conv2d(x, weight, bias)
@@ -94,19 +97,17 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
             continue
         if value.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} as x has, got {value.device}")
-        if value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if value.dtype != x.dtype and _autocast_dtype(x) is None:
             raise TypeError(
                 f"{name}: expected dtype {_name(x.dtype)} as x has, got {_name(value.dtype)}"
             )
 
 
-def _autocast(*tensors: Any) -> Any:
-    """The tensors as autocast gives them to a convolution: float64 is left alone."""
-    x = tensors[0]
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return tensors
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What autocast, where it is on, makes of a convolution of `x`; it leaves float64 alone."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else None
 
 
 def _name(dtype: torch.dtype) -> str:
