@@ -1,6 +1,6 @@
 """Which implementation of an operator runs, and why another would not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -20,10 +20,15 @@ class Implementations:
     Each is given as a function of the operator's first input that returns None where the
     implementation is usable and otherwise the reason why not. It may look at device, dtype and
     shape only, never at values. "reference" (plain PyTorch) is always there, and last.
+
+    `slower` says likewise where "auto" passes over an implementation that could run.
     """
 
-    def __init__(self, operator: str, **why_not: WhyNot) -> None:
+    def __init__(
+        self, operator: str, *, slower: Mapping[str, WhyNot] | None = None, **why_not: WhyNot
+    ) -> None:
         self.operator = operator
+        self._slower = dict(slower or {})
         self._why_not = {**why_not, "reference": _always}
         OPERATORS[operator] = self
 
@@ -40,10 +45,15 @@ class Implementations:
             )
         return self._why_not[implementation](x)
 
+    def why_not_auto(self, implementation: str, x: torch.Tensor) -> str | None:
+        """The reason why "auto" would not choose `implementation` on `x`, better ones aside."""
+        reason = self.why_not(implementation, x)
+        return self._slower.get(implementation, _always)(x) if reason is None else reason
+
     def select(self, implementation: str, x: torch.Tensor) -> str:
         """The implementation to run on `x`; ValueError where a named one is unusable."""
         if implementation == "auto":
-            return next(name for name in self.names if self.why_not(name, x) is None)
+            return next(name for name in self.names if self.why_not_auto(name, x) is None)
         reason = self.why_not(implementation, x)
         if reason is not None:
             raise ValueError(

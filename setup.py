@@ -1,0 +1,99 @@
+"""Builds the compiled libraries with CMake; everything else is in pyproject.toml."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT))
+
+from build_support import toolchain  # noqa: E402
+
+REASONS = "_not_built.json"
+OUTPUTS = ("libdimr_fast_*.so", "_bindings.*.so", REASONS)
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake once for all libraries, and leaves beside them why any is missing."""
+
+    def run(self) -> None:
+        try:
+            self._build()
+        except toolchain.BuildError as error:
+            raise SystemExit(f"error: {error}") from None
+
+    def _build(self) -> None:
+        cuda, no_compiler = toolchain.plan_cuda(), toolchain.why_no_compiler()
+        output = self._output_folder()
+        output.mkdir(parents=True, exist_ok=True)
+        for stale in self._built():
+            stale.unlink()
+        if no_compiler is None:
+            self._compile(output, cuda)
+        reasons = {"cpu": no_compiler, "cuda": cuda if isinstance(cuda, str) else None}
+        missing = {library: reason for library, reason in reasons.items() if reason}
+        for library, reason in missing.items():
+            self.warn(f"dimr_fast: the {library} library is not built: {reason}")
+        (output / REASONS).write_text(json.dumps(missing) + "\n")
+
+    def _compile(self, output: Path, cuda: toolchain.CudaPlan | str) -> None:
+        import pybind11
+
+        torch = toolchain.find_torch()
+        if torch is None:
+            oldest = ".".join(map(str, toolchain.OLDEST_TORCH))
+            raise toolchain.BuildError(
+                f"torch: none >= {oldest} to build against; install it first"
+            )
+        definitions = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
+            "Python_EXECUTABLE": sys.executable,
+            "PYBIND11_FINDPYTHON": "ON",
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "TORCH_ROOT": torch.root,
+            "TORCH_VERSION": torch.version,
+            "DIMR_FAST_VERSION": self.distribution.get_version(),
+        }
+        advice = ""
+        if isinstance(cuda, toolchain.CudaPlan):
+            advice = "; DIMR_FAST_SKIP_CUDA=1 builds without CUDA"
+            definitions |= {
+                "CMAKE_CUDA_COMPILER": cuda.nvcc,
+                "CMAKE_CUDA_ARCHITECTURES": toolchain.cmake_architectures(cuda.architectures),
+                "DIMR_FAST_CUDA_ARCHITECTURES": " ".join(cuda.architectures),
+            }
+        build = str(Path(self.build_temp).resolve())
+        arguments = [f"-D{name}={value}" for name, value in definitions.items()]
+        jobs = os.environ.get("MAX_JOBS")
+        print(f"dimr_fast: building against torch {torch.version}", flush=True)
+        try:
+            subprocess.run(
+                ["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *arguments], check=True
+            )
+            subprocess.run(["cmake", "--build", build, *(["-j", jobs] if jobs else [])], check=True)
+        except subprocess.CalledProcessError:
+            raise toolchain.BuildError(f"the compilers failed, see above{advice}") from None
+
+    def _output_folder(self) -> Path:
+        return Path(self.get_ext_fullpath(self.extensions[0].name)).resolve().parent
+
+    def _built(self) -> list[Path]:
+        return [file for pattern in OUTPUTS for file in self._output_folder().glob(pattern)]
+
+    def get_outputs(self) -> list[str]:
+        return [str(file) for file in self._built()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+setup(
+    ext_modules=[Extension("dimr_fast._bindings", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
