@@ -10,7 +10,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "csrc"))
 
 from build_support import toolchain  # noqa: E402
 
@@ -93,7 +93,10 @@ class CMakeBuild(build_ext):
         return {}
 
 
+# Listed for the source distribution; what is compiled, CMake decides.
+SOURCES = ["CMakeLists.txt", *(str(f.relative_to(ROOT)) for f in (ROOT / "csrc").rglob("*.[chp]*"))]
+
 setup(
-    ext_modules=[Extension("dimr_fast._bindings", sources=[])],
+    ext_modules=[Extension("dimr_fast._bindings", sources=sorted(SOURCES))],
     cmdclass={"build_ext": CMakeBuild},
 )

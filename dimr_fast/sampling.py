@@ -18,6 +18,7 @@ from dimr_fast.diffusion import (
 )
 from dimr_fast.files import write_json
 from dimr_fast.pictures import image_grid
+from dimr_fast.seeds import derived_seed
 
 
 def sample_images(
@@ -31,7 +32,7 @@ def sample_images(
     precision: Precision = "auto",
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Images of the given classes by DPM-Solver++ with constant guidance.
+    """Images of the given classes by DPM-Solver++, clipped to pixels, with constant guidance.
 
     `labels` is int64 `[N]`; the result uint8 `[N, C, H, W]` on the CPU. Image i starts from noise
     of its own, drawn from `seed` and i on the CPU, so that it does not depend on the batch size.
@@ -46,6 +47,8 @@ def sample_images(
         raise ValueError(f"labels: got {labels.tolist()}, expected 0..{config.num_classes - 1}")
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+    if seed < 0:
+        raise ValueError(f"seed: got {seed}, expected 0 or more")
     device = next(model.parameters()).device
     dtype = resolve_precision(precision, device)
     schedule = DiscreteSchedule()
@@ -56,13 +59,15 @@ def sample_images(
 
     shape = (config.channels, *config.image_size)
     images = []
-    for indices in torch.arange(len(labels)).split(batch_size):
+    for indices in torch.arange(len(labels)).split(batch_size) if len(labels) else ():
         noise = torch.stack([_noise(shape, seed, int(i)) for i in indices])
         noise_fn = guided(
             predict, labels[indices].to(device), config.null_class, ConstantGuidance(guidance)
         )
         with torch.inference_mode():
-            x = dpm_solver_singlestep(noise_fn, noise.to(device), schedule, steps)
+            x = dpm_solver_singlestep(
+                noise_fn, noise.to(device), schedule, steps, clip=trained.pixels.range
+            )
         images.append(trained.pixels.to_pixels(x).cpu())
         if progress is not None:
             progress(len(indices))
@@ -70,7 +75,7 @@ def sample_images(
 
 
 def _noise(shape: tuple[int, ...], seed: int, index: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed * 2**32 + index)
+    generator = torch.Generator().manual_seed(derived_seed(seed, index))
     return torch.randn(shape, generator=generator)
 
 
@@ -92,10 +97,13 @@ class SampleConfig:
     device: str = "auto"
     seed: int = 0
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """ValueError naming a setting that is out of range."""
         for name in ("per_class", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected 1 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed: got {self.seed}, expected 0 or more")
         if not self.guidance >= 0:
             raise ValueError(f"guidance: got {self.guidance}, expected 0 or more")
 
@@ -107,6 +115,7 @@ def sample(config: SampleConfig) -> Path:
     checkpoint, FileExistsError where the picture is there already and OSError where it cannot be
     written.
     """
+    config.validate()
     grid = config.output / "grid.png"
     if grid.exists():
         raise FileExistsError(f"{grid} exists already; choose another output")

@@ -26,6 +26,7 @@ from dimr_fast.diffusion import DiscreteSchedule, multi_scale_loss
 from dimr_fast.files import write_json
 from dimr_fast.model import DiMR
 from dimr_fast.pictures import loss_curve, require_matplotlib
+from dimr_fast.seeds import derived_seed
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -64,13 +65,16 @@ class TrainConfig:
     device: str = "auto"
     seed: int = 0
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """ValueError naming a setting that is out of range."""
+
         def require(ok: bool, name: str, expected: str) -> None:
             if not ok:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
 
         require(self.data == "tiles", "data", "'tiles'")
         require(self.minutes is None or self.minutes > 0, "minutes", "a positive number")
+        require(self.seed >= 0, "seed", "0 or more")
         require(self.steps is None or self.steps > 0, "steps", "a positive number")
         require(self.minutes is not None or self.steps is not None, "minutes", "that or steps")
         require(self.batch_size > 0, "batch_size", "a positive number")
@@ -169,6 +173,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     and DataUnavailableError without the data; FloatingPointError when the loss is no longer finite
     (the last checkpoint stays).
     """
+    config.validate()
     path = config.output / CHECKPOINT
     if path.exists() and not resume:
         raise FileExistsError(f"{config.output} already holds a run; resume it or choose another")
@@ -322,7 +327,7 @@ def _batch(run: _Run, images: Tensor, labels: Tensor, config: TrainConfig) -> tu
     epochs = range(first // count, (first + batch - 1) // count + 1)
     order = torch.cat([_permutation(count, config.seed, epoch) for epoch in epochs])
     indices = order[first - epochs[0] * count :][:batch].to(device)
-    torch.manual_seed(config.seed * 2**32 + run.step)
+    torch.manual_seed(derived_seed(config.seed, 0, run.step))
     x = run.pixels.to_model(images[indices])
     mirrored = torch.rand(batch, 1, 1, 1, device=device) < 0.5
     dropped = torch.rand(batch, device=device) < config.label_dropout
@@ -333,7 +338,7 @@ def _batch(run: _Run, images: Tensor, labels: Tensor, config: TrainConfig) -> tu
 
 @lru_cache(maxsize=4)
 def _permutation(count: int, seed: int, epoch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed * 2**32 + epoch)
+    generator = torch.Generator().manual_seed(derived_seed(seed, 1, epoch))
     return torch.randperm(count, generator=generator)
 
 

@@ -15,7 +15,9 @@ import torch
 from dimr_fast import _extension
 
 ROOT = Path(__file__).parent.parent
-_spec = importlib.util.spec_from_file_location("toolchain", ROOT / "build_support/toolchain.py")
+_spec = importlib.util.spec_from_file_location(
+    "toolchain", ROOT / "csrc/build_support/toolchain.py"
+)
 assert _spec is not None
 toolchain = sys.modules["toolchain"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(toolchain)

@@ -382,6 +382,21 @@ def test_samples_approach_the_exact_solution() -> None:
     assert errors[-1] < 2e-5
 
 
+def test_clipping_bounds_the_sample_and_a_wide_range_changes_nothing() -> None:
+    z = GOLDEN["sampler/z_init"]
+    plain = dpm_solver_singlestep(with_class, z, SCHEDULE, 10)
+    bound = plain.abs().max().item() / 2
+    assert (plain.abs() > bound).any()
+    clipped = dpm_solver_singlestep(with_class, z, SCHEDULE, 10, clip=(-bound, bound))
+    # What is left above the bound is the noise of t = 1/1000, where σ = 0.029.
+    assert clipped.abs().max() < bound + 5 * SCHEDULE.alpha_sigma(0.001)[1]
+    # An early prediction divides by α = 0.07 at t = 1, so a range that never binds is wide.
+    wide = dpm_solver_singlestep(with_class, z, SCHEDULE, 10, clip=(-1e6, 1e6))
+    assert torch.equal(wide, plain)
+    with pytest.raises(ValueError, match=r"clip: got \(1.0, -1.0\)"):
+        dpm_solver_singlestep(with_class, z, SCHEDULE, 10, clip=(1.0, -1.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_state_keeps_its_dtype(dtype: torch.dtype) -> None:
     seen = []

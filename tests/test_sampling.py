@@ -84,6 +84,7 @@ def test_pixel_scale_inverts_itself() -> None:
     assert abs(values.mean().item()) < 1e-3
     assert abs(values.std().item() - 1) < 1e-3
     assert torch.equal(scale.to_pixels(values), images)
+    assert scale.range == pytest.approx((values[0].item(), values[-1].item()))
     assert scale.to_pixels(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
 
 
@@ -127,9 +128,7 @@ def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     save_checkpoint(path, {"weight": torch.ones(3)}, {})
     with pytest.raises(TypeError):
         save_checkpoint(path, {"weight": torch.zeros(3)}, {"value": object()})
-    shared = torch.zeros(4)
-    save_checkpoint(path, {"a": shared, "b": shared[:2]}, {})
-    assert load_checkpoint(path)[0]["b"].shape == (2,)
+    assert torch.equal(load_checkpoint(path)[0]["weight"], torch.ones(3))
     with pytest.raises(OSError, match="none"):
         save_checkpoint(tmp_path / "none" / "c.safetensors", {"weight": torch.ones(3)}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]

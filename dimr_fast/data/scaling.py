@@ -24,6 +24,11 @@ class PixelScale:
         pixels = images.to(torch.float32)
         return cls(round(pixels.mean().item(), 3), round(pixels.std().item(), 3))
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """The values of pixels 0 and 255."""
+        return -self.mean / self.std, (255 - self.mean) / self.std
+
     def to_model(self, images: Tensor) -> Tensor:
         """uint8 pixels to fp32 values of the same shape."""
         return (images.to(torch.float32) - self.mean) / self.std

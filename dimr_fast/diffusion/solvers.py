@@ -36,6 +36,8 @@ def dpm_solver_singlestep(
     x: Tensor,
     schedule: DiscreteSchedule,
     steps: int,
+    *,
+    clip: tuple[float, float] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> Tensor:
     """Solve from t = 1 to t = 1/1000 with DPM-Solver++ (single-step, order 3), as published.
@@ -46,16 +48,21 @@ def dpm_solver_singlestep(
 
     `noise_fn(x, t)`: the predicted noise, shaped like `x`, at the 0-d time `t` in [1/1000, 1] on
     the device of `x`; a network whose condition is `log_snr` wants `8·t − 4` (`guided` does that).
-    `x`: unit Gaussian noise [B, ...]; the state keeps its dtype. `progress`: called after every
-    evaluation. Returns the sample, shaped like `x`; runs without gradients.
+    `x`: unit Gaussian noise [B, ...]; the state keeps its dtype. `clip`: the range of the data, to
+    which every predicted image is clipped: pixels have one, latents (and the published sampler)
+    none. `progress`: called after every evaluation. Returns the sample, shaped like `x`; runs
+    without gradients.
 
-    Raises ValueError for `steps` not a whole number of at least 1, for `x` not floating point and
-    for a prediction of another shape.
+    Raises ValueError for `steps` not a whole number of at least 1, for an empty `clip`, for `x`
+    not floating point and for a prediction of another shape.
 
-    Source: Lu et al. 2022, arXiv 2211.01095, and arXiv 2206.00927 for the split into orders.
+    Source: Lu et al. 2022, arXiv 2211.01095 (clipping: its static thresholding), and arXiv
+    2206.00927 for the split into orders.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps: got {steps!r}, expected a whole number of at least 1")
+    if clip is not None and not clip[0] < clip[1]:
+        raise ValueError(f"clip: got {clip}, expected a lower and a higher number")
     if not x.is_floating_point():
         raise ValueError(f"x: got {x.dtype}, expected a floating-point dtype")
     time_dtype = torch.promote_types(x.dtype, torch.float32)
@@ -70,6 +77,8 @@ def dpm_solver_singlestep(
                     f"expected that of x, {tuple(x.shape)}"
                 )
             image = (x - stage.sigma * noise.to(x.dtype)) / stage.alpha
+            if clip is not None:
+                image = image.clamp(*clip)
             first = image if first is None else first
             x = stage.start * start + stage.first * first + stage.latest * image
             if progress is not None:

@@ -17,6 +17,7 @@ def check_time_values(x: Tensor, **values: Tensor) -> None:
 def check_width(x: Tensor, value: Tensor, name: str) -> None:
     """ValueError where `value`'s last axis is not as wide as `x`'s or lies on another device."""
     if value.shape[-1:] != x.shape[-1:]:
-        raise ValueError(f"{name}: got width {value.shape[-1:]}, expected that of x, {x.shape[-1]}")
+        width = value.shape[-1]
+        raise ValueError(f"{name}: got width {width}, expected that of x, {x.shape[-1]}")
     if value.device != x.device:
         raise ValueError(f"{name}: got device {value.device}, expected that of x, {x.device}")

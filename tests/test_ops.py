@@ -1,0 +1,140 @@
+"""The public functions of the operators that have one implementation so far, or wrap torch's."""
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_as_accurate
+
+from dimr_fast import ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def seeded(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "head_dim"),
+    [(2, 257, 16, 60), (1, 257, 16, 72), (3, 1, 2, 8), (2, 65, 5, 32), (0, 9, 2, 8)],
+)
+def test_sdpa_is_as_accurate_as_the_reference(
+    batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    qkv = seeded(batch, tokens, 3 * heads * head_dim)
+    assert_as_accurate(
+        lambda x: ops.attention(x, heads, implementation="sdpa"),
+        lambda x: reference.attention(x, heads),
+        qkv,
+        dtype=dtype,
+    )
+
+
+def test_sdpa_gradient_equals_the_reference() -> None:
+    qkv = seeded(2, 17, 3 * 4 * 12).double().requires_grad_()
+    grad = seeded(2, 17, 48).double()
+    (actual,) = torch.autograd.grad(ops.attention(qkv, 4), qkv, grad)
+    (expected,) = torch.autograd.grad(reference.attention(qkv, 4), qkv, grad)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_sdpa_is_the_default_attention() -> None:
+    implementations = ops.OPERATORS["attention"]
+    assert implementations.select("auto", torch.zeros(1, 2, 6)) == "sdpa"
+
+
+def test_attention_of_sliced_and_permuted_inputs() -> None:
+    wide = seeded(5, 2, 2 * 48)
+    qkv = wide.transpose(0, 1)[..., ::2]
+    torch.testing.assert_close(ops.attention(qkv, 2), reference.attention(qkv.contiguous(), 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [960, 7, 1])
+def test_norms_against_torch_in_double(width: int, dtype: torch.dtype) -> None:
+    """torch's own norms, in fp64, are the independent truth; half precision costs one rounding."""
+    x = (3 * seeded(2, 5, width) + 1).to(dtype)
+    scale, shift = seeded(2, width), seeded(1, width)
+    exact = torch.nn.functional.layer_norm(x.double(), (width,), eps=1e-5)
+    exact = exact * scale[:, None].double() + shift[:, None].double()
+    actual = ops.td_layer_norm(x, scale, shift)
+    assert actual.dtype == dtype
+    tolerance = 4 * torch.finfo(dtype).eps * max(exact.abs().max().item(), 1)
+    torch.testing.assert_close(actual.double(), exact, atol=tolerance, rtol=0)
+
+    rms = torch.nn.functional.rms_norm(x.double(), (width,), eps=0.0)
+    actual = ops.td_rms_norm(x, scale)
+    torch.testing.assert_close(
+        actual.double(), rms * scale[:, None].double(), atol=tolerance, rtol=tolerance
+    )
+    actual = ops.rms_norm(x, shift[0])
+    torch.testing.assert_close(
+        actual.double(), rms * shift[0].double(), atol=tolerance, rtol=tolerance
+    )
+
+
+def test_td_parameters_at_once_equal_them_one_by_one() -> None:
+    tau = torch.linspace(-1, 1, 3)
+    parameters = [tuple(seeded(width) + i for i in range(4)) for width in (5, 1, 8)]
+    values = ops.td_parameters(tau, parameters)
+    assert [tuple(v.shape) for v in values] == [(3, 5), (3, 1), (3, 8)]
+    for value, (p0, p1, w, b) in zip(values, parameters, strict=True):
+        for i in range(3):
+            gate = 1 / (1 + torch.exp(-((w.double() + 1) * tau[i] + b)))
+            expected = p1 + gate * (p0.double() - p1)
+            torch.testing.assert_close(value[i].double(), expected, atol=1e-6, rtol=1e-6)
+    assert ops.td_parameters(tau, []) == ()
+
+
+def test_gated_gelu_is_the_exact_gelu() -> None:
+    x = seeded(3, 8).double()
+    a, b = x[:, :4], x[:, 4:]
+    expected = a * 0.5 * (1 + torch.special.erf(a / 2**0.5)) * b
+    torch.testing.assert_close(ops.gated_gelu(x), expected)
+
+
+X = torch.zeros(2, 5, 6)
+ONE = torch.ones(1, 6)
+IMAGE, LOW = torch.zeros(2, 4, 4, 3), [torch.zeros(2, 2, 2, 5)]
+NORM_IN, NORM_OUT = (torch.ones(1, 5), torch.zeros(1, 5)), (torch.ones(1, 3), torch.zeros(1, 3))
+WEIGHT, BIAS = torch.zeros(12, 5), torch.zeros(12)
+
+BAD: list[tuple[Any, str]] = [
+    (lambda: ops.td_rms_norm(X, torch.ones(3, 6)), r"scale: got shape \(3, 6\)"),
+    (lambda: ops.td_rms_norm(X, torch.ones(1, 5)), "scale: got width 5"),
+    (lambda: ops.td_rms_norm(X, torch.ones(1, 6, device="meta")), "scale: got device meta"),
+    (lambda: ops.td_rms_norm(torch.zeros(6), ONE), r"x: got shape \(6,\)"),
+    (lambda: ops.td_layer_norm(X, ONE, torch.ones(6)), r"bias: got shape \(6,\)"),
+    (lambda: ops.rms_norm(X, ONE), r"scale: got shape \(1, 6\)"),
+    (lambda: ops.rms_norm(X, torch.ones(5)), "scale: got width 5"),
+    (lambda: ops.gated_gelu(torch.zeros(2, 5)), r"x: got shape \(2, 5\).*even"),
+    (lambda: ops.attention(X, 4), r"qkv: got shape \(2, 5, 6\)"),
+    (lambda: ops.attention(X, 0), "qkv: got shape"),
+    (lambda: ops.td_parameters(torch.zeros(2, 2), []), r"tau: got shape \(2, 2\)"),
+    (lambda: ops.upsample_add(IMAGE, [], NORM_IN, WEIGHT, BIAS, NORM_OUT), "features: got none"),
+    (
+        lambda: ops.upsample_add(IMAGE, LOW, NORM_IN, WEIGHT[:8], BIAS, NORM_OUT),
+        r"weight: got shape \(8, 5\), expected \(12, 5\)",
+    ),
+    (
+        lambda: ops.upsample_add(IMAGE, LOW, NORM_IN, WEIGHT, BIAS[:8], NORM_OUT),
+        r"bias: got shape \(8,\)",
+    ),
+    (
+        lambda: ops.upsample_add(IMAGE, LOW, NORM_OUT, WEIGHT, BIAS, NORM_OUT),
+        r"norm_in: got shape \(1, 3\)",
+    ),
+    (
+        lambda: ops.upsample_add(IMAGE, [torch.zeros(2, 3, 3, 5)], NORM_IN, WEIGHT, BIAS, NORM_OUT),
+        r"features: got size \(3, 3\)",
+    ),
+    (lambda: ops.rms_norm(X, ONE[0], implementation="sdpa"), "implementation: got 'sdpa'"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_bad_input_names_the_argument(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
