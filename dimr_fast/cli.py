@@ -6,14 +6,14 @@ from typing import Annotated
 
 import tyro
 
-from dimr_fast import info as info_job
 from dimr_fast.checkpoint import CheckpointError
 from dimr_fast.data import DataUnavailableError
 from dimr_fast.demo import DemoConfig
 from dimr_fast.demo import demo as demo_job
+from dimr_fast.info import main as info_job
 from dimr_fast.sampling import SampleConfig
 from dimr_fast.sampling import sample as sample_job
-from dimr_fast.training import CHECKPOINT, TrainConfig
+from dimr_fast.training import TrainConfig
 from dimr_fast.training import train as train_job
 
 
@@ -28,12 +28,7 @@ def train(config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes], resume: boo
     Args:
         resume: go on with the run in the output folder.
     """
-    summary = train_job(config, resume=resume)
-    print(
-        f"{'stopped' if summary.interrupted else 'finished'} at step {summary.steps}, "
-        f"loss {summary.last_loss:.3f}, {summary.images_per_second:.0f} images/s; "
-        f"wrote {config.output / CHECKPOINT}"
-    )
+    print(train_job(config, resume=resume).sentence(config.output))
 
 
 def sample(config: Annotated[SampleConfig, tyro.conf.OmitArgPrefixes]) -> None:
@@ -43,11 +38,11 @@ def sample(config: Annotated[SampleConfig, tyro.conf.OmitArgPrefixes]) -> None:
 
 def info() -> None:
     """Say what is installed and which implementation of each operator would run here."""
-    info_job.main()
+    info_job()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 2 for what the user can put right, 0 for success."""
+    """Run a command and return its exit status: 2 where the user has to put something right."""
     commands: dict[str, Callable[..., None]] = {
         "demo": demo,
         "train": train,
@@ -61,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, CheckpointError, DataUnavailableError) as error:
         print(f"dimr-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("dimr-fast: interrupted", file=sys.stderr)
+        return 130
     except FloatingPointError as error:
         print(f"dimr-fast: stopped: {error}", file=sys.stderr)
         return 1

@@ -33,8 +33,8 @@ class DemoConfig:
 def demo(config: DemoConfig) -> Path:
     """Train the `demo` preset on satellite tiles, draw a grid of each class, score; say it all.
 
-    Returns the folder, with `checkpoint.safetensors`, `loss.png`, `grid.png` and `demo.json`.
-    Raises as `train` does.
+    Returns the folder, with `checkpoint.safetensors`, `loss.png`, `grid.png` and `demo.json`; after
+    Ctrl-C while training only with what `train` leaves. Raises as `train` does.
     """
     output = config.output or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     # Before the ten minutes, not after them.
@@ -43,6 +43,9 @@ def demo(config: DemoConfig) -> Path:
         output=output, minutes=config.minutes, device=config.device, seed=config.seed
     )
     training = train(settings)
+    print(training.sentence(output))
+    if training.interrupted:
+        return output
     drawing = SampleConfig(
         checkpoint=output / CHECKPOINT, output=output, device=config.device, seed=config.seed
     )
@@ -67,16 +70,13 @@ def demo(config: DemoConfig) -> Path:
                 "solver": "DPM-Solver++ single-step, order 3",
                 "steps": drawing.steps,
                 "guidance": drawing.guidance,
+                "noise_limit": drawing.noise_limit,
                 "labels": "drawn as in the training tiles",
             },
             "scores": dataclasses.asdict(scores),
         },
     )
     print(
-        f"trained {training.steps} steps in {training.seconds / 60:.1f} minutes "
-        f"({training.images_per_second:.0f} images/s, {training.parameters / 1e6:.1f}M parameters, "
-        f"{training.precision}, {training.device}); "
-        f"loss {training.first_loss:.3f} -> {training.last_loss:.3f}\n"
         f"{scores}\n"
         f"wrote {grid}\n"
         f"      {output / 'loss.png'}\n"
@@ -97,7 +97,9 @@ def _samples_for_score(
     labels = train_labels[torch.randperm(len(train_labels), generator=generator)]
     begun = time.monotonic()
     batches: list[Tensor] = []
-    with tqdm(total=seconds, bar_format="{desc}{percentage:3.0f}%|{bar}| {postfix}") as bar:
+    with tqdm(
+        total=seconds, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}{postfix}"
+    ) as bar:
         bar.set_description("sampling for the score")
         for index, batch in enumerate(labels.split(config.batch_size)):
             batches.append(
@@ -106,6 +108,7 @@ def _samples_for_score(
                     batch,
                     steps=config.steps,
                     guidance=config.guidance,
+                    noise_limit=config.noise_limit,
                     seed=config.seed + 1 + index,
                 )
             )

@@ -100,6 +100,19 @@ class TrainSummary:
     torch: str
     interrupted: bool
 
+    def sentence(self, output: Path) -> str:
+        """The end of the run in words; how to go on, where it was interrupted."""
+        verb = "stopped" if self.interrupted else "trained"
+        text = (
+            f"{verb} at step {self.steps:,} after {self.seconds / 60:.1f} minutes "
+            f"({self.images_per_second:.0f} images/s, {self.parameters / 1e6:.1f}M parameters, "
+            f"{self.precision}, {self.device}); "
+            f"loss {self.first_loss:.3f} -> {self.last_loss:.3f}; wrote {output / CHECKPOINT}"
+        )
+        if self.interrupted:
+            text += f"\ngo on with the same settings, --output {output} and --resume"
+        return text
+
 
 @dataclass
 class _Run:
@@ -141,17 +154,18 @@ class _Run:
     def load(self, path: Path) -> None:
         """Take over a checkpoint of the same model; CheckpointError for any other."""
         tensors, metadata = load_checkpoint(path)
+        if metadata.get("config") != json.loads(json.dumps(self.model.config.to_dict())):
+            raise CheckpointError(f"{path}: holds another model than this run trains")
         try:
-            if metadata["config"] != json.loads(json.dumps(self.model.config.to_dict())):
-                raise CheckpointError(f"{path}: holds another model than this run trains")
             self.step, self.seconds = metadata["step"], metadata["seconds"]
             self.losses = tensors["losses"].tolist()
             weights = {name: tensors[f"model.{name}"] for name in self.model.state_dict()}
             self.model.load_state_dict(weights, strict=True)
             for name, value in self.ema.items():
                 value.copy_(tensors[f"{EMA_PREFIX}{name}"])
+            # AdamW has no state before its first step.
+            keys = ("step", "exp_avg", "exp_avg_sq") if self.step else ()
             for name, parameter in self.model.named_parameters():
-                keys = ("step", "exp_avg", "exp_avg_sq")
                 self.optimizer.state[parameter] = {
                     key: tensors[f"optimizer.{key}.{name}"].to(parameter.device) for key in keys
                 }
@@ -257,14 +271,29 @@ def _loop(
     pending: list[Tensor] = []
     # On a GPU every read of a loss waits for the device.
     interval = 1 if device.type == "cpu" else 20
-    begun, before = time.monotonic(), run.seconds
+    begun, before, first_step = time.monotonic(), run.seconds, run.step
     saved = begun
     run.model.train()
     with tqdm(total=1.0, initial=run.progress(config), bar_format=BAR, mininterval=0.5) as bar:
-        first_step, done = run.step, run.progress(config)
-        while done < 1 and not stopped():
+
+        def read_losses() -> None:
+            run.losses += torch.stack(pending).tolist()
+            pending.clear()
+            if not math.isfinite(run.losses[-1]):
+                raise FloatingPointError(
+                    f"the loss is {run.losses[-1]} at step {run.step}; "
+                    f"{config.output / CHECKPOINT} holds the last good state"
+                )
+            rate = (run.step - first_step) * config.batch_size / (run.seconds - before)
+            bar.set_postfix_str(
+                f"step {run.step}, loss {_mean(run.losses[-100:]):.3f}, {rate:.0f} images/s",
+                refresh=False,
+            )
+            bar.update(min(run.progress(config), 1.0) - bar.n)
+
+        while (progress := run.progress(config)) < 1 and not stopped():
             for group in run.optimizer.param_groups:
-                group["lr"] = learning_rate(config, run.step, done)
+                group["lr"] = learning_rate(config, run.step, progress)
             x0, y = _batch(run, images, labels, config)
             step = torch.randint(1, schedule.num_steps + 1, (len(x0),), device=device)
             noise = torch.randn_like(x0)
@@ -281,33 +310,19 @@ def _loop(
             decay = min(config.ema_decay, (1 + run.step) / (10 + run.step))
             torch._foreach_lerp_(list(run.ema.values()), parameters, 1 - decay)
             run.step += 1
-            pending.append(loss.detach())
-
             now = time.monotonic()
             run.seconds = before + now - begun
-            progress = run.progress(config)
-            if len(pending) < interval and progress < 1 and not stopped():
-                continue
-            run.losses += torch.stack(pending).tolist()
-            pending.clear()
-            if not math.isfinite(run.losses[-1]):
-                raise FloatingPointError(
-                    f"the loss is {run.losses[-1]} at step {run.step}; "
-                    f"{config.output / CHECKPOINT} holds the last good state"
-                )
-            if now - saved > 60 * config.checkpoint_minutes:
-                run.save(config.output / CHECKPOINT)
-                saved = now
-            rate = (run.step - first_step) * config.batch_size / (now - begun)
-            bar.set_postfix_str(
-                f"step {run.step}, loss {_mean(run.losses[-100:]):.3f}, {rate:.0f} images/s",
-                refresh=False,
-            )
-            bar.update(min(progress, 1.0) - done)
-            done = progress
+            pending.append(loss.detach())
+            if len(pending) == interval:
+                read_losses()
+                if now - saved > 60 * config.checkpoint_minutes:
+                    run.save(config.output / CHECKPOINT)
+                    saved = now
+        if pending:
+            read_losses()
 
 
-BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {postfix}"
+BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 def learning_rate(config: TrainConfig, step: int, progress: float) -> float:

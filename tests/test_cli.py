@@ -50,7 +50,7 @@ def test_train_goes_on_where_it_stopped(trained: Path, capsys: pytest.CaptureFix
     assert (trained / CHECKPOINT).read_bytes() == before
     status, out, _ = run(capsys, "train", "--output", trained, *options, "--resume")
     assert status == 0
-    assert "finished at step 4" in out
+    assert "trained at step 4" in out
     assert json.loads((trained / "train.json").read_text())["result"]["steps"] == 4
 
 

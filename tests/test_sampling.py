@@ -66,6 +66,26 @@ def test_sampling_takes_the_stated_number_of_evaluations(trained: TrainedModel) 
     assert batches == [3] * 5
 
 
+def test_start_noise_stays_within_its_limit(
+    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[torch.Tensor] = []
+
+    def solver(noise_fn: object, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        starts.append(x)
+        return x
+
+    monkeypatch.setattr("dimr_fast.sampling.dpm_solver_singlestep", solver)
+    sample_images(trained, torch.arange(6), noise_limit=2.5)
+    sample_images(trained, torch.arange(6), noise_limit=float("inf"))
+    limited, drawn = starts
+    assert limited.abs().max() == 2.5
+    assert drawn.abs().max() > 3
+    assert torch.equal(limited, drawn.clamp(-2.5, 2.5))
+    assert abs(drawn.mean().item()) < 0.05
+    assert abs(drawn.std().item() - 1) < 0.05
+
+
 def test_no_images_for_no_labels(trained: TrainedModel) -> None:
     assert sample_images(trained, torch.empty(0, dtype=torch.int64)).shape == (0, 3, 16, 16)
 

@@ -83,6 +83,22 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     assert same_tensors(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_run_interrupted_before_its_first_step_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config(tmp_path / "whole"))
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_loop", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(tmp_path / "parts"))
+    train(config(tmp_path / "parts"), resume=True)
+    assert same_tensors(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_training_works_outside_the_main_thread(tmp_path: Path) -> None:
     found: list[int] = []
     run = config(tmp_path / "run", steps=2)
@@ -158,8 +174,7 @@ def test_resuming_needs_a_whole_checkpoint_of_the_same_model(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="not a readable checkpoint"):
         train(config(tmp_path), resume=True)
     train(config(tmp_path, steps=1))
-    with pytest.raises(CheckpointError, match="another model"):
-        # The same images suit "demo" only by name: the size check is the tiles' own.
+    with pytest.raises(CheckpointError, match="holds another model"):
         train(config(tmp_path, preset="demo"), resume=True)
     path = tmp_path / CHECKPOINT
     half = path.read_bytes()[: path.stat().st_size // 2]

@@ -30,10 +30,8 @@ def _why_not_cuda(x: torch.Tensor) -> str | None:
 
 
 def _slower_on_cpu(x: torch.Tensor) -> str | None:
-    # Forward, k = 7, one thread of an AVX-512 CPU, this kernel against torch 2.13 (oneDNN), ms:
-    #                      float32         bfloat16        float16
-    #   [4, 32, 32, 480]   12.0 / 3.6      11.5 / 2.1      17 / 404
-    #   [8, 32, 32, 48]    2.2 / 0.37      2.1 / 0.38      3.3 / 81
+    # oneDNN wins in float32 and bfloat16; torch has no fast float16 convolution on a CPU
+    # (benchmarks/bench_depthwise_conv2d.py).
     return None if x.dtype == torch.float16 else "torch is faster except in float16"
 
 

@@ -1,0 +1,32 @@
+"""The choice of device and precision."""
+
+import pytest
+import torch
+
+from dimr_fast import device
+
+
+def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.resolve_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device.resolve_device("auto") == torch.device("cuda")
+
+
+def test_an_unusable_device_is_named() -> None:
+    for name in ("abacus", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device: got '{name}'"):
+            device.resolve_device(name)
+
+
+def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert device.resolve_precision("fp32", cpu) == torch.float32
+    assert device.resolve_precision("bf16", cpu) == torch.bfloat16
+    for faster, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(device, "_bf16_is_faster", lambda answer=faster: answer)
+        assert device.resolve_precision("auto", cpu) == dtype
+
+
+def test_the_device_has_a_name() -> None:
+    assert device.device_name(torch.device("cpu")).startswith("CPU, ")
