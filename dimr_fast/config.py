@@ -50,7 +50,7 @@ class BranchConfig:
             odd = isinstance(value, int) and value > 0 and value % 2 == 1
             _require(odd, name, value, "an odd positive integer")
         _require(
-            self.dim % self.num_attention_heads == 0,
+            self.block_type != "TransformerBlock" or self.dim % self.num_attention_heads == 0,
             "num_attention_heads",
             self.num_attention_heads,
             f"a divisor of dim = {self.dim}",
@@ -202,7 +202,7 @@ PRESETS: dict[str, DiMRConfig] = {
     "DiMR-XL/3R": _preset(4, 64, (960, 480, 240), (39, 20, 20), 16),
     "DiMR-M/3R": _preset(3, 64, (768, 384, 192), (15, 8, 8), 12, "LN"),
     "DiMR-L/3R": _preset(3, 64, (960, 480, 240), (21, 11, 11), 16, "LN"),
-    "demo": _preset(3, 32, (160, 96, 48), (5, 4, 4), 5, num_classes=7),
+    "demo": _preset(3, 32, (192, 64, 32), (4, 2, 2), 4, num_classes=7, kernel_size=3),
     "tiny": _preset(3, 16, (24, 16, 8), (3, 2, 2), 2, num_classes=7, kernel_size=3),
 }
 """The published models (paper table 1; sizes of the 3R models follow from their parameter counts),

@@ -162,6 +162,9 @@ class DiMR(nn.Module):
             )
         if not x.is_floating_point():
             raise ValueError(f"x: got dtype {x.dtype}, expected a floating-point dtype")
+        weight = next(self.parameters())
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"x: got dtype {x.dtype}, expected {weight.dtype} as the parameters")
         if log_snr is None:
             raise ValueError("log_snr: got None, expected the time condition, [B] or [1]")
         if not log_snr.is_floating_point():
@@ -178,4 +181,9 @@ class DiMR(nn.Module):
             raise ValueError(f"y: got dtype {y.dtype}, expected int64 or int32")
         if tuple(y.shape) != (x.shape[0],):
             raise ValueError(f"y: got shape {tuple(y.shape)}, expected [{x.shape[0]}]")
+        for name, value in (("x", x), ("log_snr", log_snr), ("y", y)):
+            if value.device != weight.device:
+                raise ValueError(
+                    f"{name}: got device {value.device}, expected {weight.device} as the parameters"
+                )
         return log_snr, y

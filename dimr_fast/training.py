@@ -45,9 +45,9 @@ class TrainConfig:
     """Stop after this much training time."""
     steps: int | None = None
     """Stop after this many steps; whichever of the two comes first."""
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    warmup_steps: int = 50
+    batch_size: int = 32
+    learning_rate: float = 4e-3
+    warmup_steps: int = 100
     """The learning rate rises linearly over these."""
     decay: float = 0.5
     """The learning rate falls linearly to zero over this last part of the run."""

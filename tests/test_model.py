@@ -295,6 +295,18 @@ def test_autocast_stays_close_to_fp32() -> None:
         assert relative_error(a.float(), b) < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_in_another_dtype(dtype: torch.dtype) -> None:
+    model = randomised(DiMR.from_preset("tiny"))
+    inputs = tiny_inputs()
+    with torch.no_grad():
+        expected = model(**inputs)
+        actual = model.to(dtype)(**(inputs | {"x": inputs["x"].to(dtype)}))
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == dtype
+        assert relative_error(a.double(), b.double()) < 8 * torch.finfo(torch.bfloat16).eps
+
+
 def test_empty_batch() -> None:
     outputs = DiMR.from_preset("tiny")(
         torch.empty(0, 3, 16, 16), log_snr=torch.zeros(1), y=torch.empty(0, dtype=torch.int64)
@@ -372,6 +384,10 @@ BAD_INPUTS = [
     ({"x": torch.zeros(2, 3, 16, 8)}, r"x: got shape \(2, 3, 16, 8\)"),
     ({"x": torch.zeros(3, 16, 16)}, "x: got shape"),
     ({"x": torch.zeros(2, 3, 16, 16, dtype=torch.uint8)}, r"x: got dtype torch.uint8"),
+    ({"x": torch.zeros(2, 3, 16, 16, dtype=torch.float64)}, r"x: got dtype torch.float64"),
+    ({"x": torch.zeros(2, 3, 16, 16, device="meta")}, "x: got device meta, expected cpu"),
+    ({"y": torch.zeros(2, dtype=torch.int64, device="meta")}, "y: got device meta"),
+    ({"log_snr": torch.zeros(2, device="meta")}, "log_snr: got device meta"),
     ({"log_snr": None}, "log_snr: got None"),
     ({"log_snr": torch.zeros(3)}, r"log_snr: got shape \(3,\), expected \[2\] or \[1\]"),
     ({"log_snr": torch.zeros(2, 1)}, "log_snr: got shape"),
