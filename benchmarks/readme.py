@@ -44,32 +44,37 @@ def demo_result() -> str:
     )
 
 
-def depthwise_conv2d() -> str:
-    """Median times of the forward, each shape and dtype, by implementation."""
-    report = json.loads((RESULTS / "depthwise_conv2d_cpu.json").read_text())
-    times: dict[tuple[str, str, str], float] = {}
+def benchmarks() -> str:
+    """Median times of each operator's benchmark, a row a shape, pass and dtype."""
+    return "\n\n".join(_table(path) for path in sorted(RESULTS.glob("*_cpu.json")))
+
+
+def _table(path: Path) -> str:
+    report = json.loads(path.read_text())
+    rows: dict[tuple[str, ...], dict[str, float]] = {}
     for entry in report["benchmarks"]:
         info = entry["extra_info"]
-        shape = "×".join(map(str, info["shape"]))
-        times[shape, info["dtype"], info["implementation"]] = 1e3 * entry["stats"]["median"]
+        key = ("×".join(map(str, info["shape"])), info["pass"], info["dtype"])
+        rows.setdefault(key, {})[info["implementation"]] = 1e3 * entry["stats"]["median"]
     info = report["benchmarks"][0]["extra_info"]
-    rows = [
-        f"| {shape} | {dtype} | {times[shape, dtype, 'reference']:.2f} | {ours:.2f} |"
-        for (shape, dtype, implementation), ours in times.items()
-        if implementation == "cpu"
+    columns = sorted({name for times in rows.values() for name in times})
+    lines = [
+        f"`{info['operator']}`, median ms on a CPU ({report['machine_info']['cpu']['brand_raw']}, "
+        f"{info['threads']} threads, torch {info['torch']}):",
+        "",
+        f"| x | pass | dtype | {' | '.join(columns)} |",
+        "|---" * (3 + len(columns)) + "|",
     ]
-    title = (
-        f"`depthwise_conv2d` forward, k = 7, median ms on a CPU with {info['threads']} threads, "
-        f"torch {info['torch']}:"
-    )
-    head = ["| x | dtype | torch | ours |", "|---|---|---|---|"]
-    return "\n".join([title, "", *head, *rows])
+    for key, times in rows.items():
+        cells = [f"{times[c]:.2f}" if c in times else "–" for c in columns]
+        lines.append(f"| {' | '.join([*key, *cells])} |")
+    return "\n".join(lines)
 
 
 SECTIONS = {
     "operators": operators,
     "demo result": demo_result,
-    "depthwise_conv2d": depthwise_conv2d,
+    "benchmarks": benchmarks,
 }
 
 
