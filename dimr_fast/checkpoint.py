@@ -1,7 +1,6 @@
 """Checkpoints: one safetensors file that appears whole or not at all; published `.pth` files."""
 
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,15 +36,17 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
         raise OSError(f"{path}: {error}") from error
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, on the CPU, and the metadata of a file written by `save_checkpoint`.
 
+    Only tensors whose names begin with `prefix` are read; they keep their names.
     Raises CheckpointError where the file is missing, damaged or was written by something else.
     """
     try:
         with safe_open(path, "pt") as file:
             metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}, metadata
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
 
@@ -64,16 +65,12 @@ def load_model(path: Path) -> TrainedModel:
 
     Raises CheckpointError where the file is unusable or its weights do not fit its configuration.
     """
-    tensors, metadata = load_checkpoint(path)
+    tensors, metadata = load_checkpoint(path, EMA_PREFIX)
     try:
         model = DiMR(DiMRConfig.from_dict(metadata["config"]))
         classes = tuple(metadata["classes"])
         pixels = PixelScale(**metadata["pixels"])
-        weights = {
-            name.removeprefix(EMA_PREFIX): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(EMA_PREFIX)
-        }
+        weights = {name.removeprefix(EMA_PREFIX): value for name, value in tensors.items()}
         model.load_state_dict(weights, strict=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of a DiMR model ({error})") from error
@@ -88,8 +85,14 @@ def load_published(path: Path) -> dict[str, Tensor]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: not a readable .pth file ({error})") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    except Exception as error:  # what is no checkpoint can fail to unpickle in any way
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: not a readable .pth file ({reason})") from error
+    if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds {type(state).__name__}, expected a state dict")
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}: holds {type(value).__name__} at {name!r}, expected a tensor there"
+            )
     return state

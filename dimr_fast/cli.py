@@ -28,7 +28,7 @@ def train(config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes], resume: boo
     Args:
         resume: go on with the run in the output folder.
     """
-    print(train_job(config, resume=resume).sentence(config.output))
+    print(train_job(config, resume=resume).sentence(config))
 
 
 def sample(config: Annotated[SampleConfig, tyro.conf.OmitArgPrefixes]) -> None:

@@ -1,6 +1,8 @@
 """The model's configuration, the published presets and two small ones."""
 
 import dataclasses
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,6 +13,20 @@ BLOCK_TYPES = ("TransformerBlock", "ConvNeXtBlock")
 def _require(ok: bool, argument: str, value: object, expected: str) -> None:
     if not ok:
         raise ValueError(f"{argument}: got {value!r}, expected {expected}")
+
+
+def _positive_int(config: object, name: str) -> int:
+    """Check a field, and make an int of what only behaves like one (numpy's integers)."""
+    value = getattr(config, name)
+    whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    _require(whole and operator.index(value) > 0, name, value, "a positive integer")
+    object.__setattr__(config, name, operator.index(value))
+    return operator.index(value)
+
+
+def _odd_int(config: object, name: str) -> None:
+    value = _positive_int(config, name)
+    _require(value % 2 == 1, name, value, "an odd positive integer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,28 +56,23 @@ class BranchConfig:
     def __post_init__(self) -> None:
         _require(self.block_type in BLOCK_TYPES, "block_type", self.block_type, f"{BLOCK_TYPES}")
         for name in ("dim", "hidden_dim", "num_blocks", "max_height", "max_width"):
-            value = getattr(self, name)
-            _require(isinstance(value, int) and value > 0, name, value, "a positive integer")
-        for name in ("input_feature_ratio", "num_attention_heads"):
-            value = getattr(self, name)
-            _require(isinstance(value, int) and value > 0, name, value, "a positive integer")
-        for name in ("kernel_size", "final_kernel_size"):
-            value = getattr(self, name)
-            odd = isinstance(value, int) and value > 0 and value % 2 == 1
-            _require(odd, name, value, "an odd positive integer")
-        _require(
-            self.block_type != "TransformerBlock" or self.dim % self.num_attention_heads == 0,
-            "num_attention_heads",
-            self.num_attention_heads,
-            f"a divisor of dim = {self.dim}",
-        )
+            _positive_int(self, name)
+        _positive_int(self, "input_feature_ratio")
+        _odd_int(self, "final_kernel_size")
+        if self.block_type == "ConvNeXtBlock":
+            _odd_int(self, "kernel_size")
+        else:
+            heads = _positive_int(self, "num_attention_heads")
+            divisor = f"a divisor of dim = {self.dim}"
+            _require(self.dim % heads == 0, "num_attention_heads", heads, divisor)
         _require(
             self.image_input_ratio == 1,
             "image_input_ratio",
             self.image_input_ratio,
             "1: every branch reads the full-resolution image",
         )
-        _require(0 <= self.dropout_prob < 1, "dropout_prob", self.dropout_prob, "0 <= p < 1")
+        number = isinstance(self.dropout_prob, int | float) and 0 <= self.dropout_prob < 1
+        _require(number, "dropout_prob", self.dropout_prob, "0 <= p < 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +92,12 @@ class DiMRConfig:
     block_grad_to_lowres: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("channels", "num_classes"):
-            value = getattr(self, name)
-            _require(isinstance(value, int) and value > 0, name, value, "a positive integer")
+        _positive_int(self, "channels")
+        _positive_int(self, "num_classes")
         _require(self.norm_type in NORM_TYPES, "norm_type", self.norm_type, f"one of {NORM_TYPES}")
+        some = isinstance(self.stage_configs, Sequence) and len(self.stage_configs) > 0
+        _require(some, "stage_configs", self.stage_configs, "a sequence of branches")
         object.__setattr__(self, "stage_configs", tuple(self.stage_configs))
-        _require(len(self.stage_configs) > 0, "stage_configs", self.stage_configs, "a branch")
         for i, branch in enumerate(self.stage_configs):
             _require(
                 isinstance(branch, BranchConfig), f"stage_configs[{i}]", branch, "a BranchConfig"
@@ -129,9 +140,11 @@ class DiMRConfig:
         Raises ValueError naming a field that is missing or out of range.
         """
         values = _read_fields(cls, config, "config")
+        stages = values["stage_configs"]
+        _require(isinstance(stages, Sequence), "config.stage_configs", stages, "a sequence")
         values["stage_configs"] = tuple(
             BranchConfig(**_read_fields(BranchConfig, stage, f"config.stage_configs[{i}]"))
-            for i, stage in enumerate(config.stage_configs)
+            for i, stage in enumerate(stages)
         )
         return cls(**values)
 
@@ -211,7 +224,7 @@ PRESETS: dict[str, DiMRConfig] = {
 
 def preset(name: str, **overrides: Any) -> DiMRConfig:
     """The configuration of that name, with fields of `DiMRConfig` replaced by `overrides`."""
-    _require(name in PRESETS, "name", name, f"one of {', '.join(PRESETS)}")
+    _require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
     fields = [field.name for field in dataclasses.fields(DiMRConfig)]
     for key in overrides:
         _require(key in fields, "overrides", key, f"fields of DiMRConfig: {', '.join(fields)}")

@@ -1,6 +1,7 @@
 """Where a job runs, and in which precision."""
 
 import time
+from functools import cache
 from typing import Literal
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 Precision = Literal["auto", "fp32", "bf16"]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def resolve_device(device: str) -> torch.device:
@@ -26,10 +27,15 @@ def resolve_device(device: str) -> torch.device:
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
     """The dtype of the matrix products; "auto" is bf16 where the device is faster with it."""
     if precision != "auto":
-        return _DTYPES[precision]
+        return DTYPES[precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if _bf16_is_faster() else torch.float32
+
+
+def precision_name(dtype: torch.dtype) -> Precision:
+    """The setting that stands for a dtype."""
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
 def device_name(device: torch.device) -> str:
@@ -39,10 +45,11 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
+@cache
 def _bf16_is_faster() -> bool:
     """Time one linear layer in each dtype: a CPU may compute bf16 in hardware or emulate it."""
     seconds = {}
-    for dtype in _DTYPES.values():
+    for dtype in DTYPES.values():
         x = torch.randn(2048, 256).to(dtype)
         weight = torch.randn(512, 256).to(dtype)
         times = []

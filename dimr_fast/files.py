@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,20 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def claim(folder: Path, names: Sequence[str]) -> None:
+    """Make `folder` ready to take files of these names, before the work that fills them.
+
+    Raises FileExistsError where one of them is there already, and OSError where nothing can be
+    written.
+    """
+    for name in names:
+        if (folder / name).exists():
+            raise FileExistsError(f"{folder / name} exists already; choose another output")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -12,7 +12,6 @@ from dimr_fast import _extension
 from dimr_fast.ops.implementations import OPERATORS, Implementations
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SHAPE = (2, 16, 16, 64)
 
 
 def report() -> str:
@@ -21,7 +20,7 @@ def report() -> str:
     titles = {
         "versions": _versions(),
         "compiled libraries": _libraries(),
-        f"operators on {device}, x {list(_SHAPE)}": _operators(device),
+        f"operators on {device}, for a first input of": _operators(device),
     }
     return "\n\n".join(f"{title}\n{_table(rows)}" for title, rows in titles.items())
 
@@ -63,10 +62,12 @@ def _operators(device: str) -> list[tuple[str, str]]:
     for name, implementations in sorted(OPERATORS.items()):
         by_answer: dict[tuple[str, ...], list[str]] = {}
         for dtype in _DTYPES:
-            answer = _explain(implementations, torch.empty(_SHAPE, dtype=dtype, device=device))
+            x = torch.empty(implementations.example, dtype=dtype, device=device)
+            answer = _explain(implementations, x)
             by_answer.setdefault(answer, []).append(str(dtype).removeprefix("torch."))
         for (chosen, *others), dtypes in by_answer.items():
-            rows.append((name, f"{chosen} ({', '.join(dtypes)})"))
+            title = f"{name} {list(implementations.example)}"
+            rows.append((title, f"{chosen} ({', '.join(dtypes)})"))
             rows.extend(("", f"  {other}") for other in others)
     return rows
 

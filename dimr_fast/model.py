@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dimr_fast import ops
-from dimr_fast.config import BranchConfig, DiMRConfig, preset
+from dimr_fast.config import DiMRConfig, preset
 from dimr_fast.layers import (
     Block,
     Embedding,
@@ -25,16 +25,18 @@ from dimr_fast.layers import (
 class Branch(nn.Module):
     """One resolution: embed the image, add what comes from below, run the blocks, predict."""
 
-    def __init__(self, config: BranchConfig, low: BranchConfig | None, model: DiMRConfig) -> None:
+    def __init__(self, model: DiMRConfig, index: int) -> None:
         super().__init__()
+        config = model.stage_configs[index]
+        self.feeds_cascade = index + 1 < len(model.stage_configs)
         self.is_transformer = config.block_type == "TransformerBlock"
         self.checkpointing = config.checkpointing
         self.depth = config.num_blocks // 2
         self.input_layer = PatchEmbedding(config, model.channels)
         if self.is_transformer:
             self.class_embeds = Embedding(model.num_classes, config.dim)
-        if low is not None:
-            self.upsample = UpsampleAdd(low, config)
+        if index > 0:
+            self.upsample = UpsampleAdd(model.stage_configs[index - 1], config)
         self.blocks = nn.ModuleList(
             Block(config, model.norm_type) for _ in range(2 * self.depth + 1)
         )
@@ -46,7 +48,10 @@ class Branch(nn.Module):
     def forward(
         self, image: Tensor, features: list[Tensor], y: Tensor, td: TDValues
     ) -> tuple[Tensor, list[Tensor]]:
-        """The noise prediction `[B, C, h, w]`, and the features `[B, h·w, D]` for the cascade."""
+        """The noise prediction `[B, C, h, w]`, and the features `[B, h·w, D]` for the cascade.
+
+        The last branch feeds none: its features are not kept.
+        """
         x = self.input_layer(image)
         if features:
             x = self.upsample(x, features, td)
@@ -61,8 +66,13 @@ class Branch(nn.Module):
             x = self._run(block, x, td)
             if j < self.depth:
                 skips.append(x)
-            features.append(x[:, 1:] if self.is_transformer else x)
-        return self.output_layer(features[-1], td), features
+            if self.feeds_cascade:
+                features.append(self._positions(x))
+        return self.output_layer(self._positions(x), td), features
+
+    def _positions(self, x: Tensor) -> Tensor:
+        """The tokens without the class token."""
+        return x[:, 1:] if self.is_transformer else x
 
     def _run(self, block: nn.Module, x: Tensor, td: TDValues) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
@@ -70,7 +80,7 @@ class Branch(nn.Module):
         return block(x, td)
 
 
-class DiMR(nn.Module):
+class DiMR(Operation):
     """Multi-resolution diffusion model that predicts the noise in an image (arXiv 2406.09416).
 
     `config` is a `DiMRConfig` or a published configuration object (any object with its attributes;
@@ -78,16 +88,14 @@ class DiMR(nn.Module):
     Raises ValueError naming the field of a configuration that is out of range.
     """
 
+    operator = "td_parameters"
+
     def __init__(self, config: DiMRConfig | Any) -> None:
         super().__init__()
         if not isinstance(config, DiMRConfig):
             config = DiMRConfig.from_published(config)
         self.config = config
-        branches = config.stage_configs
-        self.stages = nn.ModuleList(
-            Branch(branch, branches[i - 1] if i else None, config)
-            for i, branch in enumerate(branches)
-        )
+        self.stages = nn.ModuleList(Branch(config, i) for i in range(len(config.stage_configs)))
         for index, parameter in enumerate(self._td_parameters()):
             parameter.index = index
 
@@ -143,6 +151,7 @@ class DiMR(nn.Module):
         td = ops.td_parameters(
             log_snr.to(torch.promote_types(log_snr.dtype, torch.float32)) / 4,
             [parameter.vectors for parameter in self._td_parameters()],
+            implementation=self.implementation,
         )
         predictions = []
         features: list[Tensor] = []
@@ -163,7 +172,9 @@ class DiMR(nn.Module):
         if not x.is_floating_point():
             raise ValueError(f"x: got dtype {x.dtype}, expected a floating-point dtype")
         weight = next(self.parameters())
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if x.dtype != weight.dtype and not autocast:
             raise ValueError(f"x: got dtype {x.dtype}, expected {weight.dtype} as the parameters")
         if log_snr is None:
             raise ValueError("log_snr: got None, expected the time condition, [B] or [1]")

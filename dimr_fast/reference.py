@@ -44,7 +44,8 @@ def td_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def td_rms_norm(x: Tensor, scale: Tensor) -> Tensor:
     """RMSNorm of `x` `[B, …, D]` with a scale per time `[T, D]`; epsilon is added to the rms."""
     wide = _widen(x)
-    rms = wide.square().mean(-1, keepdim=True).sqrt()
+    # A norm, unlike the root of a mean of squares, has a finite gradient on a row of zeros.
+    rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
     return (wide / (rms + 1e-8) * _per_image(scale, x)).to(x.dtype)
 
 

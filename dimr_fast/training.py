@@ -21,14 +21,39 @@ from dimr_fast.checkpoint import EMA_PREFIX, CheckpointError, load_checkpoint, s
 from dimr_fast.config import preset
 from dimr_fast.data.scaling import PixelScale
 from dimr_fast.data.tiles import load_tiles
-from dimr_fast.device import Precision, device_name, resolve_device, resolve_precision
+from dimr_fast.device import (
+    Precision,
+    device_name,
+    precision_name,
+    resolve_device,
+    resolve_precision,
+)
 from dimr_fast.diffusion import DiscreteSchedule, multi_scale_loss
-from dimr_fast.files import write_json
+from dimr_fast.files import claim, write_json
 from dimr_fast.model import DiMR
 from dimr_fast.pictures import loss_curve, require_matplotlib
 from dimr_fast.seeds import derived_seed
 
 CHECKPOINT = "checkpoint.safetensors"
+FILES = (CHECKPOINT, "loss.png", "train.json")
+"""What a run leaves in its folder."""
+
+RECIPE = (
+    "preset",
+    "data",
+    "batch_size",
+    "learning_rate",
+    "warmup_steps",
+    "decay",
+    "betas",
+    "weight_decay",
+    "max_grad_norm",
+    "ema_decay",
+    "label_dropout",
+    "precision",
+    "seed",
+)
+"""The settings that a resumed run must share with its beginning; the others may change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +106,24 @@ class TrainConfig:
         require(self.learning_rate > 0, "learning_rate", "a positive number")
         require(self.warmup_steps >= 0, "warmup_steps", "0 or more")
         require(0 <= self.decay <= 1, "decay", "0..1")
+        betas = all(0 <= beta < 1 for beta in self.betas)
+        require(betas, "betas", "two numbers in 0 <= beta < 1")
+        require(self.weight_decay >= 0, "weight_decay", "0 or more")
+        clipped = self.max_grad_norm is None or self.max_grad_norm > 0
+        require(clipped, "max_grad_norm", "a positive number or None")
+        require(self.checkpoint_minutes > 0, "checkpoint_minutes", "a positive number")
         require(0 <= self.ema_decay < 1, "ema_decay", "0 <= decay < 1")
         require(0 <= self.label_dropout < 1, "label_dropout", "0 <= share < 1")
+
+    def command(self) -> str:
+        """The command line that trains so."""
+        words = ["dimr-fast train"]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                words.append(f"--{field.name.replace('_', '-')} {text}")
+        return " ".join(words)
 
 
 @dataclass(frozen=True)
@@ -100,17 +141,18 @@ class TrainSummary:
     torch: str
     interrupted: bool
 
-    def sentence(self, output: Path) -> str:
+    def sentence(self, config: TrainConfig) -> str:
         """The end of the run in words; how to go on, where it was interrupted."""
         verb = "stopped" if self.interrupted else "trained"
         text = (
             f"{verb} at step {self.steps:,} after {self.seconds / 60:.1f} minutes "
             f"({self.images_per_second:.0f} images/s, {self.parameters / 1e6:.1f}M parameters, "
             f"{self.precision}, {self.device}); "
-            f"loss {self.first_loss:.3f} -> {self.last_loss:.3f}; wrote {output / CHECKPOINT}"
+            f"loss {self.first_loss:.3f} -> {self.last_loss:.3f}; "
+            f"wrote {config.output / CHECKPOINT}"
         )
         if self.interrupted:
-            text += f"\ngo on with the same settings, --output {output} and --resume"
+            text += f"\ngo on with: {config.command()} --resume"
         return text
 
 
@@ -121,6 +163,7 @@ class _Run:
     model: DiMR
     classes: tuple[str, ...]
     pixels: PixelScale
+    settings: dict[str, Any]
     optimizer: torch.optim.AdamW
     step: int = 0
     seconds: float = 0.0
@@ -146,16 +189,23 @@ class _Run:
             "config": self.model.config.to_dict(),
             "classes": self.classes,
             "pixels": dataclasses.asdict(self.pixels),
+            "settings": self.settings,
             "step": self.step,
             "seconds": self.seconds,
         }
         save_checkpoint(path, tensors, metadata)
 
     def load(self, path: Path) -> None:
-        """Take over a checkpoint of the same model; CheckpointError for any other."""
+        """Take over a checkpoint of the same model and recipe; CheckpointError for any other."""
         tensors, metadata = load_checkpoint(path)
         if metadata.get("config") != json.loads(json.dumps(self.model.config.to_dict())):
             raise CheckpointError(f"{path}: holds another model than this run trains")
+        for name, value in metadata.get("settings", {}).items():
+            ours = json.loads(json.dumps(self.settings[name]))
+            if ours == "auto":
+                self.settings[name] = value
+            elif ours != value:
+                raise CheckpointError(f"{path}: was trained with {name} {value}, not {ours}")
         try:
             self.step, self.seconds = metadata["step"], metadata["seconds"]
             self.losses = tensors["losses"].tolist()
@@ -190,22 +240,25 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     config.validate()
     path = config.output / CHECKPOINT
     if path.exists() and not resume:
-        raise FileExistsError(f"{config.output} already holds a run; resume it or choose another")
+        raise FileExistsError(f"{path} exists already; --resume it or choose another output")
     require_matplotlib()
     device = resolve_device(config.device)
-    dtype = resolve_precision(config.precision, device)
     images, labels, classes = _load_data(config)
     pixels = PixelScale.of(images)
     model_config = preset(config.preset, num_classes=len(classes) + 1)
 
     torch.manual_seed(config.seed)
     model = DiMR(model_config).to(device)
-    run = _Run(model, classes, pixels, _optimizer(model, config))
+    recipe = {name: getattr(config, name) for name in RECIPE}
+    run = _Run(model, classes, pixels, recipe, _optimizer(model, config))
     if resume:
         run.load(path)
     else:
-        config.output.mkdir(parents=True, exist_ok=True)
-        run.save(path)
+        claim(config.output, FILES)
+    # Timing the machine again on a resumed run might choose otherwise.
+    dtype = resolve_precision(run.settings["precision"], device)
+    run.settings["precision"] = precision_name(dtype)
+    run.save(path)
     with _stop_on_signal() as stopped:
         _loop(run, config, images.to(device), labels.to(device), dtype, stopped)
     run.save(path)
@@ -217,7 +270,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
         last_loss=_mean(run.losses[-100:]),
         parameters=sum(p.numel() for p in model.parameters()),
         device=device_name(device),
-        precision=str(dtype).removeprefix("torch."),
+        precision=precision_name(dtype),
         torch=torch.__version__,
         interrupted=stopped(),
     )
@@ -277,13 +330,15 @@ def _loop(
     with tqdm(total=1.0, initial=run.progress(config), bar_format=BAR, mininterval=0.5) as bar:
 
         def read_losses() -> None:
-            run.losses += torch.stack(pending).tolist()
+            for loss, norm in torch.stack(pending).tolist():
+                run.losses.append(loss)
+                # A finite loss can have a gradient that is not; the next save would keep its harm.
+                if not math.isfinite(loss + norm):
+                    raise FloatingPointError(
+                        f"loss {loss}, gradient norm {norm} at step {len(run.losses)}; "
+                        f"{config.output / CHECKPOINT} holds the last good state"
+                    )
             pending.clear()
-            if not math.isfinite(run.losses[-1]):
-                raise FloatingPointError(
-                    f"the loss is {run.losses[-1]} at step {run.step}; "
-                    f"{config.output / CHECKPOINT} holds the last good state"
-                )
             rate = (run.step - first_step) * config.batch_size / (run.seconds - before)
             bar.set_postfix_str(
                 f"step {run.step}, loss {_mean(run.losses[-100:]):.3f}, {rate:.0f} images/s",
@@ -304,15 +359,16 @@ def _loop(
             loss = multi_scale_loss(predictions, noise).mean()
             run.optimizer.zero_grad()
             loss.backward()
-            if config.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
+            norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
             run.optimizer.step()
             decay = min(config.ema_decay, (1 + run.step) / (10 + run.step))
-            torch._foreach_lerp_(list(run.ema.values()), parameters, 1 - decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(run.ema.values()), parameters, 1 - decay)
             run.step += 1
             now = time.monotonic()
             run.seconds = before + now - begun
-            pending.append(loss.detach())
+            pending.append(torch.stack([loss.detach(), norm]))
             if len(pending) == interval:
                 read_losses()
                 if now - saved > 60 * config.checkpoint_minutes:

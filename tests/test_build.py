@@ -122,6 +122,19 @@ def test_torch_is_found_by_its_folders(tmp_path, version, found):
     assert torch_found == (toolchain.Torch(tmp_path / "torch", version) if found else None)
 
 
+def test_the_build_asks_for_torch_only_where_there_is_none(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "csrc")
+    backend = importlib.import_module("build_support.backend")
+    monkeypatch.setattr(backend, "why_no_compiler", lambda: None)
+    monkeypatch.setattr(backend, "find_torch", lambda: toolchain.Torch(Path("torch"), "2.13.0"))
+    assert "torch>=2.11" not in backend.get_requires_for_build_editable()
+    monkeypatch.setattr(backend, "find_torch", lambda: None)
+    assert "torch>=2.11" in backend.get_requires_for_build_editable()
+    assert "torch>=2.11" in backend.get_requires_for_build_wheel()
+    monkeypatch.setattr(backend, "why_no_compiler", lambda: "no C++ compiler")
+    assert "torch>=2.11" not in backend.get_requires_for_build_editable()
+
+
 def test_torch_of_this_environment_is_found():
     assert toolchain.find_torch() == toolchain.Torch(Path(torch.__file__).parent, torch.__version__)
 

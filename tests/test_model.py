@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from golden import CASES, Golden, relative_error
@@ -345,14 +346,29 @@ def branch(**changes: Any) -> BranchConfig:
     return dataclasses.replace(PRESETS["tiny"].stage_configs[0], **changes)
 
 
+def convnext(**changes: Any) -> BranchConfig:
+    return dataclasses.replace(PRESETS["tiny"].stage_configs[1], **changes)
+
+
+def test_fields_of_the_other_block_type_do_not_matter_and_numpy_sizes_are_ints() -> None:
+    assert branch(kernel_size=None).kernel_size is None
+    assert convnext(num_attention_heads=None).num_attention_heads is None
+    wide = branch(dim=np.int64(48))
+    assert type(wide.dim) is int
+    assert wide.dim == 48
+
+
 BAD_CONFIGURATIONS = [
-    (lambda: DiMR.from_preset("DiMR-XXL"), "name: got 'DiMR-XXL'.*DiMR-XL/2R"),
+    (lambda: DiMR.from_preset("DiMR-XXL"), "preset: got 'DiMR-XXL'.*DiMR-XL/2R"),
     (lambda: DiMR.from_preset("tiny", width=3), "overrides: got 'width'"),
     (lambda: DiMR.from_preset("tiny", norm_type="BN"), "norm_type: got 'BN'.*TDRMSN"),
     (lambda: DiMR.from_preset("tiny", channels=0), "channels: got 0"),
     (lambda: branch(num_attention_heads=5), "num_attention_heads: got 5.*dim = 24"),
     (lambda: branch(block_type="MLP"), "block_type: got 'MLP'"),
-    (lambda: branch(kernel_size=4), "kernel_size: got 4.*odd"),
+    (lambda: convnext(kernel_size=4), "kernel_size: got 4.*odd"),
+    (lambda: branch(dropout_prob=None), "dropout_prob: got None"),
+    (lambda: branch(num_blocks=True), "num_blocks: got True"),
+    (lambda: DiMR.from_preset("tiny", stage_configs=None), "stage_configs: got None"),
     (lambda: branch(dropout_prob=1.0), "dropout_prob: got 1.0"),
     (lambda: branch(image_input_ratio=2), "image_input_ratio: got 2"),
     (lambda: branch(dim=2.5), "dim: got 2.5"),
@@ -412,6 +428,7 @@ def test_set_implementation_reaches_the_operators_that_have_it() -> None:
         if hasattr(module, "operator")
     }
     assert chosen.pop("attention") == "sdpa"
+    assert "td_parameters" in chosen
     assert set(chosen.values()) == {"auto"}
     with pytest.raises(ValueError, match="implementation: got 'cuda12'"):
         model.set_implementation("cuda12")

@@ -75,6 +75,13 @@ def test_derivatives_of_every_operator(times: int) -> None:
     assert check(cascade, inputs)
 
 
+def test_rms_norm_of_zeros_has_a_finite_gradient() -> None:
+    x = torch.zeros(2, 3, 4, requires_grad=True)
+    reference.td_rms_norm(x, torch.ones(1, 4)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
 def test_pixel_shuffle_order() -> None:
     """Position (h·q + i, w·q + j) takes channels (i·q + j)·D onwards of the projection."""
     torch.manual_seed(0)

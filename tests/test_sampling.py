@@ -1,7 +1,10 @@
 """Sampling from a checkpoint as a user does it."""
 
+import dataclasses
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from dimr_fast.checkpoint import (
     save_checkpoint,
 )
 from dimr_fast.data.scaling import PixelScale
-from dimr_fast.sampling import SampleConfig, sample, sample_images
+from dimr_fast.sampling import SampleConfig, Sampler, sample, sample_images
 
 CLASSES = ("a", "b", "c", "d", "e", "f")
 
@@ -44,13 +47,16 @@ def write(trained: TrainedModel, path: Path) -> None:
 
 def test_an_image_does_not_depend_on_its_batch(trained: TrainedModel) -> None:
     labels = torch.arange(5)
-    together = sample_images(trained, labels, steps=4, precision="fp32")
-    apart = sample_images(trained, labels, steps=4, batch_size=2, precision="fp32")
+    sampler = Sampler(steps=4, precision="fp32")
+    together = sample_images(trained, labels, sampler)
+    apart = sample_images(trained, labels, dataclasses.replace(sampler, batch_size=2))
+    last = sample_images(trained, labels[3:], sampler, first=3)
     assert together.dtype == torch.uint8
     assert together.shape == (5, 3, 16, 16)
     # A batch of another size may take another order of summation, never more than a rounding.
     assert (together.int() - apart.int()).abs().max() <= 1
-    other = sample_images(trained, labels, steps=4, seed=1, precision="fp32")
+    assert (together[3:].int() - last.int()).abs().max() <= 1
+    other = sample_images(trained, labels, dataclasses.replace(sampler, seed=1))
     assert (together.int() - other.int()).abs().float().mean() > 1
 
 
@@ -59,10 +65,10 @@ def test_sampling_takes_the_stated_number_of_evaluations(trained: TrainedModel) 
     trained.model.register_forward_pre_hook(
         lambda _, args: batches.append(len(args[0])), with_kwargs=False
     )
-    sample_images(trained, torch.arange(3), steps=5, guidance=0.4, precision="fp32")
+    sample_images(trained, torch.arange(3), Sampler(steps=5, guidance=0.4))
     assert batches == [6] * 5
     batches.clear()
-    sample_images(trained, torch.arange(3), steps=5, guidance=0.0, precision="fp32")
+    sample_images(trained, torch.arange(3), Sampler(steps=5, guidance=0.0))
     assert batches == [3] * 5
 
 
@@ -76,8 +82,8 @@ def test_start_noise_stays_within_its_limit(
         return x
 
     monkeypatch.setattr("dimr_fast.sampling.dpm_solver_singlestep", solver)
-    sample_images(trained, torch.arange(6), noise_limit=2.5)
-    sample_images(trained, torch.arange(6), noise_limit=float("inf"))
+    sample_images(trained, torch.arange(6), Sampler(noise_limit=2.5))
+    sample_images(trained, torch.arange(6), Sampler(noise_limit=math.inf))
     limited, drawn = starts
     assert limited.abs().max() == 2.5
     assert drawn.abs().max() > 3
@@ -87,14 +93,19 @@ def test_start_noise_stays_within_its_limit(
 
 
 def test_no_images_for_no_labels(trained: TrainedModel) -> None:
-    assert sample_images(trained, torch.empty(0, dtype=torch.int64)).shape == (0, 3, 16, 16)
+    assert sample_images(trained, torch.empty(0, dtype=torch.int64), Sampler()).shape == (
+        0,
+        3,
+        16,
+        16,
+    )
 
 
 def test_labels_out_of_range_are_named(trained: TrainedModel) -> None:
     with pytest.raises(ValueError, match=r"labels: got \[7\]"):
-        sample_images(trained, torch.tensor([7]))
+        sample_images(trained, torch.tensor([7]), Sampler())
     with pytest.raises(ValueError, match=r"labels: got torch\.float32"):
-        sample_images(trained, torch.zeros(2))
+        sample_images(trained, torch.zeros(2), Sampler())
 
 
 def test_pixel_scale_inverts_itself() -> None:
@@ -111,15 +122,42 @@ def test_pixel_scale_inverts_itself() -> None:
 def test_a_grid_from_a_checkpoint(trained: TrainedModel, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
     write(trained, path)
-    config = SampleConfig(checkpoint=path, output=tmp_path / "out", per_class=2, steps=2)
+    config = SampleConfig(
+        checkpoint=path, output=tmp_path / "out", per_class=2, sampler=Sampler(steps=2)
+    )
     grid = sample(config)
     with Image.open(grid) as picture:
         width, height = picture.size
     assert width > 2 * 16
     assert height > 6 * 16
-    assert json.loads((tmp_path / "out" / "sample.json").read_text())["steps"] == 2
-    with pytest.raises(FileExistsError, match="exists already"):
+    report = tmp_path / "out" / "sample.json"
+    assert json.loads(report.read_text())["sampler"]["steps"] == 2
+    with pytest.raises(FileExistsError, match=r"grid\.png exists already"):
         sample(config)
+    grid.unlink()
+    with pytest.raises(FileExistsError, match=r"sample\.json exists already"):
+        sample(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps: got 0"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"guidance": math.inf}, "guidance: got inf"),
+        ({"guidance": -0.1}, r"guidance: got -0\.1"),
+        ({"noise_limit": 0.0}, r"noise_limit: got 0\.0"),
+    ],
+)
+def test_bad_settings_name_the_setting(
+    trained: TrainedModel, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    write(trained, tmp_path / "c.safetensors")
+    sampler, output = Sampler(**change), tmp_path / "out"
+    with pytest.raises(ValueError, match=message):
+        sample(SampleConfig(checkpoint=tmp_path / "c.safetensors", output=output, sampler=sampler))
+    assert not output.exists()
 
 
 def test_a_checkpoint_gives_back_its_model(trained: TrainedModel, tmp_path: Path) -> None:
@@ -171,6 +209,12 @@ def test_published_files_load_without_running_their_code(
     with pytest.raises(CheckpointError, match=r"bad.pth: not a readable .pth file"):
         load_published(tmp_path / "bad.pth")
     assert "ran" not in capsys.readouterr().out
+    (tmp_path / "text.pth").write_text("expected a checkpoint, got words")
+    with pytest.raises(CheckpointError, match=r"text.pth: not a readable .pth file"):
+        load_published(tmp_path / "text.pth")
+    torch.save({"state_dict": state}, tmp_path / "nested.pth")
+    with pytest.raises(CheckpointError, match=r"holds .*Dict at 'state_dict'"):
+        load_published(tmp_path / "nested.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(CheckpointError, match="holds list"):
         load_published(tmp_path / "list.pth")

@@ -165,7 +165,7 @@ def test_ema_follows_its_definition(tmp_path: Path) -> None:
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     train(config(tmp_path, steps=1))
     before = (tmp_path / CHECKPOINT).read_bytes()
-    with pytest.raises(FileExistsError, match="already holds a run"):
+    with pytest.raises(FileExistsError, match="exists already"):
         train(config(tmp_path, steps=1))
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
@@ -196,9 +196,62 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
         return original(*args) * (float("nan") if calls == 3 else 1.0)
 
     monkeypatch.setattr(training, "multi_scale_loss", failing)
-    with pytest.raises(FloatingPointError, match=r"nan at step 3"):
+    with pytest.raises(FloatingPointError, match=r"loss nan, .* at step 3"):
         train(config(tmp_path))
     assert all(p.isfinite().all() for p in load_model(tmp_path / CHECKPOINT).model.parameters())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of that step is finite; the update would spoil every weight."""
+    original = training.multi_scale_loss
+    calls = 0
+
+    def poisoned(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = original(*args)
+        if calls == 3:
+            loss.register_hook(lambda grad: grad * float("nan"))
+        return loss
+
+    monkeypatch.setattr(training, "multi_scale_loss", poisoned)
+    with pytest.raises(FloatingPointError, match=r"gradient norm nan at step 3"):
+        train(config(tmp_path, checkpoint_minutes=1e-9))
+    assert load_checkpoint(tmp_path / CHECKPOINT)[1]["step"] == 2
+    assert all(p.isfinite().all() for p in load_model(tmp_path / CHECKPOINT).model.parameters())
+
+
+def test_the_ema_keeps_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one, every step would stay in memory for the rest of the run."""
+    runs: list[training._Run] = []
+    original = training._loop
+
+    def watching(run: training._Run, *args: Any) -> None:
+        runs.append(run)
+        original(run, *args)
+
+    monkeypatch.setattr(training, "_loop", watching)
+    train(config(tmp_path))
+    assert not any(value.requires_grad for value in runs[0].ema.values())
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"batch_size": 4}, {"precision": "bf16"}])
+def test_a_run_goes_on_with_its_own_recipe_only(tmp_path: Path, change: dict[str, Any]) -> None:
+    train(config(tmp_path, steps=1))
+    (name,) = change
+    with pytest.raises(CheckpointError, match=f"was trained with {name}"):
+        train(config(tmp_path, **change), resume=True)
+    # What the machine would choose by itself gives way to what the run began with.
+    assert train(config(tmp_path, precision="auto"), resume=True).precision == "fp32"
+
+
+def test_the_command_that_goes_on_is_spelled_out(tmp_path: Path) -> None:
+    settings = TrainConfig(output=tmp_path, minutes=3.0, betas=(0.9, 0.95), seed=2)
+    assert settings.command() == (
+        f"dimr-fast train --output {tmp_path} --minutes 3.0 --betas 0.9 0.95 --seed 2"
+    )
 
 
 def test_an_unwritable_output_fails_before_any_work(tmp_path: Path) -> None:
@@ -215,9 +268,13 @@ def test_an_unwritable_output_fails_before_any_work(tmp_path: Path) -> None:
         ({"batch_size": 0}, "batch_size: got 0"),
         ({"learning_rate": 0.0}, "learning_rate: got 0.0"),
         ({"data": "cats"}, "data: got 'cats'"),
+        ({"betas": (0.9, 1.0)}, "betas: got"),
+        ({"weight_decay": -1.0}, "weight_decay: got -1.0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm: got -1.0"),
+        ({"checkpoint_minutes": 0.0}, "checkpoint_minutes: got 0.0"),
         ({"ema_decay": 1.0}, "ema_decay: got 1.0"),
         ({"preset": "DiMR-XL/2R"}, "preset: got 'DiMR-XL/2R' for 4x32x32"),
-        ({"preset": "huge"}, "name: got 'huge'"),
+        ({"preset": "huge"}, "preset: got 'huge'"),
         ({"device": "abacus"}, "device: got 'abacus'"),
     ],
 )

@@ -1,9 +1,15 @@
 """The diffusion process: schedule, training objective, guidance and sampler. Knows no model."""
 
-from .guidance import ConstantGuidance, Guidance, ModelFn, PowerCosineGuidance, guided
-from .loss import multi_scale_loss, pool_noise
-from .schedule import DiscreteSchedule, time_condition
-from .solvers import NoiseFn, dpm_solver_singlestep
+from dimr_fast.diffusion.guidance import (
+    ConstantGuidance,
+    Guidance,
+    ModelFn,
+    PowerCosineGuidance,
+    guided,
+)
+from dimr_fast.diffusion.loss import multi_scale_loss, pool_noise
+from dimr_fast.diffusion.schedule import DiscreteSchedule, time_condition
+from dimr_fast.diffusion.solvers import NoiseFn, dpm_solver_singlestep
 
 __all__ = [
     "ConstantGuidance",

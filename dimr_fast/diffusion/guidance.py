@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .schedule import time_condition
-from .solvers import NoiseFn
+from dimr_fast.diffusion.schedule import time_condition
+from dimr_fast.diffusion.solvers import NoiseFn
 
 ModelFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A noise prediction from `x` [N, ...], the condition (`log_snr`, [1] or [N]) and labels [N]."""

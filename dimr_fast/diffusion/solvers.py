@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from .schedule import DiscreteSchedule
+from dimr_fast.diffusion.schedule import DiscreteSchedule
 
 NoiseFn = Callable[[Tensor, Tensor], Tensor]
 """A noise prediction from `x` [B, ...] and the time `t` in (0, 1], 0-d or [B]."""

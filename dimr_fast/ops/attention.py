@@ -12,19 +12,20 @@ def _sdpa_why_not(qkv: Tensor) -> str | None:
     return None
 
 
+_MEASURED = 257
+
+
 def _sdpa_slower(qkv: Tensor) -> str | None:
-    # PyTorch's CPU kernel tiles its work for long sequences and converts tile by tile: on short
-    # ones in half precision two plain matrix products are several times faster, the more so in
-    # the backward pass (benchmarks/bench_attention.py).
-    short = qkv.dim() == 3 and qkv.shape[1] <= _SHORT
-    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and short:
-        return f"slower on a CPU in bfloat16 up to {_SHORT} tokens"
+    # PyTorch's CPU kernel is made for long sequences: up to those measured, plain matrix products
+    # are faster in bfloat16, most of all in the backward pass (benchmarks/bench_attention.py).
+    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and qkv.shape[1] <= _MEASURED:
+        return f"slower on a CPU in bfloat16 up to {_MEASURED} tokens"
     return None
 
 
-_SHORT = 128
-
-implementations = Implementations("attention", sdpa=_sdpa_why_not, slower={"sdpa": _sdpa_slower})
+implementations = Implementations(
+    "attention", example=(4, 257, 2880), sdpa=_sdpa_why_not, slower={"sdpa": _sdpa_slower}
+)
 
 
 def attention(qkv: Tensor, num_heads: int, *, implementation: str = "auto") -> Tensor:

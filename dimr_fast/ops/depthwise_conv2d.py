@@ -41,6 +41,7 @@ def _slower_on_cuda(x: torch.Tensor) -> str | None:
 
 implementations = Implementations(
     "depthwise_conv2d",
+    example=(4, 32, 32, 480),
     cpu=_why_not_cpu,
     cuda=_why_not_cuda,
     slower={"cpu": _slower_on_cpu, "cuda": _slower_on_cuda},
@@ -80,24 +81,25 @@ def depthwise_conv2d(
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     for name, value in (("x", x), ("weight", weight), ("bias", bias)):
         if not (isinstance(value, torch.Tensor) or (name == "bias" and value is None)):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"x: expected [B, H, W, D] with H, W, D > 0, got {list(x.shape)}")
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, H, W, D] with H, W, D > 0")
     if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating-point dtype, got {_name(x.dtype)}")
+        raise TypeError(f"x: got dtype {_name(x.dtype)}, expected floating point")
     d, k = x.shape[-1], weight.shape[-1] if weight.dim() else 0
     if tuple(weight.shape) != (d, 1, k, k) or k % 2 == 0:
-        raise ValueError(f"weight: expected [{d}, 1, k, k] with odd k, got {list(weight.shape)}")
+        shape = tuple(weight.shape)
+        raise ValueError(f"weight: got shape {shape}, expected [{d}, 1, k, k] with odd k")
     if bias is not None and tuple(bias.shape) != (d,):
-        raise ValueError(f"bias: expected [{d}], got {list(bias.shape)}")
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [{d}]")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None:
             continue
         if value.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} as x has, got {value.device}")
+            raise ValueError(f"{name}: got device {value.device}, expected that of x, {x.device}")
         if value.dtype != x.dtype and _autocast_dtype(x) is None:
             raise TypeError(
-                f"{name}: expected dtype {_name(x.dtype)} as x has, got {_name(value.dtype)}"
+                f"{name}: got dtype {_name(value.dtype)}, expected that of x, {_name(x.dtype)}"
             )
 
 

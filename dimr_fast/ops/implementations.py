@@ -21,13 +21,20 @@ class Implementations:
     implementation is usable and otherwise the reason why not. It may look at device, dtype and
     shape only, never at values. "reference" (plain PyTorch) is always there, and last.
 
-    `slower` says likewise where "auto" passes over an implementation that could run.
+    `slower` says likewise where "auto" passes over an implementation that could run. `example` is
+    the shape of a typical first input, for reports.
     """
 
     def __init__(
-        self, operator: str, *, slower: Mapping[str, WhyNot] | None = None, **why_not: WhyNot
+        self,
+        operator: str,
+        *,
+        example: tuple[int, ...] = (2, 256, 64),
+        slower: Mapping[str, WhyNot] | None = None,
+        **why_not: WhyNot,
     ) -> None:
         self.operator = operator
+        self.example = example
         self._slower = dict(slower or {})
         self._why_not = {**why_not, "reference": _always}
         OPERATORS[operator] = self

@@ -11,7 +11,7 @@ from dimr_fast.ops.implementations import Implementations
 Vectors = tuple[Tensor, Tensor, Tensor, Tensor]
 """param0, param1, nodecay_weight and nodecay_bias of one parameter, `[D]` each."""
 
-implementations = Implementations("td_parameters")
+implementations = Implementations("td_parameters", example=(4,))
 
 
 def td_parameters(
