@@ -53,4 +53,4 @@ def test_attention(
         "flops": 4 * batch * tokens**2 * heads * head_dim,
         "bytes": 4 * batch * tokens * heads * head_dim * qkv.element_size(),
     }
-    benchmark.pedantic(call, rounds=10, warmup_rounds=2)
+    benchmark.pedantic(call, rounds=30, warmup_rounds=3)

@@ -49,4 +49,4 @@ def test_forward(
         "bytes": 2 * x.numel() * x.element_size(),
     }
     with torch.inference_mode():
-        benchmark.pedantic(call, rounds=10, warmup_rounds=2)
+        benchmark.pedantic(call, rounds=30, warmup_rounds=3)
