@@ -10,23 +10,30 @@ NORM_TYPES = ("TDRMSN", "LN", "RMSN")
 BLOCK_TYPES = ("TransformerBlock", "ConvNeXtBlock")
 
 
-def _require(ok: bool, argument: str, value: object, expected: str) -> None:
+def require(ok: bool, argument: str, value: object, expected: str) -> None:
+    """ValueError naming the argument, what came and what was expected, unless `ok`."""
     if not ok:
         raise ValueError(f"{argument}: got {value!r}, expected {expected}")
+
+
+def require_fields(settings: object, **checks: tuple[bool, str]) -> None:
+    """`require` for fields of a dataclass: whether each is all right, and what is expected."""
+    for name, (ok, expected) in checks.items():
+        require(ok, name, getattr(settings, name), expected)
 
 
 def _positive_int(config: object, name: str) -> int:
     """Check a field, and make an int of what only behaves like one (numpy's integers)."""
     value = getattr(config, name)
     whole = hasattr(value, "__index__") and not isinstance(value, bool)
-    _require(whole and operator.index(value) > 0, name, value, "a positive integer")
+    require(whole and operator.index(value) > 0, name, value, "a positive integer")
     object.__setattr__(config, name, operator.index(value))
     return operator.index(value)
 
 
 def _odd_int(config: object, name: str) -> None:
     value = _positive_int(config, name)
-    _require(value % 2 == 1, name, value, "an odd positive integer")
+    require(value % 2 == 1, name, value, "an odd positive integer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +61,7 @@ class BranchConfig:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.block_type in BLOCK_TYPES, "block_type", self.block_type, f"{BLOCK_TYPES}")
+        require(self.block_type in BLOCK_TYPES, "block_type", self.block_type, f"{BLOCK_TYPES}")
         for name in ("dim", "hidden_dim", "num_blocks", "max_height", "max_width"):
             _positive_int(self, name)
         _positive_int(self, "input_feature_ratio")
@@ -64,15 +71,15 @@ class BranchConfig:
         else:
             heads = _positive_int(self, "num_attention_heads")
             divisor = f"a divisor of dim = {self.dim}"
-            _require(self.dim % heads == 0, "num_attention_heads", heads, divisor)
-        _require(
+            require(self.dim % heads == 0, "num_attention_heads", heads, divisor)
+        require(
             self.image_input_ratio == 1,
             "image_input_ratio",
             self.image_input_ratio,
             "1: every branch reads the full-resolution image",
         )
         number = isinstance(self.dropout_prob, int | float) and 0 <= self.dropout_prob < 1
-        _require(number, "dropout_prob", self.dropout_prob, "0 <= p < 1")
+        require(number, "dropout_prob", self.dropout_prob, "0 <= p < 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +101,17 @@ class DiMRConfig:
     def __post_init__(self) -> None:
         _positive_int(self, "channels")
         _positive_int(self, "num_classes")
-        _require(self.norm_type in NORM_TYPES, "norm_type", self.norm_type, f"one of {NORM_TYPES}")
+        require(self.norm_type in NORM_TYPES, "norm_type", self.norm_type, f"one of {NORM_TYPES}")
         some = isinstance(self.stage_configs, Sequence) and len(self.stage_configs) > 0
-        _require(some, "stage_configs", self.stage_configs, "a sequence of branches")
+        require(some, "stage_configs", self.stage_configs, "a sequence of branches")
         object.__setattr__(self, "stage_configs", tuple(self.stage_configs))
         for i, branch in enumerate(self.stage_configs):
-            _require(
+            require(
                 isinstance(branch, BranchConfig), f"stage_configs[{i}]", branch, "a BranchConfig"
             )
             size = (branch.max_height, branch.max_width)
             full = tuple(s * branch.input_feature_ratio for s in size)
-            _require(
+            require(
                 full == self.image_size,
                 f"stage_configs[{i}].input_feature_ratio",
                 branch.input_feature_ratio,
@@ -113,7 +120,7 @@ class DiMRConfig:
             if i > 0:
                 low = self.stage_configs[i - 1]
                 ratio = branch.max_height // low.max_height
-                _require(
+                require(
                     ratio >= 1 and size == (low.max_height * ratio, low.max_width * ratio),
                     f"stage_configs[{i}].max_height, max_width",
                     size,
@@ -141,7 +148,7 @@ class DiMRConfig:
         """
         values = _read_fields(cls, config, "config")
         stages = values["stage_configs"]
-        _require(isinstance(stages, Sequence), "config.stage_configs", stages, "a sequence")
+        require(isinstance(stages, Sequence), "config.stage_configs", stages, "a sequence")
         values["stage_configs"] = tuple(
             BranchConfig(**_read_fields(BranchConfig, stage, f"config.stage_configs[{i}]"))
             for i, stage in enumerate(stages)
@@ -224,8 +231,8 @@ PRESETS: dict[str, DiMRConfig] = {
 
 def preset(name: str, **overrides: Any) -> DiMRConfig:
     """The configuration of that name, with fields of `DiMRConfig` replaced by `overrides`."""
-    _require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+    require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
     fields = [field.name for field in dataclasses.fields(DiMRConfig)]
     for key in overrides:
-        _require(key in fields, "overrides", key, f"fields of DiMRConfig: {', '.join(fields)}")
+        require(key in fields, "overrides", key, f"fields of DiMRConfig: {', '.join(fields)}")
     return dataclasses.replace(PRESETS[name], **overrides)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dimr_fast.checkpoint import TrainedModel, load_model
+from dimr_fast.config import require_fields
 from dimr_fast.device import Precision, resolve_device, resolve_precision
 from dimr_fast.diffusion import (
     ConstantGuidance,
@@ -40,17 +41,15 @@ class Sampler:
 
     def validate(self) -> None:
         """ValueError naming a setting that is out of range."""
-
-        def require(ok: bool, name: str, expected: str) -> None:
-            if not ok:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
-
-        require(self.steps > 0, "steps", "1 or more")
-        require(self.batch_size > 0, "batch_size", "1 or more")
-        require(self.seed >= 0, "seed", "0 or more")
-        require(self.noise_limit > 0, "noise_limit", "a positive number")
         guided = self.guidance >= 0 and math.isfinite(self.guidance)
-        require(guided, "guidance", "a finite number, 0 or more")
+        require_fields(
+            self,
+            steps=(self.steps > 0, "1 or more"),
+            guidance=(guided, "a finite number, 0 or more"),
+            noise_limit=(self.noise_limit > 0, "a positive number"),
+            batch_size=(self.batch_size > 0, "1 or more"),
+            seed=(self.seed >= 0, "0 or more"),
+        )
 
 
 def sample_images(
@@ -134,8 +133,7 @@ def sample(config: SampleConfig) -> Path:
     cannot be written.
     """
     config.sampler.validate()
-    if config.per_class < 1:
-        raise ValueError(f"per_class: got {config.per_class}, expected 1 or more")
+    require_fields(config, per_class=(config.per_class > 0, "1 or more"))
     device = resolve_device(config.device)
     trained = load_model(config.checkpoint)
     claim(config.output, FILES)

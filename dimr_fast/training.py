@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dimr_fast.checkpoint import EMA_PREFIX, CheckpointError, load_checkpoint, save_checkpoint
-from dimr_fast.config import preset
+from dimr_fast.config import preset, require_fields
 from dimr_fast.data.scaling import PixelScale
 from dimr_fast.data.tiles import load_tiles
 from dimr_fast.device import (
@@ -92,28 +92,25 @@ class TrainConfig:
 
     def validate(self) -> None:
         """ValueError naming a setting that is out of range."""
-
-        def require(ok: bool, name: str, expected: str) -> None:
-            if not ok:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
-
-        require(self.data == "tiles", "data", "'tiles'")
-        require(self.minutes is None or self.minutes > 0, "minutes", "a positive number")
-        require(self.seed >= 0, "seed", "0 or more")
-        require(self.steps is None or self.steps > 0, "steps", "a positive number")
-        require(self.minutes is not None or self.steps is not None, "minutes", "that or steps")
-        require(self.batch_size > 0, "batch_size", "a positive number")
-        require(self.learning_rate > 0, "learning_rate", "a positive number")
-        require(self.warmup_steps >= 0, "warmup_steps", "0 or more")
-        require(0 <= self.decay <= 1, "decay", "0..1")
-        betas = all(0 <= beta < 1 for beta in self.betas)
-        require(betas, "betas", "two numbers in 0 <= beta < 1")
-        require(self.weight_decay >= 0, "weight_decay", "0 or more")
-        clipped = self.max_grad_norm is None or self.max_grad_norm > 0
-        require(clipped, "max_grad_norm", "a positive number or None")
-        require(self.checkpoint_minutes > 0, "checkpoint_minutes", "a positive number")
-        require(0 <= self.ema_decay < 1, "ema_decay", "0 <= decay < 1")
-        require(0 <= self.label_dropout < 1, "label_dropout", "0 <= share < 1")
+        minutes, clip = self.minutes, self.max_grad_norm
+        timed = self.steps is not None if minutes is None else minutes > 0
+        require_fields(
+            self,
+            data=(self.data == "tiles", "'tiles'"),
+            minutes=(timed, "a positive number, or None beside steps"),
+            steps=(self.steps is None or self.steps > 0, "a positive number"),
+            batch_size=(self.batch_size > 0, "a positive number"),
+            learning_rate=(self.learning_rate > 0, "a positive number"),
+            warmup_steps=(self.warmup_steps >= 0, "0 or more"),
+            decay=(0 <= self.decay <= 1, "0..1"),
+            betas=(all(0 <= beta < 1 for beta in self.betas), "two numbers in 0 <= beta < 1"),
+            weight_decay=(self.weight_decay >= 0, "0 or more"),
+            max_grad_norm=(clip is None or clip > 0, "a positive number or None"),
+            ema_decay=(0 <= self.ema_decay < 1, "0 <= decay < 1"),
+            label_dropout=(0 <= self.label_dropout < 1, "0 <= share < 1"),
+            checkpoint_minutes=(self.checkpoint_minutes > 0, "a positive number"),
+            seed=(self.seed >= 0, "0 or more"),
+        )
 
     def command(self) -> str:
         """The command line that trains so."""
