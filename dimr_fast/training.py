@@ -38,22 +38,8 @@ CHECKPOINT = "checkpoint.safetensors"
 FILES = (CHECKPOINT, "loss.png", "train.json")
 """What a run leaves in its folder."""
 
-RECIPE = (
-    "preset",
-    "data",
-    "batch_size",
-    "learning_rate",
-    "warmup_steps",
-    "decay",
-    "betas",
-    "weight_decay",
-    "max_grad_norm",
-    "ema_decay",
-    "label_dropout",
-    "precision",
-    "seed",
-)
-"""The settings that a resumed run must share with its beginning; the others may change."""
+FREE = {"output", "minutes", "steps", "checkpoint_minutes", "device"}
+"""The settings that a resumed run may change; the others are its recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +184,7 @@ class _Run:
         if metadata.get("config") != json.loads(json.dumps(self.model.config.to_dict())):
             raise CheckpointError(f"{path}: holds another model than this run trains")
         for name, value in metadata.get("settings", {}).items():
-            ours = json.loads(json.dumps(self.settings[name]))
+            ours = json.loads(json.dumps(self.settings.get(name)))
             if ours == "auto":
                 self.settings[name] = value
             elif ours != value:
@@ -246,7 +232,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
 
     torch.manual_seed(config.seed)
     model = DiMR(model_config).to(device)
-    recipe = {name: getattr(config, name) for name in RECIPE}
+    recipe = {name: value for name, value in vars(config).items() if name not in FREE}
     run = _Run(model, classes, pixels, recipe, _optimizer(model, config))
     if resume:
         run.load(path)

@@ -1,4 +1,4 @@
-"""The published model's own numbers (SPEC: section 8 of the specification names the entries)."""
+"""The published model's own numbers: its parameters, inputs, outputs, loss and gradients."""
 
 import json
 from pathlib import Path

@@ -65,7 +65,7 @@ def depthwise_conv2d(
 
     Returns [B, H, W, D], in the dtype of x or, under autocast, in autocast's. Sums are fp32.
     Raises TypeError and ValueError naming the argument; ValueError also where a named
-    implementation cannot run. Source: the ConvNeXt block of SPEC section 2.
+    implementation cannot run. Source: the ConvNeXt blocks of arXiv 2406.09416.
     """
     _check(x, weight, bias)
     dtype = _autocast_dtype(x)
