@@ -8,10 +8,17 @@ def check_time_values(x: Tensor, **values: Tensor) -> None:
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, …, D]")
     for name, value in values.items():
-        if value.dim() != 2 or value.shape[0] not in (1, x.shape[0]):
-            times = f"[1 or {x.shape[0]}, {x.shape[-1]}]"
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {times}")
+        check_times(x, value, name)
         check_width(x, value, name)
+
+
+def check_times(x: Tensor, value: Tensor, name: str, width: int | None = None) -> None:
+    """ValueError where `value` is not `[T, width]`, T being the batch of `x` or 1."""
+    batch = x.shape[0]
+    wrong_width = width is not None and value.shape[-1:] != (width,)
+    if value.dim() != 2 or value.shape[0] not in (1, batch) or wrong_width:
+        expected = f"[1 or {batch}, {x.shape[-1] if width is None else width}]"
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")
 
 
 def check_width(x: Tensor, value: Tensor, name: str) -> None:

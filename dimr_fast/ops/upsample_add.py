@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dimr_fast import reference
+from dimr_fast.ops._checks import check_times
 from dimr_fast.ops.implementations import Implementations
 
 implementations = Implementations("upsample_add")
@@ -40,10 +41,7 @@ def upsample_add(
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected {expected[:1]}")
     for name, pair, axis in (("norm_in", norm_in, width), ("norm_out", norm_out, x.shape[-1])):
         for value in pair:
-            if value.dim() != 2 or value.shape[0] not in (1, x.shape[0]) or value.shape[1] != axis:
-                raise ValueError(
-                    f"{name}: got shape {tuple(value.shape)}, expected [1 or {x.shape[0]}, {axis}]"
-                )
+            check_times(x, value, name, axis)
     implementations.select(implementation, x)
     return reference.upsample_add(x, features, norm_in, weight, bias, norm_out)
 
