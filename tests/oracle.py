@@ -7,6 +7,36 @@ import torch
 
 Function = Callable[..., Any]
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where tests run Triton's kernels: on a GPU, or else on the CPU, interpreted."""
+
+
+def seeded(*shape: int) -> torch.Tensor:
+    """Standard normal numbers that depend on nothing but the shape."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
+
+
+def with_gradients(function: Function) -> Function:
+    """`function`, returning its outputs and then the gradient of each tensor it is given.
+
+    The outputs' own gradients are small multiples of 1/4: exact in every dtype, so that all
+    precisions are asked for the same thing.
+    """
+
+    def run(*inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+        outputs = _outputs(function(*leaves))
+        generator = torch.Generator().manual_seed(0)
+        grads = [
+            (torch.randint(-8, 9, o.shape, generator=generator) / 4).to(o.device, o.dtype)
+            for o in outputs
+        ]
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        found = torch.autograd.grad(outputs, wanted, grads)
+        return (*(o.detach() for o in outputs), *found)
+
+    return run
+
 
 def assert_as_accurate(
     function: Function, reference: Function, *inputs: torch.Tensor | None, dtype: torch.dtype

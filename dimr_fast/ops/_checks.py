@@ -1,6 +1,29 @@
 """Argument checks that several operators share."""
 
+import torch
 from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a norm of `x`: that of `x` or, where autocast is on, autocast's.
+
+    What follows a norm is a product that autocast would cast for; float64 it leaves alone.
+    """
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else x.dtype
+
+
+def check_residual(x: Tensor, residual: Tensor | None) -> None:
+    """ValueError where `residual` is there and not like `x`."""
+    if residual is None:
+        return
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual: got shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}"
+        )
+    if residual.device != x.device:
+        raise ValueError(f"residual: got device {residual.device}, expected that of x, {x.device}")
 
 
 def check_time_values(x: Tensor, **values: Tensor) -> None:

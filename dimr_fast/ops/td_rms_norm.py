@@ -1,21 +1,106 @@
 """Root-mean-square norm with a time-dependent scale (paper section 3.2)."""
 
+import math
+from typing import Any, overload
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
-from dimr_fast.ops._checks import check_time_values
+from dimr_fast.ops import _triton
+from dimr_fast.ops._checks import check_residual, check_time_values, compute_dtype
 from dimr_fast.ops.implementations import Implementations
 
-implementations = Implementations("td_rms_norm")
+implementations = Implementations(
+    "td_rms_norm",
+    example=(4, 257, 960),
+    triton=_triton.why_not,
+    slower={"triton": _triton.slower},
+)
 
 
-def td_rms_norm(x: Tensor, scale: Tensor, *, implementation: str = "auto") -> Tensor:
-    """`x / (rms(x) + 1e-8) · scale` over the last axis.
+@overload
+def td_rms_norm(
+    x: Tensor, scale: Tensor, residual: None = None, *, implementation: str = "auto"
+) -> Tensor: ...
+@overload
+def td_rms_norm(
+    x: Tensor, scale: Tensor, residual: Tensor, *, implementation: str = "auto"
+) -> tuple[Tensor, Tensor]: ...
+def td_rms_norm(
+    x: Tensor, scale: Tensor, residual: Tensor | None = None, *, implementation: str = "auto"
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`s / (rms(s) + 1e-8) · scale` over the last axis, of `s = x` or `s = residual + x`.
 
-    `x` is `[B, …, D]` in fp32, bf16 or fp16; `scale` `[T, D]`, with T = B (a time per image) or 1.
-    Statistics are fp32; the result has the shape and dtype of `x`.
+    `x`, and `residual` where given, are `[B, …, D]` in fp32, bf16 or fp16; `scale` `[T, D]`, with
+    T = B (a time per image) or 1. Statistics are fp32; the result has the shape of `x` and its
+    dtype or, under autocast, autocast's. With a residual the result is `(s, normed s)`.
     Raises ValueError where shapes or devices do not fit or the implementation is unusable.
     """
     check_time_values(x, scale=scale)
-    implementations.select(implementation, x)
-    return reference.td_rms_norm(x, scale)
+    check_residual(x, residual)
+    if implementations.select(implementation, x) == "triton":
+        summed, y = _TDRMSNorm.apply(x, residual, scale, compute_dtype(x))
+    else:
+        summed = x if residual is None else residual + x
+        y = reference.td_rms_norm(summed, scale).to(compute_dtype(x))
+    return y if residual is None else (summed, y)
+
+
+def _fwd_shapes(
+    x: Tensor, residual: Tensor | None, scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    summed = y.new_empty(0)
+    if residual is not None:
+        summed = y.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    rms = y.new_empty((x.shape[0], math.prod(x.shape[1:-1])), dtype=torch.float32)
+    return summed, y, rms
+
+
+def _bwd_shapes(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, scale: Tensor, rms: Tensor
+) -> tuple[Tensor, Tensor]:
+    return dy.new_empty(x.shape, dtype=x.dtype), dy.new_empty(scale.shape, dtype=torch.float32)
+
+
+_fwd = _triton.register(
+    "td_rms_norm",
+    "fwd",
+    "(Tensor x, Tensor? residual, Tensor scale, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    _fwd_shapes,
+)
+_bwd = _triton.register(
+    "td_rms_norm",
+    "bwd",
+    "(Tensor dy, Tensor? dsum, Tensor x, Tensor scale, Tensor rms) -> (Tensor, Tensor)",
+    _bwd_shapes,
+)
+
+
+class _TDRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, scale: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        summed, y, rms = _fwd(x, residual, scale, dtype)
+        ctx.save_for_backward(x if residual is None else summed, scale, rms)
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        ctx.set_materialize_grads(False)
+        return summed, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dsum: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        summed, scale, rms = ctx.saved_tensors
+        x_dtype, residual_dtype = ctx.dtypes
+        if dy is None:
+            dx, dscale = dsum, None
+        else:
+            dx, dscale = _bwd(dy, dsum, summed, scale, rms)
+            dscale = dscale.to(scale.dtype)
+        if dx is None:
+            return None, None, None, None
+        dresidual = None if residual_dtype is None else dx.to(residual_dtype)
+        return dx.to(x_dtype), dresidual, dscale, None

@@ -1,0 +1,54 @@
+"""What the norms' kernels share: features as rows of images, and the sum of partial gradients."""
+
+import torch
+import triton
+import triton.language as tl
+
+from dimr_fast.kernels.configuration import configuration
+
+PROGRAMS = 512
+"""Programs at which a backward pass splits rows no further: about four a multiprocessor."""
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """`[B, …, D]` as `[B, N, D]` with adjacent columns: a view where the strides allow it."""
+    rows = x[:, None] if x.dim() == 2 else x.flatten(1, -2)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def chunks(images: int, rows: int, rows_at_once: int) -> tuple[int, int]:
+    """How to share an image's rows among programs of a backward pass: programs, rows of each."""
+    programs = max(1, min(triton.cdiv(rows, rows_at_once), triton.cdiv(PROGRAMS, images)))
+    per_program = triton.cdiv(triton.cdiv(rows, programs), rows_at_once) * rows_at_once
+    return triton.cdiv(rows, per_program), per_program
+
+
+def sum_partials(partials: torch.Tensor, times: int) -> torch.Tensor:
+    """`[B, C, D]` partial sums to `[T, D]`: over C, and over B where T is 1."""
+    images, chunks, width = partials.shape
+    count = images * chunks // times
+    if count == 1:
+        return partials.reshape(times, width)
+    total = torch.empty(times, width, dtype=torch.float32, device=partials.device)
+    constants = configuration("sum_partials", width, partials.device)
+    grid = (times * triton.cdiv(width, constants["BLOCK"]),)
+    _sum_partials_kernel[grid](partials, total, count, width, **constants)
+    return total
+
+
+@triton.jit
+def _sum_partials_kernel(
+    partials_ptr,  # [T, count, width] fp32
+    total_ptr,  # [T, width] fp32
+    count,
+    width,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(width, BLOCK)
+    time = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(count):
+        total += tl.load(partials_ptr + (time * count + i) * width + columns, inside, other=0.0)
+    tl.store(total_ptr + time * width + columns, total, inside)

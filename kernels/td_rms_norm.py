@@ -1,0 +1,221 @@
+"""RMS norm with a time-dependent scale, fused with the residual add before it.
+
+    s = x + residual        r = 1 / (rms(s) + 1e-8)        y = s · r · scale
+
+and backward, with g = dy · scale and a sum's own gradient ds:
+
+    dx = g·r − s · r² · mean(g·s) / rms + ds        dscale = Σ_rows dy · s · r
+
+A row is read once and kept in registers where it fits a block; wider rows are read a second time,
+from the L2 cache. Forward moves x, residual, sum and y once, backward s, dy, ds and dx.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dimr_fast.kernels.configuration import configuration
+from dimr_fast.kernels.rows import as_rows, chunks, sum_partials
+
+
+def launch_fwd(
+    x: torch.Tensor, residual: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sum (empty without a residual), the normed sum in `dtype`, and its rms `[B, N]`."""
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    summed = y.new_empty(0)
+    if residual is not None:
+        summed = torch.empty(
+            x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device
+        )
+    rows, scale = as_rows(x), scale.contiguous()
+    images, count, width = rows.shape
+    rms = torch.empty(images, count, dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return summed, y, rms
+    added = rows if residual is None else as_rows(residual)
+    constants = dict(configuration("td_rms_norm_fwd", width, x.device))
+    constants["BLOCK"] = min(constants["BLOCK"], triton.next_power_of_2(width))
+    _td_rms_norm_fwd_kernel[(images * triton.cdiv(count, constants["ROWS"]),)](
+        rows,
+        added,
+        scale,
+        summed,
+        y,
+        rms,
+        count,
+        (rows.stride(0), rows.stride(1)),
+        (added.stride(0), added.stride(1)),
+        0 if scale.shape[0] == 1 else width,
+        HAS_RESIDUAL=residual is not None,
+        WIDTH=width,
+        **constants,
+    )
+    return summed, y, rms
+
+
+def launch_bwd(
+    dy: torch.Tensor,
+    dsum: torch.Tensor | None,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    rms: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the sum and of `scale` `[T, D]`; `x` is the sum that was normed."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows, scale = as_rows(x), scale.contiguous()
+    images, count, width = rows.shape
+    if x.numel() == 0:
+        return dx, torch.zeros_like(scale, dtype=torch.float32)
+    dy_rows = as_rows(dy)
+    dsum_rows = dy_rows if dsum is None else as_rows(dsum)
+    constants = dict(configuration("td_rms_norm_bwd", width, x.device))
+    constants["BLOCK"] = min(constants["BLOCK"], triton.next_power_of_2(width))
+    programs, per_program = chunks(images, count, constants["ROWS"])
+    partials = torch.empty(images, programs, width, dtype=torch.float32, device=x.device)
+    _td_rms_norm_bwd_kernel[(images * programs,)](
+        dy_rows,
+        dsum_rows,
+        rows,
+        scale,
+        rms,
+        dx,
+        partials,
+        count,
+        programs,
+        per_program,
+        (dy_rows.stride(0), dy_rows.stride(1)),
+        (dsum_rows.stride(0), dsum_rows.stride(1)),
+        (rows.stride(0), rows.stride(1)),
+        0 if scale.shape[0] == 1 else width,
+        HAS_DSUM=dsum is not None,
+        WIDTH=width,
+        **constants,
+    )
+    return dx, sum_partials(partials, scale.shape[0])
+
+
+@triton.jit
+def _td_rms_norm_fwd_kernel(
+    x_ptr,  # [B, N, WIDTH]
+    residual_ptr,  # [B, N, WIDTH]
+    scale_ptr,  # [T, WIDTH]
+    sum_ptr,  # [B, N, WIDTH], contiguous
+    y_ptr,  # [B, N, WIDTH], contiguous
+    rms_ptr,  # [B, N] fp32
+    count,  # N
+    x_strides,  # (image, row)
+    residual_strides,  # (image, row)
+    scale_stride,  # 0 where all images share one time
+    HAS_RESIDUAL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(count, ROWS)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    x_ptr += image * x_strides[0] + row[:, None].to(tl.int64) * x_strides[1]
+    residual_ptr += image * residual_strides[0] + row[:, None].to(tl.int64) * residual_strides[1]
+    out = (image * count + row[:, None]) * WIDTH
+
+    squares = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.static_range(0, WIDTH, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (row < count)[:, None] & (column < WIDTH)[None, :]
+        x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            x += tl.load(residual_ptr + column, inside, other=0.0).to(tl.float32)
+            rounded = x.to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + out + column, rounded, inside)
+            x = rounded.to(tl.float32)
+        squares += x * x
+    rms = tl.sqrt(tl.sum(squares, 1) / WIDTH)
+    tl.store(rms_ptr + image * count + row, rms, row < count)
+
+    r = (1.0 / (rms + 1e-8))[:, None]
+    for start in tl.static_range(0, WIDTH, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (row < count)[:, None] & (column < WIDTH)[None, :]
+        if WIDTH > BLOCK:
+            x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
+            if HAS_RESIDUAL:
+                x += tl.load(residual_ptr + column, inside, other=0.0).to(tl.float32)
+                x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)
+        scale = tl.load(scale_ptr + image * scale_stride + column, column < WIDTH, other=0.0)
+        y = x * r * scale.to(tl.float32)[None, :]
+        tl.store(y_ptr + out + column, y.to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _td_rms_norm_bwd_kernel(
+    dy_ptr,  # [B, N, WIDTH]
+    dsum_ptr,  # [B, N, WIDTH]
+    x_ptr,  # [B, N, WIDTH]
+    scale_ptr,  # [T, WIDTH]
+    rms_ptr,  # [B, N] fp32
+    dx_ptr,  # [B, N, WIDTH], contiguous
+    partials_ptr,  # [B, programs, WIDTH] fp32
+    count,  # N
+    programs,
+    per_program,
+    dy_strides,  # (image, row)
+    dsum_strides,  # (image, row)
+    x_strides,  # (image, row)
+    scale_stride,  # 0 where all images share one time
+    HAS_DSUM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = (tl.program_id(0) // programs).to(tl.int64)
+    first = tl.program_id(0) % programs * per_program
+    dy_ptr += image * dy_strides[0]
+    dsum_ptr += image * dsum_strides[0]
+    x_ptr += image * x_strides[0]
+    scale_ptr += image * scale_stride
+    partials_ptr += tl.program_id(0).to(tl.int64) * WIDTH
+
+    dscale = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start_row in range(first, tl.minimum(first + per_program, count), ROWS):
+        row = start_row + tl.arange(0, ROWS)
+        wide_row = row[:, None].to(tl.int64)
+        rms = tl.load(rms_ptr + image * count + row, row < count, other=1.0)
+        r = 1.0 / (rms + 1e-8)
+        dots = tl.zeros([ROWS, BLOCK], tl.float32)
+        for start in tl.static_range(0, WIDTH, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = (row < count)[:, None] & (column < WIDTH)[None, :]
+            x = tl.load(x_ptr + wide_row * x_strides[1] + column, inside, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + wide_row * dy_strides[1] + column, inside, other=0.0)
+            dy = dy.to(tl.float32)
+            scale = tl.load(scale_ptr + column, column < WIDTH, other=0.0).to(tl.float32)
+            dots += dy * scale[None, :] * x
+        # A row of zeros has no direction in which its rms grows: its second term is zero.
+        pull = tl.sum(dots, 1) / WIDTH * r * r / tl.where(rms > 0, rms, 1.0)
+        for start in tl.static_range(0, WIDTH, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = (row < count)[:, None] & (column < WIDTH)[None, :]
+            if WIDTH > BLOCK:
+                x = tl.load(x_ptr + wide_row * x_strides[1] + column, inside, other=0.0)
+                x = x.to(tl.float32)
+                dy = tl.load(dy_ptr + wide_row * dy_strides[1] + column, inside, other=0.0)
+                dy = dy.to(tl.float32)
+                scale = tl.load(scale_ptr + column, column < WIDTH, other=0.0).to(tl.float32)
+            dx = dy * scale[None, :] * r[:, None] - x * pull[:, None]
+            if HAS_DSUM:
+                dsum = tl.load(dsum_ptr + wide_row * dsum_strides[1] + column, inside, other=0.0)
+                dx += dsum.to(tl.float32)
+            out = (image * count + wide_row) * WIDTH + column
+            tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), inside)
+            if WIDTH > BLOCK:
+                # Too wide for registers: the program adds to its own partial sums in memory.
+                part = tl.sum(dy * x * r[:, None], 0)
+                if start_row > first:
+                    part += tl.load(partials_ptr + column, column < WIDTH, other=0.0)
+                tl.store(partials_ptr + column, part, column < WIDTH)
+            else:
+                dscale += dy * x * r[:, None]
+    if WIDTH <= BLOCK:
+        column = tl.arange(0, BLOCK)
+        tl.store(partials_ptr + column, tl.sum(dscale, 0), column < WIDTH)

@@ -1,0 +1,163 @@
+"""What the launchers' kernels compile to, for GPUs that need not be there.
+
+A test module lists its launches, on meta tensors, in a function `aot_launches() -> list[Launch]`.
+`compiled("test_td_rms_norm")` runs them in a process of its own, since in this one Triton may be
+interpreting, with Triton's driver replaced by one that claims the target and every launch
+replaced by its compilation. So what is examined is what a user's call would run: the launcher's
+own constants, strides and alignments.
+"""
+
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call to compile: its name, the call, and the targets it is compiled for."""
+
+    name: str
+    call: Callable[[], Any]
+    targets: tuple[str, ...] = ("sm_90",)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as compiled: registers a thread, spilled bytes or registers, SASS by opcode.
+
+    `opcodes` counts full opcodes with their modifiers ("LDG.E.128"); none for gfx942.
+    """
+
+    launch: str
+    target: str
+    configurations: str
+    kernel: str
+    registers: int
+    spilled: int
+    shared: int
+    opcodes: dict[str, int]
+
+    def count(self, opcode: str) -> int:
+        """Instructions whose opcode begins with `opcode`."""
+        return sum(n for name, n in self.opcodes.items() if name.startswith(opcode))
+
+
+@functools.cache
+def compiled(module: str) -> tuple[Compiled, ...]:
+    """Every kernel that the launches of a test module compile to."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "compiled.json"
+        command = [sys.executable, __file__, module, str(output)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise RuntimeError(f"compiling ahead of time failed:\n{result.stdout}{result.stderr}")
+        return tuple(Compiled(**entry) for entry in json.loads(output.read_text()))
+
+
+class _Driver:
+    """Stands for the driver of a GPU that is not there."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def _compile(module: str) -> list[Compiled]:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from dimr_fast.kernels import configuration
+
+    found: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found.append((self.__name__, kernel))
+        self.device_caches.clear()
+        return kernel
+
+    JITFunction.run = compile_only
+    results = []
+    for file in sorted(configuration.FOLDER.glob("*.json")):
+        configuration.gpu_name = lambda device, name=file.stem: name
+        for launch in importlib.import_module(module).aot_launches():
+            for target in launch.targets if file.stem == "default" else _targets(file.stem):
+                arch = target.removeprefix("sm_")
+                is_cuda = target != arch
+                gpu = GPUTarget("cuda", int(arch), 32) if is_cuda else GPUTarget("hip", arch, 64)
+                driver.set_active(_Driver(gpu))
+                found.clear()
+                launch.call()
+                assert found, f"{launch.name} launched nothing"
+                examine = _examine_cuda if is_cuda else _examine_hip
+                results += [
+                    Compiled(launch.name, target, file.stem, name, **examine(kernel))
+                    for name, kernel in found
+                ]
+    return results
+
+
+def _targets(gpu: str) -> tuple[str, ...]:
+    """The architecture of a GPU that has a file of configurations of its own."""
+    names = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "GH200": "sm_90", "B200": "sm_100"}
+    return tuple({target for name, target in names.items() if name in gpu})
+
+
+def _examine_cuda(kernel: Any) -> dict[str, Any]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", text, re.MULTILINE)
+    assert opcodes, "no SASS read"
+    return {
+        "registers": usage["REG"],
+        "spilled": usage["STACK"] + usage["LOCAL"],
+        "shared": kernel.metadata.shared,
+        "opcodes": dict(Counter(opcodes)),
+    }
+
+
+def _examine_hip(kernel: Any) -> dict[str, Any]:
+    text = kernel.asm["amdgcn"]
+    fields = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", text))
+    return {
+        "registers": int(fields["vgpr_count"]),
+        "spilled": int(fields["vgpr_spill_count"]) + int(fields["sgpr_spill_count"]),
+        "shared": kernel.metadata.shared,
+        "opcodes": {},
+    }
+
+
+if __name__ == "__main__":
+    _, module, output = sys.argv
+    Path(output).write_text(json.dumps([asdict(entry) for entry in _compile(module)]))
