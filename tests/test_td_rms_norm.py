@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DEVICE, assert_as_accurate, seeded, with_gradients
 
-from dimr_fast import ops, reference
+from dimr_fast import ops
 
 pytest.importorskip("triton", reason="triton is not installed")
 
