@@ -1,17 +1,76 @@
-"""What every benchmark does: choose devices, check before timing, describe the row."""
+"""What every benchmark does: choose devices, check before timing, time, describe the row."""
 
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from dimr_fast.ops import OPERATORS
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+COMPILE = "torch.compile"
+"""The provider that is `torch.compile` of the reference, beside an operator's implementations."""
+ROUNDS = 30
+ROTATION = 8
+"""Input sets that a round on a GPU goes through, so that none is still in the L2 cache."""
+
+Function = Callable[..., Any]
 
 
 def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider of an operator, at one shape of the first input, on one device."""
+
+    operator: str
+    provider: str
+    preset: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    backward: bool
+
+    @property
+    def implementation(self) -> str:
+        return "reference" if self.provider == COMPILE else self.provider
+
+    @property
+    def size(self) -> int:
+        """Elements of the first input."""
+        return torch.Size(self.shape).numel()
+
+
+def rows(
+    operator: str,
+    presets: dict[str, tuple[int, ...]],
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
+    cpu_batch: int = 1,
+    gpu_batch: int = 64,
+) -> pytest.MarkDecorator:
+    """Parametrise a benchmark with every implementation and torch.compile, both passes.
+
+    `presets` are shapes without their batch: all of them on a GPU, the first on a CPU.
+    """
+    found = []
+    for device in DEVICES:
+        batch = gpu_batch if device == "cuda" else cpu_batch
+        chosen = list(presets.items())[: None if device == "cuda" else 1]
+        for (preset, shape), dtype, backward, provider in itertools.product(
+            chosen, dtypes, (False, True), [*OPERATORS[operator].names, COMPILE]
+        ):
+            row = Row(operator, provider, preset, (batch, *shape), dtype, device, backward)
+            passes = "forward+backward" if backward else "forward"
+            title = "-".join([device, preset, name(dtype), passes, provider])
+            found.append(pytest.param(row, id=title.replace(" ", "_")))
+    return pytest.mark.parametrize("row", found)
 
 
 def usable(operator: str, implementation: str, x: torch.Tensor) -> None:
@@ -19,6 +78,114 @@ def usable(operator: str, implementation: str, x: torch.Tensor) -> None:
     reason = OPERATORS[operator].why_not(implementation, x)
     if reason is not None:
         pytest.skip(f"{implementation}: {reason}")
+
+
+def compare(
+    benchmark: BenchmarkFixture,
+    row: Row,
+    function: Function,
+    inputs: Callable[[torch.Generator], Sequence[torch.Tensor]],
+    **facts: int,
+) -> None:
+    """Check and time a row.
+
+    `function(*tensors, implementation=…)` is the operator; `inputs(generator)` draws its tensors in
+    fp32 on the CPU. A forward row runs without grad, a backward row forward and backward, with the
+    gradient of every tensor. `facts`, such as `bytes` and `flops` of a call, go into the results.
+    """
+
+    def draw(seed: int) -> list[torch.Tensor]:
+        drawn = inputs(torch.Generator().manual_seed(seed))
+        return [t.to(row.device, row.dtype) for t in drawn]
+
+    first = draw(0)
+    usable(row.operator, row.implementation, first[0])
+
+    def plain(*tensors: torch.Tensor) -> Any:
+        return function(*tensors, implementation=row.implementation)
+
+    run = plain
+    if row.provider == COMPILE:
+        torch.compiler.reset()
+        run = torch.compile(plain, fullgraph=True, dynamic=False)
+
+    def prepare(seed: int) -> Callable[[], Sequence[torch.Tensor]]:
+        return _call(run, draw(seed), row.backward)
+
+    def reference(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return _call(lambda *t: function(*t, implementation="reference"), tensors, row.backward)()
+
+    exact = reference([t.double() for t in first])
+    for actual, same_dtype, truth in zip(prepare(0)(), reference(first), exact, strict=True):
+        check_close(actual, same_dtype, truth)
+    interpreted = row.provider == "triton" and row.device == "cpu"
+    benchmark.extra_info |= describe(row.operator, row.provider, first[0]) | facts
+    benchmark.extra_info |= {
+        "preset": row.preset,
+        "shape": list(row.shape),
+        "pass": "forward + backward" if row.backward else "forward",
+        "interpreted": interpreted,
+        "calls": ROTATION if row.device == "cuda" else 1,
+    }
+    if row.device == "cuda":
+        benchmark.pedantic(_graph(prepare), rounds=ROUNDS, warmup_rounds=3)
+    else:
+        # Interpreted kernels only prove that they run: their time says nothing.
+        rounds, warmup = (1, 0) if interpreted else (ROUNDS, 3)
+        benchmark.pedantic(prepare(0), rounds=rounds, warmup_rounds=warmup)
+
+
+def _call(
+    run: Function, tensors: Sequence[torch.Tensor], backward: bool
+) -> Callable[[], Sequence[torch.Tensor]]:
+    """A call on `tensors` that returns the outputs or, with `backward`, the inputs' gradients."""
+    if not backward:
+
+        def forward() -> Sequence[torch.Tensor]:
+            with torch.no_grad():
+                return _outputs(run(*tensors))
+
+        return forward
+
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    grads = [_gradient(output) for output in _outputs(run(*leaves))]
+
+    def both() -> Sequence[torch.Tensor]:
+        return torch.autograd.grad(_outputs(run(*leaves)), leaves, grads)
+
+    return both
+
+
+def _gradient(output: torch.Tensor) -> torch.Tensor:
+    """Random multiples of 1/4: the same numbers in every dtype."""
+    generator = torch.Generator().manual_seed(0)
+    quarters = torch.randint(-8, 9, output.shape, generator=generator)
+    return (quarters / 4).to(output.device, output.dtype)
+
+
+def _outputs(result: Any) -> Sequence[torch.Tensor]:
+    return result if isinstance(result, tuple | list) else (result,)
+
+
+def _graph(prepare: Callable[[int], Callable[[], Any]]) -> Callable[[], None]:
+    """`ROTATION` calls, each on its own inputs, as one CUDA graph: launches cost nothing."""
+    calls = [prepare(seed) for seed in range(ROTATION)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
 
 
 def check_close(actual: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor) -> None:

@@ -119,8 +119,9 @@ def _td_rms_norm_fwd_kernel(
     residual_ptr += image * residual_strides[0] + row[:, None].to(tl.int64) * residual_strides[1]
     out = (image * count + row[:, None]) * WIDTH
 
+    x = tl.zeros([ROWS, BLOCK], tl.float32)
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.static_range(0, WIDTH, BLOCK):
+    for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = (row < count)[:, None] & (column < WIDTH)[None, :]
         x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
@@ -134,7 +135,7 @@ def _td_rms_norm_fwd_kernel(
     tl.store(rms_ptr + image * count + row, rms, row < count)
 
     r = (1.0 / (rms + 1e-8))[:, None]
-    for start in tl.static_range(0, WIDTH, BLOCK):
+    for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = (row < count)[:, None] & (column < WIDTH)[None, :]
         if WIDTH > BLOCK:
@@ -182,8 +183,11 @@ def _td_rms_norm_bwd_kernel(
         wide_row = row[:, None].to(tl.int64)
         rms = tl.load(rms_ptr + image * count + row, row < count, other=1.0)
         r = 1.0 / (rms + 1e-8)
+        x = tl.zeros([ROWS, BLOCK], tl.float32)
+        dy = tl.zeros([ROWS, BLOCK], tl.float32)
+        scale = tl.zeros([BLOCK], tl.float32)
         dots = tl.zeros([ROWS, BLOCK], tl.float32)
-        for start in tl.static_range(0, WIDTH, BLOCK):
+        for start in range(0, WIDTH, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = (row < count)[:, None] & (column < WIDTH)[None, :]
             x = tl.load(x_ptr + wide_row * x_strides[1] + column, inside, other=0.0).to(tl.float32)
@@ -193,7 +197,7 @@ def _td_rms_norm_bwd_kernel(
             dots += dy * scale[None, :] * x
         # A row of zeros has no direction in which its rms grows: its second term is zero.
         pull = tl.sum(dots, 1) / WIDTH * r * r / tl.where(rms > 0, rms, 1.0)
-        for start in tl.static_range(0, WIDTH, BLOCK):
+        for start in range(0, WIDTH, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = (row < count)[:, None] & (column < WIDTH)[None, :]
             if WIDTH > BLOCK:

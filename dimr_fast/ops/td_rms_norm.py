@@ -41,10 +41,9 @@ def td_rms_norm(
     check_time_values(x, scale=scale)
     check_residual(x, residual)
     if implementations.select(implementation, x) == "triton":
-        summed, y = _TDRMSNorm.apply(x, residual, scale, compute_dtype(x))
-    else:
-        summed = x if residual is None else residual + x
-        y = reference.td_rms_norm(summed, scale).to(compute_dtype(x))
+        return _TDRMSNorm.apply(x, residual, scale, compute_dtype(x))
+    summed = x if residual is None else residual + x
+    y = reference.td_rms_norm(summed, scale).to(compute_dtype(x))
     return y if residual is None else (summed, y)
 
 
@@ -83,17 +82,18 @@ class _TDRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, scale: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         summed, y, rms = _fwd(x, residual, scale, dtype)
         ctx.save_for_backward(x if residual is None else summed, scale, rms)
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)
-        return summed, y
+        return y if residual is None else (summed, y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dsum: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         summed, scale, rms = ctx.saved_tensors
+        dsum, dy = grads if len(grads) == 2 else (None, grads[0])
         x_dtype, residual_dtype = ctx.dtypes
         if dy is None:
             dx, dscale = dsum, None

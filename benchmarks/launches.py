@@ -1,0 +1,90 @@
+"""Kernels that a forward pass launches, counted without a GPU: `python benchmarks/launches.py`.
+
+The model runs on the meta device in bfloat16, at batch 1. A torch operator that computes something
+counts as one launch, a view or an allocation as none; each of our operators counts the launches its
+launcher makes. So the figures say what the code asks for, not what a profiler saw: a library
+call, such as a convolution, may be more kernels than one. Written to `results/launches.json`.
+"""
+
+import importlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from dimr_fast import DiMR
+
+RESULT = Path(__file__).parent / "results" / "launches.json"
+PUBLISHED = {"DiMR-XL/2R": 2936, "DiMR-G/2R": 3857, "DiMR-XL/3R": 3682}
+"""The published implementation's, as counted before this project's first line."""
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace == "dimr_fast":
+            return self._launch(*name.rsplit("_", 1), args)
+        result = func(*args, **(kwargs or {}))
+        view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        computes = isinstance(result, torch.Tensor | tuple | list) and not view
+        if computes and "empty" not in name and name != "_unsafe_view":
+            self.launches[name] += 1
+        return result
+
+    def _launch(self, operator: str, direction: str, args: Any) -> Any:
+        """Call the launcher of one of our operators with kernels that only count themselves."""
+
+        def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
+            self.launches[operator] += 1
+
+        launcher = getattr(
+            importlib.import_module(f"dimr_fast.kernels.{operator}"), f"launch_{direction}"
+        )
+        # Back in this mode: what a launcher does with torch counts, too.
+        kernels = [mock.patch.object(k, "run", run) for k in (JITFunction, InterpretedFunction)]
+        with self, kernels[0], kernels[1]:
+            return launcher(*args)
+
+
+def count(preset: str, implementation: str) -> Counter[str]:
+    """Launches of one forward of a preset at batch 1, by operator."""
+    with torch.device("meta"):
+        model = DiMR.from_preset(preset).to(torch.bfloat16).set_implementation(implementation)
+        config = model.config
+        x = torch.empty(1, config.channels, *config.image_size, dtype=torch.bfloat16)
+        log_snr, y = torch.empty(1), torch.empty(1, dtype=torch.int64)
+    with torch.no_grad(), _Count() as counted:
+        model(x, log_snr=log_snr, y=y)
+    return counted.launches
+
+
+def report() -> dict[str, Any]:
+    """For each preset the launches of the published code, of the reference and of ours."""
+    presets = {
+        preset: {
+            "published": published,
+            **{
+                implementation: dict(count(preset, implementation).most_common())
+                for implementation in ("reference", "triton")
+            },
+        }
+        for preset, published in PUBLISHED.items()
+    }
+    return {"torch": torch.__version__, "triton": triton.__version__, "presets": presets}
+
+
+if __name__ == "__main__":
+    RESULT.write_text(json.dumps(report(), indent=2) + "\n")
