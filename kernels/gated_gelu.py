@@ -1,0 +1,142 @@
+"""The gate of the gated MLP: `gelu(a) · b` of `a ‖ b` side by side, with the exact (erf) GELU.
+
+    gelu(a) = a · Φ(a)        y = gelu(a) · b
+    da = dy · b · (Φ(a) + a · φ(a))        db = dy · gelu(a)
+
+with Φ and φ the normal distribution and its density. An element is read once and no statistic is
+kept: per output element forward moves three elements (a, b, y), backward five (a, b, dy, da, db).
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from dimr_fast.kernels.configuration import configuration
+from dimr_fast.kernels.rows import as_rows
+
+_ROOT_HALF = tl.constexpr(math.sqrt(0.5))
+_DENSITY_AT_0 = tl.constexpr(1 / math.sqrt(2 * math.pi))
+
+
+def launch_fwd(x: torch.Tensor) -> torch.Tensor:
+    """`gelu(a) · b` `[…, hidden]` of `x` `[…, 2·hidden]`."""
+    hidden = x.shape[-1] // 2
+    y = torch.empty((*x.shape[:-1], hidden), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    rows = _rows(x)
+    images, count = rows.shape[:2]
+    constants = configuration("gated_gelu_fwd", hidden, x.device)
+    tiles = triton.cdiv(count * hidden, constants["BLOCK"])
+    _gated_gelu_fwd_kernel[(images * tiles,)](
+        rows,
+        y,
+        count,
+        tiles,
+        (rows.stride(0), rows.stride(1)),
+        HIDDEN=hidden,
+        VECTOR=math.gcd(hidden, 16),
+        **constants,
+    )
+    return y
+
+
+def launch_bwd(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The gradient `[…, 2·hidden]` of `x`, from that of the result."""
+    hidden = x.shape[-1] // 2
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if dx.numel() == 0:
+        return dx
+    rows, dy_rows = _rows(x), _rows(dy)
+    images, count = rows.shape[:2]
+    constants = configuration("gated_gelu_bwd", hidden, x.device)
+    tiles = triton.cdiv(count * hidden, constants["BLOCK"])
+    _gated_gelu_bwd_kernel[(images * tiles,)](
+        dy_rows,
+        rows,
+        dx,
+        count,
+        tiles,
+        (dy_rows.stride(0), dy_rows.stride(1)),
+        (rows.stride(0), rows.stride(1)),
+        HIDDEN=hidden,
+        VECTOR=math.gcd(hidden, 16),
+        **constants,
+    )
+    return dx
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """`[B, N, D]` rows of `x` `[…, D]`; rows without a batch are those of one image."""
+    return as_rows(x if x.dim() > 2 else x.reshape(1, -1, x.shape[-1]))
+
+
+@triton.jit
+def _tile(tiles, HIDDEN: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's image, and the row and the column of each of its elements.
+
+    An image's rows are cut as one line of `count · HIDDEN` elements: no hidden width is a power of
+    two, and so only the last tile of an image has idle lanes. The division by HIDDEN is one of
+    32-bit numbers by a constant, done once for the elements that a thread moves together.
+    """
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    start = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK
+    # What a vector load needs to know and the compiler does not see through the remainder.
+    first = tl.multiple_of((start % HIDDEN).to(tl.int32), VECTOR)
+    element = first + tl.arange(0, BLOCK)
+    return image, start // HIDDEN + element // HIDDEN, element % HIDDEN
+
+
+@triton.jit
+def _normal_cdf(a):
+    return 0.5 + 0.5 * tl.erf(a * _ROOT_HALF)
+
+
+@triton.jit
+def _gated_gelu_fwd_kernel(
+    x_ptr,  # [B, N, 2·HIDDEN]
+    y_ptr,  # [B, N, HIDDEN], contiguous
+    count,  # N
+    tiles,  # of an image
+    x_strides,  # (image, row)
+    HIDDEN: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image, row, column = _tile(tiles, HIDDEN, VECTOR, BLOCK)
+    x_ptr += image * x_strides[0] + row * x_strides[1] + column
+    a = tl.load(x_ptr, row < count, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + HIDDEN, row < count, other=0.0).to(tl.float32)
+    y = a * _normal_cdf(a) * b
+    out = (image * count + row) * HIDDEN + column
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), row < count)
+
+
+@triton.jit
+def _gated_gelu_bwd_kernel(
+    dy_ptr,  # [B, N, HIDDEN]
+    x_ptr,  # [B, N, 2·HIDDEN]
+    dx_ptr,  # [B, N, 2·HIDDEN], contiguous
+    count,  # N
+    tiles,  # of an image
+    dy_strides,  # (image, row)
+    x_strides,  # (image, row)
+    HIDDEN: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image, row, column = _tile(tiles, HIDDEN, VECTOR, BLOCK)
+    x_ptr += image * x_strides[0] + row * x_strides[1] + column
+    dy_ptr += image * dy_strides[0] + row * dy_strides[1] + column
+    a = tl.load(x_ptr, row < count, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + HIDDEN, row < count, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr, row < count, other=0.0).to(tl.float32)
+    cdf = _normal_cdf(a)
+    density = _DENSITY_AT_0 * tl.exp(-0.5 * a * a)
+    da = dy * b * (cdf + a * density)
+    db = dy * a * cdf
+    dx_ptr += (image * count + row) * (2 * HIDDEN) + column
+    tl.store(dx_ptr, da.to(dx_ptr.dtype.element_ty), row < count)
+    tl.store(dx_ptr + HIDDEN, db.to(dx_ptr.dtype.element_ty), row < count)

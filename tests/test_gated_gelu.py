@@ -1,0 +1,226 @@
+"""`gated_gelu` by Triton, interpreted where there is no GPU, against the reference."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from aot import TARGETS, Launch, compiled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import DEVICE, assert_as_accurate, seeded, with_gradients
+
+from dimr_fast import ops
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def ours(x: torch.Tensor) -> torch.Tensor:
+    return ops.gated_gelu(x, implementation="triton")
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    return ops.gated_gelu(x, implementation="reference")
+
+
+def test_reference_is_the_exact_gelu() -> None:
+    x = seeded(3, 8).double()
+    a, b = x[:, :4], x[:, 4:]
+    expected = a * 0.5 * (1 + torch.special.erf(a / 2**0.5)) * b
+    torch.testing.assert_close(ops.gated_gelu(x), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 5, 3840), (1, 3, 4608), (2, 2, 2, 1920), (1, 3, 960), (3, 1, 14), (5, 66), (3840,), (2,)],
+    ids=str,
+)
+def test_forward_and_gradient(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = 2 * seeded(*shape)
+    assert_as_accurate(with_gradients(ours), with_gradients(plain), x, dtype=dtype)
+
+
+RANGES = {
+    "left tail": (-12.0, -3.0),
+    "around zero": (-1e-3, 1e-3),
+    "tiny": (-1e-7, 1e-7),
+    "right tail": (3.0, 12.0),
+    "largest of fp16": (-65504.0, 65504.0),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", RANGES)
+def test_adversarial_gates(name: str, dtype: torch.dtype) -> None:
+    a = torch.linspace(*RANGES[name], 301).to(DEVICE)
+    x = torch.cat([a, seeded(301).clamp(-1, 1)])
+    assert_as_accurate(with_gradients(ours), with_gradients(plain), x, dtype=dtype)
+
+
+def test_gates_in_the_left_tail_one_by_one() -> None:
+    """Each by itself, so that none hides behind a larger one: as accurate as torch's gelu."""
+    for a in torch.linspace(-12, -2, 21).tolist():
+        x = torch.tensor([a, 1.0], device=DEVICE)
+        assert_as_accurate(ours, plain, x, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_of_any_size_have_a_finite_gradient(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    a = torch.tensor([-largest, -1e4, -20, -0.0, 0.0, 20, 1e4, largest])
+    x = torch.cat([a, torch.ones(8)]).to(DEVICE, dtype)
+    for actual, truth in zip(
+        with_gradients(ours)(x), with_gradients(plain)(x.double()), strict=True
+    ):
+        torch.testing.assert_close(actual, truth.to(dtype))
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    values = torch.tensor([float("nan"), float("inf"), float("-inf")], device=DEVICE)
+    ones = torch.ones_like(values)
+    for x in (torch.cat([values, ones]), torch.cat([ones, values])):
+        assert not ours(x).isfinite().any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    images=st.integers(0, 3),
+    rows=st.integers(0, 20),
+    hidden=st.integers(0, 200),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(images: int, rows: int, hidden: int, dtype: torch.dtype) -> None:
+    x = seeded(images, rows, 2 * hidden)
+    assert_as_accurate(with_gradients(ours), with_gradients(plain), x, dtype=dtype)
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "without the class token": lambda x: x[:, 1:],
+    "permuted": lambda x: x.transpose(0, 1),
+    "every other column": lambda x: x[..., ::2],
+    "a slot of a buffer": lambda x: x.unflatten(-1, (2, -1))[..., 1, :],
+    "expanded": lambda x: x[:1].expand(4, -1, -1),
+    "rows of a column block": lambda x: x[0, :, 4:20],
+    "a column": lambda x: x[0, :, 3],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_inputs(layout: str) -> None:
+    x = LAYOUTS[layout](seeded(3, 6, 48))
+    expected = with_gradients(plain)(x.contiguous())
+    for actual, truth in zip(with_gradients(ours)(x), expected, strict=True):
+        torch.testing.assert_close(actual, truth)
+
+
+@pytest.mark.parametrize("layout", ["permuted", "expanded"])
+def test_strided_gradients(layout: str) -> None:
+    x = seeded(4, 4, 48).requires_grad_()
+    dy = LAYOUTS[layout](seeded(4, 4, 24))
+    (actual,) = torch.autograd.grad(ours(x), x, dy)
+    (expected,) = torch.autograd.grad(plain(x), x, dy)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_results_are_deterministic() -> None:
+    x = seeded(2, 40, 96)
+    first, second = (with_gradients(ours)(x) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_backward_keeps_nothing_but_the_input() -> None:
+    x = seeded(2, 3, 8).requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ours(x)
+    assert [t.data_ptr() for t in kept] == [x.data_ptr()]
+
+
+def test_fullgraph_forward_and_backward_equal_eager() -> None:
+    x = seeded(2, 5, 24)
+    eager = with_gradients(ours)(x)
+    for backend in ("aot_eager", "inductor"):
+        graph = torch.compile(ours, fullgraph=True, backend=backend)
+        for actual, truth in zip(with_gradients(graph)(x), eager, strict=True):
+            torch.testing.assert_close(actual, truth)
+
+
+def test_operators_pass_opcheck() -> None:
+    x, dy = seeded(2, 5, 24), seeded(2, 5, 12)
+    torch.library.opcheck(torch.ops.dimr_fast.gated_gelu_fwd.triton, (x[:, 1:].bfloat16(),))
+    torch.library.opcheck(torch.ops.dimr_fast.gated_gelu_bwd.triton, (dy, x))
+
+
+def test_no_output_is_left_unwritten(poisoned_memory: None) -> None:
+    for result in with_gradients(ours)(seeded(2, 11, 300)):
+        assert result.isfinite().all()
+
+
+BAD: list[tuple[Callable[[], Any], str]] = [
+    (lambda: ops.gated_gelu(torch.zeros(2, 5)), r"x: got shape \(2, 5\).*even"),
+    (lambda: ours(torch.zeros(())), r"x: got shape \(\)"),
+    (lambda: ours(seeded(2, 4).double()), "x is float64"),
+    (lambda: ours(torch.ones(2, 4, dtype=torch.int32)), "x is int32"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_bad_input_names_the_argument(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_addresses_past_32_bits() -> None:
+    """Rows a long way apart: the last begins past 2³¹ elements of a buffer that is mostly unused.
+
+    The buffer is 4 GiB of address space in fp16; only the pages that rows lie on are ever touched.
+    """
+    far = (2**31 + 4096) // 2
+    x = torch.empty(2 * far + 8, dtype=torch.float16, device=DEVICE)
+    rows = x.as_strided((1, 3, 8), (0, far, 1))
+    rows.copy_(seeded(1, 3, 8))
+    for actual, truth in zip(
+        with_gradients(ours)(rows), with_gradients(plain)(rows.clone()), strict=True
+    ):
+        torch.testing.assert_close(actual, truth)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+HIDDEN = {1920: TARGETS, 960: ("sm_90",), 2304: ("sm_90",), 1152: ("sm_90",), 480: ("sm_90",)}
+
+
+def aot_launches() -> list[Launch]:
+    from dimr_fast.kernels.gated_gelu import launch_bwd, launch_fwd
+
+    launches = []
+    for hidden, targets in HIDDEN.items():
+        x, dy = meta(4, 257, 2 * hidden), meta(4, 257, hidden)
+        launches += [
+            Launch(f"forward {hidden}", lambda x=x: launch_fwd(x), targets),
+            Launch(f"backward {hidden}", lambda x=x, dy=dy: launch_bwd(dy, x), targets),
+        ]
+    x, dy = meta(4, 257, 3840, dtype=torch.float32), meta(4, 257, 1920, dtype=torch.float32)
+    return [
+        *launches,
+        Launch("forward fp32", lambda: launch_fwd(x)),
+        Launch("backward fp32", lambda: launch_bwd(dy, x)),
+    ]
+
+
+def test_compiled_kernels_do_not_spill() -> None:
+    for kernel in compiled("test_gated_gelu"):
+        assert kernel.spilled == 0, kernel
+        assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
+
+
+def test_elements_move_in_16_byte_pieces() -> None:
+    for kernel in compiled("test_gated_gelu"):
+        if kernel.target != "gfx942":
+            assert kernel.count("LDG") == kernel.opcodes["LDG.E.128"] > 0, kernel
+            assert kernel.count("STG") == kernel.opcodes["STG.E.128"] > 0, kernel
