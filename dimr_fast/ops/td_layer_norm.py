@@ -1,23 +1,149 @@
 """Layer norm with time-dependent scale and shift: TD-LN (paper section 3.2)."""
 
+import math
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
-from dimr_fast.ops._checks import check_time_values
+from dimr_fast.ops import _triton
+from dimr_fast.ops._checks import check_residual, check_time_values, compute_dtype
 from dimr_fast.ops.implementations import Implementations
 
-implementations = Implementations("td_layer_norm")
+implementations = Implementations(
+    "td_layer_norm",
+    example=(4, 257, 960),
+    triton=_triton.why_not,
+    slower={"triton": _triton.slower},
+)
 
 
+@overload
 def td_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, *, implementation: str = "auto"
-) -> Tensor:
-    """LayerNorm (eps 1e-5) over the last axis, times `weight`, plus `bias`.
+    x: Tensor, weight: Tensor, bias: Tensor, residual: None = None, *, implementation: str = "auto"
+) -> Tensor: ...
+@overload
+def td_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, *, implementation: str = "auto"
+) -> tuple[Tensor, Tensor]: ...
+def td_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    *,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm (eps 1e-5) of `x`, or of `s = residual + x`, times `weight`, plus `bias`.
 
-    `x` is `[B, …, D]` in fp32, bf16 or fp16; `weight` and `bias` `[T, D]`, with T = B (a time per
-    image) or 1. Statistics are fp32; the result has the shape and dtype of `x`.
+    `x`, and `residual` where given, are `[B, …, D]` in fp32, bf16 or fp16; `weight` and `bias`
+    `[T, D]`, with T = B (a time per image) or 1. Statistics are fp32; the result has the shape of
+    `x` and its dtype or, under autocast, autocast's. With a residual the result is
+    `(s, normed s)`.
     Raises ValueError where shapes or devices do not fit or the implementation is unusable.
     """
     check_time_values(x, weight=weight, bias=bias)
-    implementations.select(implementation, x)
-    return reference.td_layer_norm(x, weight, bias)
+    check_residual(x, residual)
+    if implementations.select(implementation, x) == "triton":
+        summed, y = _TDLayerNorm.apply(x, residual, weight, bias, compute_dtype(x))
+    else:
+        summed = x if residual is None else residual + x
+        y = reference.td_layer_norm(summed, weight, bias).to(compute_dtype(x))
+    return y if residual is None else (summed, y)
+
+
+def _fwd_shapes(
+    weight: Tensor,
+    bias: Tensor,
+    pieces: Sequence[Tensor],
+    residual: Tensor | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = pieces[0]
+    summed, y = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
+    if residual is not None:
+        summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    if dtype is not None:
+        y = x.new_empty((*x.shape[:-1], len(pieces) * x.shape[-1]), dtype=dtype)
+    rows = (x.shape[0], math.prod(x.shape[1:-1]))
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return summed, y, mean, rstd
+
+
+def _bwd_shapes(
+    dy: Tensor,
+    dsum: Tensor | None,
+    pieces: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    needs_dx: bool,
+    needs_y: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = pieces[0]
+    dx = x.new_empty((len(pieces), *x.shape) if needs_dx else (0,))
+    times = max(weight.shape[0], bias.shape[0])
+    parameters = dy.new_empty((2, times, weight.shape[1]), dtype=torch.float32)
+    return dx, parameters, dy.new_empty(dy.shape if needs_y else (0,))
+
+
+fwd = _triton.register(
+    "td_layer_norm",
+    "fwd",
+    "(Tensor weight, Tensor bias, Tensor[] pieces, Tensor? residual, ScalarType? dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _fwd_shapes,
+)
+bwd = _triton.register(
+    "td_layer_norm",
+    "bwd",
+    "(Tensor dy, Tensor? dsum, Tensor[] pieces, Tensor weight, Tensor bias, Tensor mean,"
+    " Tensor rstd, bool needs_dx, bool needs_y) -> (Tensor, Tensor, Tensor)",
+    _bwd_shapes,
+)
+
+
+def parameter_gradients(both: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `weight` and `bias` from those at every time, `[2, T, D]`."""
+    dweight, dbias = (
+        (g.sum(0, keepdim=True) if value.shape[0] < g.shape[0] else g).to(value.dtype)
+        for g, value in zip(both.unbind(), (weight, bias), strict=True)
+    )
+    return dweight, dbias
+
+
+class _TDLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        summed, y, mean, rstd = fwd(weight, bias, [x], residual, dtype)
+        ctx.save_for_backward(x if residual is None else summed, weight, bias, mean, rstd)
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        ctx.set_materialize_grads(False)
+        return summed, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dsum: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        summed, weight, bias, mean, rstd = ctx.saved_tensors
+        x_dtype, residual_dtype = ctx.dtypes
+        if dy is None:
+            dx, dweight, dbias = dsum, None, None
+        else:
+            dx, both, _ = bwd(dy, dsum, [summed], weight, bias, mean, rstd, True, False)
+            dx = dx[0]
+            dweight, dbias = parameter_gradients(both, weight, bias)
+        if dx is None:
+            return None, None, None, None, None
+        dresidual = None if residual_dtype is None else dx.to(residual_dtype)
+        return dx.to(x_dtype), dresidual, dweight, dbias, None

@@ -1,0 +1,401 @@
+"""Layer norm with a time-dependent scale and shift, of rows that may lie in pieces.
+
+    s = x + residual      n = (s − mean(s)) · rstd      rstd = 1 / sqrt(var(s) + 1e-5)
+    y = n · weight + bias
+
+and backward, with g = dy · weight and a sum's own gradient ds:
+
+    dx = rstd · (g − mean(g) − n · mean(g·n)) + ds    dweight = Σ_rows dy · n    dbias = Σ_rows dy
+
+A row is one piece, or the concatenation of several of the same width, each with strides of its own:
+the cascade's features are normed where they lie.
+
+Forward moves x, residual, sum and y once; a row that is too wide for registers is read a second
+time, from the L2 cache. Backward moves x, dy, ds and dx once. Rows wider than a block take two
+kernels: one reads x and dy for the rows' two means; the other, whose programs stay with the same
+columns, so that weight, bias and their gradients stay in registers, reads them again and writes dx
+and, where asked for, y.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from dimr_fast.kernels.configuration import configuration
+from dimr_fast.kernels.rows import as_rows, chunks, sum_partials
+
+
+def launch_fwd(
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    pieces: Sequence[torch.Tensor],
+    residual: torch.Tensor | None,
+    dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sum (empty without a residual), y `[B, …, P·D]` in `dtype`, mean and rstd `[B, N]`.
+
+    `pieces` are P tensors `[B, …, D]`; a residual goes with one piece. Where `dtype` is None, only
+    the statistics are computed and y is empty.
+    """
+    x = pieces[0]
+    y = torch.empty(0, dtype=dtype or x.dtype, device=x.device)
+    summed = y.new_empty(0)
+    if residual is not None:
+        summed = y.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    if dtype is not None:
+        y = y.new_empty(*x.shape[:-1], len(pieces) * x.shape[-1])
+    rows = [as_rows(piece) for piece in pieces]
+    images, count, width = rows[0].shape
+    mean = torch.empty(images, count, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    if x.numel() == 0:
+        return summed, y, mean, rstd
+    added = rows[0] if residual is None else as_rows(residual)
+    constants = dict(configuration("td_layer_norm_fwd", width * len(rows), x.device))
+    block = triton.next_power_of_2(width)
+    # A lane sees as many values of each piece as the other lanes: a piece is one block.
+    constants["BLOCK"] = block if len(rows) > 1 else min(constants["BLOCK"], block)
+    _td_layer_norm_fwd_kernel[(images * triton.cdiv(count, constants["ROWS"]),)](
+        tuple(rows),
+        added,
+        weight.contiguous(),
+        bias.contiguous(),
+        summed,
+        y,
+        mean,
+        rstd,
+        count,
+        tuple(r.stride(0) for r in rows),
+        tuple(r.stride(1) for r in rows),
+        (added.stride(0), added.stride(1)),
+        _time_stride(weight),
+        _time_stride(bias),
+        HAS_RESIDUAL=residual is not None,
+        HAS_Y=dtype is not None,
+        PIECES=len(rows),
+        WIDTH=width,
+        **constants,
+    )
+    return summed, y, mean, rstd
+
+
+def launch_bwd(
+    dy: torch.Tensor,
+    dsum: torch.Tensor | None,
+    pieces: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    needs_dx: bool,
+    needs_y: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the pieces `[P, B, …, D]`, of weight and bias `[2, T, P·D]`, and y again.
+
+    Of a row with a residual, `pieces` holds the sum that was normed, and `dx` is its gradient. y
+    has the dtype of `dy`. What is not needed is empty.
+    """
+    x = pieces[0]
+    dx = torch.empty((len(pieces), *x.shape) if needs_dx else (0,), dtype=x.dtype, device=x.device)
+    y = torch.empty(dy.shape if needs_y else (0,), dtype=dy.dtype, device=x.device)
+    rows = [as_rows(piece) for piece in pieces]
+    images, count, width = rows[0].shape
+    times = max(weight.shape[0], bias.shape[0])
+    if x.numel() == 0:
+        return dx, torch.zeros(2, times, weight.shape[1], dtype=torch.float32, device=x.device), y
+    dy_rows = as_rows(dy)
+    dsum_rows = dy_rows if dsum is None else as_rows(dsum)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    image_strides = tuple(r.stride(0) for r in rows)
+    row_strides = tuple(r.stride(1) for r in rows)
+
+    constants = dict(configuration("td_layer_norm_bwd", width * len(rows), x.device))
+    constants["BLOCK"] = min(constants["BLOCK"], triton.next_power_of_2(width))
+    whole_rows = len(rows) == 1 and width <= constants["BLOCK"]
+    means = torch.empty(0, dtype=torch.float32, device=x.device)
+    if needs_dx and not whole_rows:
+        means = torch.empty(2, images, count, dtype=torch.float32, device=x.device)
+        by_rows = dict(configuration("td_layer_norm_bwd_means", width * len(rows), x.device))
+        by_rows["BLOCK"] = min(by_rows["BLOCK"], triton.next_power_of_2(width))
+        _td_layer_norm_bwd_means_kernel[(images * triton.cdiv(count, by_rows["ROWS"]),)](
+            dy_rows,
+            tuple(rows),
+            weight,
+            mean,
+            rstd,
+            means,
+            images,
+            count,
+            (dy_rows.stride(0), dy_rows.stride(1)),
+            image_strides,
+            row_strides,
+            _time_stride(weight),
+            PIECES=len(rows),
+            WIDTH=width,
+            **by_rows,
+        )
+    blocks = len(rows) * triton.cdiv(width, constants["BLOCK"])
+    programs, per_program = chunks(images * blocks, count, constants["ROWS"])
+    partials = torch.empty(
+        2 * images, programs, width * len(rows), dtype=torch.float32, device=x.device
+    )
+    _td_layer_norm_bwd_kernel[(images * programs * blocks,)](
+        dy_rows,
+        dsum_rows,
+        tuple(rows),
+        weight,
+        bias,
+        mean,
+        rstd,
+        means,
+        dx,
+        y,
+        partials,
+        images,
+        count,
+        programs,
+        per_program,
+        (dy_rows.stride(0), dy_rows.stride(1)),
+        (dsum_rows.stride(0), dsum_rows.stride(1)),
+        image_strides,
+        row_strides,
+        _time_stride(weight),
+        _time_stride(bias),
+        HAS_DSUM=dsum is not None,
+        NEEDS_DX=needs_dx,
+        NEEDS_Y=needs_y,
+        WHOLE_ROWS=whole_rows,
+        PIECES=len(rows),
+        WIDTH=width,
+        **constants,
+    )
+    return dx, sum_partials(partials, 2 * times).unflatten(0, (2, times)), y
+
+
+def _time_stride(value: torch.Tensor) -> int:
+    """From one image's value to the next's: 0 where all images share one time."""
+    return 0 if value.shape[0] == 1 else value.shape[1]
+
+
+@triton.jit
+def _td_layer_norm_fwd_kernel(
+    x_ptrs,  # PIECES of [B, N, WIDTH]
+    residual_ptr,  # [B, N, WIDTH]
+    weight_ptr,  # [T, PIECES * WIDTH]
+    bias_ptr,  # [T, PIECES * WIDTH]
+    sum_ptr,  # [B, N, WIDTH], contiguous
+    y_ptr,  # [B, N, PIECES * WIDTH], contiguous
+    mean_ptr,  # [B, N] fp32
+    rstd_ptr,  # [B, N] fp32
+    count,  # N
+    image_strides,  # of each piece
+    row_strides,  # of each piece
+    residual_strides,  # (image, row)
+    weight_stride,
+    bias_stride,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    PIECES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(count, ROWS)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    wide_row = row[:, None].to(tl.int64)
+    residual_ptr += image * residual_strides[0] + wide_row * residual_strides[1]
+    out = image * count + wide_row
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+
+    # Every lane keeps the running mean of its values and their squares about it (Welford), so that
+    # no digit of the variance is lost however large the mean, and lanes meet only at the end.
+    lane_mean = tl.zeros([ROWS, BLOCK], tl.float32)
+    squares = tl.zeros([ROWS, BLOCK], tl.float32)
+    for piece in tl.static_range(PIECES):
+        x_ptr = x_ptrs[piece] + image * image_strides[piece] + wide_row * row_strides[piece]
+        for block in tl.static_range(BLOCKS):
+            column = block * BLOCK + tl.arange(0, BLOCK)
+            inside = (row < count)[:, None] & (column < WIDTH)[None, :]
+            x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
+            if HAS_RESIDUAL:
+                x += tl.load(residual_ptr + column, inside, other=0.0).to(tl.float32)
+                rounded = x.to(sum_ptr.dtype.element_ty)
+                tl.store(sum_ptr + out * WIDTH + column, rounded, inside)
+                x = rounded.to(tl.float32)
+            step = tl.where(inside, x - lane_mean, 0.0)
+            lane_mean += step * (1.0 / (piece * BLOCKS + block + 1))
+            squares += step * (x - lane_mean)
+    lane = tl.arange(0, BLOCK)
+    seen = PIECES * tl.where(lane < WIDTH - (BLOCKS - 1) * BLOCK, BLOCKS, BLOCKS - 1)
+    seen = seen.to(tl.float32)[None, :]
+    mean = tl.sum(lane_mean * seen, 1) / (PIECES * WIDTH)
+    offset = lane_mean - mean[:, None]
+    variance = tl.sum(squares + offset * offset * seen, 1) / (PIECES * WIDTH)
+    rstd = 1.0 / tl.sqrt(variance + 1e-5)
+    tl.store(mean_ptr + image * count + row, mean, row < count)
+    tl.store(rstd_ptr + image * count + row, rstd, row < count)
+
+    if HAS_Y:
+        for piece in tl.static_range(PIECES):
+            x_ptr = x_ptrs[piece] + image * image_strides[piece] + wide_row * row_strides[piece]
+            for block in tl.static_range(BLOCKS):
+                column = block * BLOCK + tl.arange(0, BLOCK)
+                inside = (row < count)[:, None] & (column < WIDTH)[None, :]
+                if PIECES * BLOCKS > 1:
+                    x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
+                    if HAS_RESIDUAL:
+                        x += tl.load(residual_ptr + column, inside, other=0.0).to(tl.float32)
+                        x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)
+                channel = piece * WIDTH + column
+                weight = tl.load(weight_ptr + image * weight_stride + channel, column < WIDTH)
+                bias = tl.load(bias_ptr + image * bias_stride + channel, column < WIDTH)
+                y = (x - mean[:, None]) * rstd[:, None]
+                y = y * weight.to(tl.float32)[None, :] + bias.to(tl.float32)[None, :]
+                y = y.to(y_ptr.dtype.element_ty)
+                tl.store(y_ptr + out * (PIECES * WIDTH) + channel, y, inside)
+
+
+@triton.jit
+def _td_layer_norm_bwd_means_kernel(
+    dy_ptr,  # [B, N, PIECES * WIDTH]
+    x_ptrs,  # PIECES of [B, N, WIDTH]
+    weight_ptr,  # [T, PIECES * WIDTH]
+    mean_ptr,  # [B, N] fp32
+    rstd_ptr,  # [B, N] fp32
+    means_ptr,  # [2, B, N] fp32: mean(g) and mean(g·n)
+    images,  # B
+    count,  # N
+    dy_strides,  # (image, row)
+    image_strides,  # of each piece
+    row_strides,  # of each piece
+    weight_stride,
+    PIECES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(count, ROWS)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    wide_row = row[:, None].to(tl.int64)
+    dy_ptr += image * dy_strides[0] + wide_row * dy_strides[1]
+    statistic = image * count + row
+    mean = tl.load(mean_ptr + statistic, row < count, other=0.0)[:, None]
+    rstd = tl.load(rstd_ptr + statistic, row < count, other=0.0)[:, None]
+
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    dot = tl.zeros([ROWS, BLOCK], tl.float32)
+    for piece in tl.static_range(PIECES):
+        x_ptr = x_ptrs[piece] + image * image_strides[piece] + wide_row * row_strides[piece]
+        for start in tl.static_range(0, WIDTH, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            channel = piece * WIDTH + column
+            inside = (row < count)[:, None] & (column < WIDTH)[None, :]
+            x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + channel, inside, other=0.0).to(tl.float32)
+            weight = tl.load(
+                weight_ptr + image * weight_stride + channel, column < WIDTH, other=0.0
+            )
+            g = dy * weight.to(tl.float32)[None, :]
+            total += g
+            dot += g * (x - mean)
+    total = tl.sum(total, 1) / (PIECES * WIDTH)
+    dot = tl.sum(dot * rstd, 1) / (PIECES * WIDTH)
+    tl.store(means_ptr + statistic, total, row < count)
+    tl.store(means_ptr + images.to(tl.int64) * count + statistic, dot, row < count)
+
+
+@triton.jit
+def _td_layer_norm_bwd_kernel(
+    dy_ptr,  # [B, N, PIECES * WIDTH]
+    dsum_ptr,  # [B, N, PIECES * WIDTH]
+    x_ptrs,  # PIECES of [B, N, WIDTH]
+    weight_ptr,  # [T, PIECES * WIDTH]
+    bias_ptr,  # [T, PIECES * WIDTH]
+    mean_ptr,  # [B, N] fp32
+    rstd_ptr,  # [B, N] fp32
+    means_ptr,  # [2, B, N] fp32: mean(g) and mean(g·n); of WHOLE_ROWS, computed here
+    dx_ptr,  # [PIECES, B, N, WIDTH], contiguous
+    y_ptr,  # [B, N, PIECES * WIDTH], contiguous
+    partials_ptr,  # [2, B, programs, PIECES * WIDTH] fp32: of weight, of bias
+    images,  # B
+    count,  # N
+    programs,
+    per_program,
+    dy_strides,  # (image, row)
+    dsum_strides,  # (image, row)
+    image_strides,  # of each piece
+    row_strides,  # of each piece
+    weight_stride,
+    bias_stride,
+    HAS_DSUM: tl.constexpr,
+    NEEDS_DX: tl.constexpr,
+    NEEDS_Y: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
+    PIECES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    piece = tl.program_id(0) % (PIECES * BLOCKS) // BLOCKS
+    column = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    channel = piece * WIDTH + column
+    program = tl.program_id(0) // (PIECES * BLOCKS)
+    image = (program // programs).to(tl.int64)
+    first = program % programs * per_program
+
+    x_ptr, x_image, x_row = x_ptrs[0], image_strides[0], row_strides[0]
+    for other in tl.static_range(1, PIECES):
+        x_ptr = tl.where(piece == other, x_ptrs[other], x_ptr)
+        x_image = tl.where(piece == other, image_strides[other], x_image)
+        x_row = tl.where(piece == other, row_strides[other], x_row)
+    x_ptr += image * x_image + column[None, :]
+    dy_ptr += image * dy_strides[0] + channel[None, :]
+    dsum_ptr += image * dsum_strides[0] + channel[None, :]
+    weight = tl.load(weight_ptr + image * weight_stride + channel, column < WIDTH, other=0.0)
+    weight = weight.to(tl.float32)[None, :]
+    bias = tl.load(bias_ptr + image * bias_stride + channel, column < WIDTH, other=0.0)
+    bias = bias.to(tl.float32)[None, :]
+
+    dweight = tl.zeros([ROWS, BLOCK], tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(first, tl.minimum(first + per_program, count), ROWS):
+        row = start + tl.arange(0, ROWS)
+        wide_row = row[:, None].to(tl.int64)
+        inside = (row < count)[:, None] & (column < WIDTH)[None, :]
+        statistic = image * count + row
+        mean = tl.load(mean_ptr + statistic, row < count, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + statistic, row < count, other=0.0)[:, None]
+        x = tl.load(x_ptr + wide_row * x_row, inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + wide_row * dy_strides[1], inside, other=0.0).to(tl.float32)
+        normed = tl.where(inside, (x - mean) * rstd, 0.0)
+        dweight += dy * normed
+        dbias += dy
+        if NEEDS_DX:
+            g = dy * weight
+            if WHOLE_ROWS:
+                total = tl.sum(g, 1) / WIDTH
+                dot = tl.sum(g * normed, 1) / WIDTH
+            else:
+                total = tl.load(means_ptr + statistic, row < count, other=0.0)
+                dot = tl.load(
+                    means_ptr + images.to(tl.int64) * count + statistic, row < count, other=0.0
+                )
+            dx = rstd * (g - total[:, None] - normed * dot[:, None])
+            if HAS_DSUM:
+                dsum = tl.load(dsum_ptr + wide_row * dsum_strides[1], inside, other=0.0)
+                dx += dsum.to(tl.float32)
+            out = ((piece.to(tl.int64) * images + image) * count + wide_row) * WIDTH + column
+            tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), inside)
+        if NEEDS_Y:
+            y = (normed * weight + bias).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + statistic[:, None] * (PIECES * WIDTH) + channel[None, :], y, inside)
+
+    partials_ptr += program.to(tl.int64) * (PIECES * WIDTH) + channel
+    tl.store(partials_ptr, tl.sum(dweight, 0), column < WIDTH)
+    partials_ptr += images.to(tl.int64) * programs * (PIECES * WIDTH)
+    tl.store(partials_ptr, tl.sum(dbias, 0), column < WIDTH)
