@@ -16,6 +16,8 @@ from dimr_fast import ops
 from dimr_fast.config import BranchConfig
 
 TDValues = Sequence[Tensor]
+Normed = Tensor | tuple[Tensor, Tensor]
+"""What a norm returns: the normed features or, given a residual, the sum and the normed sum."""
 
 
 class Operation(nn.Module):
@@ -76,8 +78,8 @@ class TDLayerNorm(Operation):
         """Scale and shift, `[T, D]` each."""
         return td[self.weight.index], td[self.bias.index]
 
-    def forward(self, x: Tensor, td: TDValues) -> Tensor:
-        return ops.td_layer_norm(x, *self.values(td), implementation=self.implementation)
+    def forward(self, x: Tensor, td: TDValues, residual: Tensor | None = None) -> Normed:
+        return ops.td_layer_norm(x, *self.values(td), residual, implementation=self.implementation)
 
 
 class TDRMSNorm(Operation):
@@ -89,8 +91,9 @@ class TDRMSNorm(Operation):
         super().__init__()
         self.scale = TDParameter(dim, 1.0)
 
-    def forward(self, x: Tensor, td: TDValues) -> Tensor:
-        return ops.td_rms_norm(x, td[self.scale.index], implementation=self.implementation)
+    def forward(self, x: Tensor, td: TDValues, residual: Tensor | None = None) -> Normed:
+        scale = td[self.scale.index]
+        return ops.td_rms_norm(x, scale, residual, implementation=self.implementation)
 
 
 class RMSNorm(Operation):
@@ -102,8 +105,8 @@ class RMSNorm(Operation):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor, td: TDValues) -> Tensor:
-        return ops.rms_norm(x, self.scale, implementation=self.implementation)
+    def forward(self, x: Tensor, td: TDValues, residual: Tensor | None = None) -> Normed:
+        return ops.rms_norm(x, self.scale, residual, implementation=self.implementation)
 
 
 NORMS: dict[str, type[TDLayerNorm] | type[TDRMSNorm] | type[RMSNorm]] = {
@@ -151,7 +154,10 @@ class DepthwiseConv2d(Operation):
 
 
 class GatedMLP(Operation):
-    """Pre-norm `w2(gelu(w0(x)) · w1(x))` (paper section 3.3), without the residual add."""
+    """Pre-norm `w2(gelu(w0(x)) · w1(x))` (paper section 3.3) of `x = residual + increment`.
+
+    The add before the norm is fused with it; the sum is returned beside the MLP's output.
+    """
 
     operator = "gated_gelu"
 
@@ -162,11 +168,12 @@ class GatedMLP(Operation):
         self.w1 = Linear(config.dim, config.hidden_dim)
         self.w2 = Linear(config.hidden_dim, config.dim)
 
-    def forward(self, x: Tensor, td: TDValues) -> Tensor:
+    def forward(self, increment: Tensor, td: TDValues, residual: Tensor) -> tuple[Tensor, Tensor]:
+        x, normed = self.norm(increment, td, residual)
         weight = torch.cat([self.w0.weight, self.w1.weight])
         bias = torch.cat([self.w0.bias, self.w1.bias])
-        hidden = F.linear(self.norm(x, td), weight, bias)
-        return self.w2(ops.gated_gelu(hidden, implementation=self.implementation))
+        hidden = F.linear(normed, weight, bias)
+        return x, self.w2(ops.gated_gelu(hidden, implementation=self.implementation))
 
 
 class Block(nn.Module):
@@ -180,8 +187,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout_prob)
 
     def forward(self, x: Tensor, td: TDValues) -> Tensor:
-        x = x + self.dropout(self.block1(x, td))
-        return x + self.dropout(self.block2(x, td))
+        x, increment = self.block2(self.dropout(self.block1(x, td)), td, x)
+        return x + self.dropout(increment)
 
 
 class PositionEmbedding(nn.Module):

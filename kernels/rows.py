@@ -16,6 +16,16 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+def as_values(value: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A `[T, D]` value with adjacent columns, and the stride from one image's to the next's.
+
+    The stride is 0 where all images share one time. Values are views of one buffer of all a model's
+    (`td_parameters`), so rows need not be adjacent: copying each of them would cost a launch a norm.
+    """
+    value = value if value.stride(-1) == 1 else value.contiguous()
+    return value, 0 if value.shape[0] == 1 else value.stride(0)
+
+
 def chunks(images: int, rows: int, rows_at_once: int) -> tuple[int, int]:
     """How to share an image's rows among programs of a backward pass: programs, rows of each."""
     programs = max(1, min(triton.cdiv(rows, rows_at_once), triton.cdiv(PROGRAMS, images)))

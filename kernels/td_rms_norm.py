@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from dimr_fast.kernels.configuration import configuration
-from dimr_fast.kernels.rows import as_rows, chunks, sum_partials
+from dimr_fast.kernels.rows import as_rows, as_values, chunks, sum_partials
 
 
 def launch_fwd(
@@ -28,7 +28,8 @@ def launch_fwd(
         summed = torch.empty(
             x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device
         )
-    rows, scale = as_rows(x), scale.contiguous()
+    rows = as_rows(x)
+    scale, scale_stride = as_values(scale)
     images, count, width = rows.shape
     rms = torch.empty(images, count, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
@@ -46,7 +47,7 @@ def launch_fwd(
         count,
         (rows.stride(0), rows.stride(1)),
         (added.stride(0), added.stride(1)),
-        0 if scale.shape[0] == 1 else width,
+        scale_stride,
         HAS_RESIDUAL=residual is not None,
         WIDTH=width,
         **constants,
@@ -63,10 +64,11 @@ def launch_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the sum and of `scale` `[T, D]`; `x` is the sum that was normed."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, scale = as_rows(x), scale.contiguous()
+    rows = as_rows(x)
+    scale, scale_stride = as_values(scale)
     images, count, width = rows.shape
     if x.numel() == 0:
-        return dx, torch.zeros_like(scale, dtype=torch.float32)
+        return dx, torch.zeros(scale.shape, dtype=torch.float32, device=x.device)
     dy_rows = as_rows(dy)
     dsum_rows = dy_rows if dsum is None else as_rows(dsum)
     constants = dict(configuration("td_rms_norm_bwd", width, x.device))
@@ -87,7 +89,7 @@ def launch_bwd(
         (dy_rows.stride(0), dy_rows.stride(1)),
         (dsum_rows.stride(0), dsum_rows.stride(1)),
         (rows.stride(0), rows.stride(1)),
-        0 if scale.shape[0] == 1 else width,
+        scale_stride,
         HAS_DSUM=dsum is not None,
         WIDTH=width,
         **constants,

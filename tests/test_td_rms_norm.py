@@ -104,6 +104,17 @@ def test_strided_inputs(layout: str) -> None:
         torch.testing.assert_close(actual, truth)
 
 
+def test_scales_that_are_views_of_a_buffer() -> None:
+    values = seeded(3, 100)
+    for scale in (values[:, 10:58], values[:1, 10:58], seeded(48, 3).T):
+        for actual, truth in zip(
+            with_gradients(ours)(seeded(3, 6, 48), scale),
+            with_gradients(plain)(seeded(3, 6, 48), scale.contiguous()),
+            strict=True,
+        ):
+            torch.testing.assert_close(actual, truth)
+
+
 def test_gradients_are_deterministic() -> None:
     x, scale = seeded(2, 70, 96), seeded(1, 96)
     first, second = (with_gradients(ours)(x, scale) for _ in range(2))

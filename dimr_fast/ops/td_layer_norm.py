@@ -48,10 +48,9 @@ def td_layer_norm(
     check_time_values(x, weight=weight, bias=bias)
     check_residual(x, residual)
     if implementations.select(implementation, x) == "triton":
-        summed, y = _TDLayerNorm.apply(x, residual, weight, bias, compute_dtype(x))
-    else:
-        summed = x if residual is None else residual + x
-        y = reference.td_layer_norm(summed, weight, bias).to(compute_dtype(x))
+        return _TDLayerNorm.apply(x, residual, weight, bias, compute_dtype(x))
+    summed = x if residual is None else residual + x
+    y = reference.td_layer_norm(summed, weight, bias).to(compute_dtype(x))
     return y if residual is None else (summed, y)
 
 
@@ -125,17 +124,18 @@ class _TDLayerNorm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         summed, y, mean, rstd = fwd(weight, bias, [x], residual, dtype)
         ctx.save_for_backward(x if residual is None else summed, weight, bias, mean, rstd)
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)
-        return summed, y
+        return y if residual is None else (summed, y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dsum: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         summed, weight, bias, mean, rstd = ctx.saved_tensors
+        dsum, dy = grads if len(grads) == 2 else (None, grads[0])
         x_dtype, residual_dtype = ctx.dtypes
         if dy is None:
             dx, dweight, dbias = dsum, None, None

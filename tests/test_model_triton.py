@@ -1,0 +1,99 @@
+"""The whole model by Triton's kernels, interpreted where there is no GPU."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden import CASES, Golden, relative_error
+from oracle import DEVICE
+
+from dimr_fast import PRESETS, DiMR
+from dimr_fast.diffusion import multi_scale_loss
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def full_precision_convolutions() -> None:
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def inputs(golden: Golden, *names: str) -> list[torch.Tensor]:
+    return [golden[f"in/{name}"].to(DEVICE) for name in names]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("mode", "time"), [("mixed_time", "time"), ("uniform_time", "time_uniform")]
+)
+def test_outputs_equal_the_published_model(case: str, mode: str, time: str) -> None:
+    golden = Golden(case)
+    model = DiMR(golden.config).set_implementation("triton").to(DEVICE)
+    model.load_state_dict(golden.under("param/"), strict=True)
+    x, log_snr, y = inputs(golden, "x", time, "y")
+    for i, output in enumerate(model(x, log_snr=log_snr, y=y)):
+        assert relative_error(output.cpu(), golden[f"{mode}/out/{i}"]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("case", "compiled"), [*((case, False) for case in CASES), ("two_branch_tdrms", True)]
+)
+def test_every_gradient_equals_the_published_model(case: str, compiled: bool) -> None:
+    golden = Golden(case)
+    model = DiMR(golden.config).set_implementation("triton").to(DEVICE)
+    model.load_state_dict(golden.under("param/"), strict=True)
+    x, log_snr, y, noise = inputs(golden, "x", "time", "y", "noise")
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    loss = multi_scale_loss(run(x, log_snr=log_snr, y=y), noise, golden.loss_coeffs)
+    assert relative_error(loss.cpu(), golden["loss/per_image"]) < TOLERANCE
+    loss.mean().backward()
+    expected = golden.under("grad/")
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert relative_error(parameter.grad.cpu(), expected[name]) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_as_accurate_as_the_reference(dtype: torch.dtype) -> None:
+    """Against fp32, not worse than twice the reference under the same autocast."""
+    torch.manual_seed(0)
+    config = PRESETS["tiny"]
+    model = DiMR(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = model.to(DEVICE)
+    x = torch.randn(2, config.channels, *config.image_size, device=DEVICE)
+    log_snr, y = torch.tensor([-3.0, 2.0], device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+
+    def run(implementation: str, enabled: bool) -> list[torch.Tensor]:
+        model.set_implementation(implementation)
+        with torch.no_grad(), torch.autocast(DEVICE, dtype, enabled=enabled):
+            return [o.float() for o in model(x, log_snr=log_snr, y=y)]
+
+    exact = run("reference", False)
+    for ours, plain, truth in zip(run("triton", True), run("reference", True), exact, strict=True):
+        assert relative_error(ours, truth) <= 2 * relative_error(plain, truth)
+
+
+def test_launches_of_a_forward() -> None:
+    """The committed count is what the code launches now; each operator as often as it should."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    import launches
+
+    found = launches.report()
+    assert found["presets"] == json.loads(launches.RESULT.read_text())["presets"]
+    for preset, counts in found["presets"].items():
+        blocks = sum(2 * (b.num_blocks // 2) + 1 for b in PRESETS[preset].stage_configs)
+        ours = counts["triton"]
+        assert ours["td_rms_norm"] == sum(
+            (2 if b.block_type == "TransformerBlock" else 1) * (2 * (b.num_blocks // 2) + 1)
+            for b in PRESETS[preset].stage_configs
+        )
+        assert ours["gated_gelu"] == blocks
+        assert ours["td_parameters"] == 1
+        assert sum(ours.values()) < counts["published"] / 2
