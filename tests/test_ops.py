@@ -75,19 +75,6 @@ def test_norms_against_torch_in_double(width: int, dtype: torch.dtype) -> None:
     )
 
 
-def test_td_parameters_at_once_equal_them_one_by_one() -> None:
-    tau = torch.linspace(-1, 1, 3)
-    parameters = [tuple(seeded(width) + i for i in range(4)) for width in (5, 1, 8)]
-    values = ops.td_parameters(tau, parameters)
-    assert [tuple(v.shape) for v in values] == [(3, 5), (3, 1), (3, 8)]
-    for value, (p0, p1, w, b) in zip(values, parameters, strict=True):
-        for i in range(3):
-            gate = 1 / (1 + torch.exp(-((w.double() + 1) * tau[i] + b)))
-            expected = p1 + gate * (p0.double() - p1)
-            torch.testing.assert_close(value[i].double(), expected, atol=1e-6, rtol=1e-6)
-    assert ops.td_parameters(tau, []) == ()
-
-
 X = torch.zeros(2, 5, 6)
 ONE = torch.ones(1, 6)
 IMAGE, LOW = torch.zeros(2, 4, 4, 3), [torch.zeros(2, 2, 2, 5)]
@@ -104,7 +91,6 @@ BAD: list[tuple[Any, str]] = [
     (lambda: ops.rms_norm(X, torch.ones(5)), "scale: got width 5"),
     (lambda: ops.attention(X, 4), r"qkv: got shape \(2, 5, 6\)"),
     (lambda: ops.attention(X, 0), "qkv: got shape"),
-    (lambda: ops.td_parameters(torch.zeros(2, 2), []), r"tau: got shape \(2, 2\)"),
     (lambda: ops.upsample_add(IMAGE, [], NORM_IN, WEIGHT, BIAS, NORM_OUT), "features: got none"),
     (
         lambda: ops.upsample_add(IMAGE, LOW, NORM_IN, WEIGHT[:8], BIAS, NORM_OUT),

@@ -1,0 +1,213 @@
+"""All time-dependent parameters of a model at once: many small vectors, one launch.
+
+    e = (w + 1)·τ + b        s = sigmoid(e)        value = p1 + s · (p0 − p1)
+
+and backward, with g the gradient of the value and summing over the times:
+
+    dp0 = Σ g·s        dp1 = Σ g·(1 − s)
+    db = (p0 − p1) · Σ g·s·(1 − s)        dw = (p0 − p1) · Σ g·s·(1 − s)·τ
+
+The vectors lie anywhere in memory. A table of their addresses, on the device, tells a program
+which columns of which parameter are its own; results of all parameters lie side by side.
+Forward writes four bytes a value, backward reads as much; the vectors are read once.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from dimr_fast.kernels.configuration import configuration
+
+Vectors = Sequence[torch.Tensor]
+
+
+def launch_fwd(
+    tau: torch.Tensor, param0: Vectors, param1: Vectors, weight: Vectors, bias: Vectors
+) -> torch.Tensor:
+    """Values `[T, ΣD]` at the times `tau` `[T]` of parameters given as lists of vectors `[D]`."""
+    columns = sum(v.shape[0] for v in param0)
+    dtype = torch.promote_types(tau.dtype, param0[0].dtype)
+    values = torch.empty(tau.shape[0], columns, dtype=dtype, device=tau.device)
+    if values.numel() == 0:
+        return values
+    constants = configuration("td_parameters_fwd", tau.shape[0], tau.device)
+    vectors = [[v.contiguous() for v in kind] for kind in (param0, param1, weight, bias)]
+    table, aligned = _table_of(vectors, constants["BLOCK"])
+    _td_parameters_fwd_kernel[(table.shape[0],)](
+        table,
+        vectors[0][0],
+        tau.contiguous(),
+        values,
+        tau.shape[0],
+        columns,
+        ALIGNED=aligned,
+        **constants,
+    )
+    return values
+
+
+def launch_bwd(
+    dvalues: torch.Tensor,
+    tau: torch.Tensor,
+    param0: Vectors,
+    param1: Vectors,
+    weight: Vectors,
+    bias: Vectors,
+) -> torch.Tensor:
+    """Gradients `[4, ΣD]` of the four vectors of each parameter, from that of the values."""
+    columns = sum(v.shape[0] for v in param0)
+    grads = torch.empty(4, columns, dtype=param0[0].dtype, device=tau.device)
+    if grads.numel() == 0:
+        return grads
+    constants = configuration("td_parameters_bwd", tau.shape[0], tau.device)
+    vectors = [[v.contiguous() for v in kind] for kind in (param0, param1, weight, bias)]
+    table, aligned = _table_of(vectors, constants["BLOCK"])
+    dvalues = dvalues if dvalues.stride(-1) == 1 else dvalues.contiguous()
+    _td_parameters_bwd_kernel[(table.shape[0],)](
+        table,
+        vectors[0][0],
+        tau.contiguous(),
+        dvalues,
+        grads,
+        tau.shape[0],
+        columns,
+        dvalues.stride(0),
+        ALIGNED=aligned,
+        **constants,
+    )
+    return grads
+
+
+def _table_of(vectors: Sequence[Vectors], block: int) -> tuple[torch.Tensor, bool]:
+    """The table of `vectors`, and whether each begins where 16-byte loads may."""
+    first = vectors[0][0]
+    addresses = tuple(tuple(v.data_ptr() for v in kind) for kind in vectors)
+    widths = tuple(v.shape[0] for v in vectors[0])
+    aligned = all(width % 16 == 0 for width in widths) and all(
+        address % 16 == 0 for kind in addresses for address in kind
+    )
+    return _table(first.device, addresses, widths, first.element_size(), block), aligned
+
+
+# Bounded, for the addresses may be new at each call (gathered or cast parameters). An entry holds
+# addresses alone, so it is right for whatever tensors its key is read from.
+@functools.lru_cache(maxsize=32)
+def _table(
+    device: torch.device,
+    addresses: tuple[tuple[int, ...], ...],
+    widths: tuple[int, ...],
+    itemsize: int,
+    block: int,
+) -> torch.Tensor:
+    """A row per block of columns: four addresses, the place in the results, how many columns.
+
+    The copy to the device waits until it is there: a later call may come on another stream. So a
+    CUDA graph's warm-up has to build the table; a capture that needed a new one fails loudly.
+    """
+    rows = []
+    place = 0
+    for width, *starts in zip(widths, *addresses, strict=True):
+        for column in range(0, width, block):
+            here = [start + column * itemsize for start in starts]
+            rows.append([*here, place + column, min(block, width - column)])
+        place += width
+    return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+@triton.jit
+def _vector(table_ptr, vector_ptr, column, inside, ALIGNED: tl.constexpr):
+    """Columns, in fp32, of the vector whose address is at `table_ptr`."""
+    pointer = tl.load(table_ptr).to(vector_ptr.dtype)
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return tl.load(pointer + column, inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _columns(table_ptr, vector_ptr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's columns: p0, p1, w and b, the place in the results, which are there."""
+    row_ptr = table_ptr + tl.program_id(0) * 6
+    place = tl.load(row_ptr + 4)
+    count = tl.load(row_ptr + 5)
+    if ALIGNED:
+        place = tl.multiple_of(place, 16)
+        count = tl.multiple_of(count, 16)
+    column = tl.arange(0, BLOCK)
+    inside = column < count
+    p0 = _vector(row_ptr, vector_ptr, column, inside, ALIGNED)
+    p1 = _vector(row_ptr + 1, vector_ptr, column, inside, ALIGNED)
+    weight = _vector(row_ptr + 2, vector_ptr, column, inside, ALIGNED)
+    bias = _vector(row_ptr + 3, vector_ptr, column, inside, ALIGNED)
+    return p0, p1, weight, bias, place + column, inside
+
+
+@triton.jit
+def _sigmoid(tau, weight, bias):
+    """`s` `[TIMES, BLOCK]`: an exponential that overflows has the right reciprocal, zero."""
+    e = (weight + 1.0)[None, :] * tau[:, None] + bias[None, :]
+    return 1.0 / (1.0 + tl.exp(-e))
+
+
+@triton.jit
+def _td_parameters_fwd_kernel(
+    table_ptr,  # [programs, 6] int64
+    vector_ptr,  # not read: its type is that of the table's addresses
+    tau_ptr,  # [T]
+    values_ptr,  # [T, columns], contiguous
+    times,  # T
+    columns,
+    ALIGNED: tl.constexpr,
+    TIMES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    p0, p1, weight, bias, place, inside = _columns(table_ptr, vector_ptr, ALIGNED, BLOCK)
+    for start in range(0, times, TIMES):
+        time = start + tl.arange(0, TIMES)
+        tau = tl.load(tau_ptr + time, time < times, other=0.0).to(tl.float32)
+        s = _sigmoid(tau, weight, bias)
+        value = p1[None, :] + s * (p0 - p1)[None, :]
+        out = time[:, None].to(tl.int64) * columns + place[None, :]
+        there = (time < times)[:, None] & inside[None, :]
+        tl.store(values_ptr + out, value.to(values_ptr.dtype.element_ty), there)
+
+
+@triton.jit
+def _td_parameters_bwd_kernel(
+    table_ptr,  # [programs, 6] int64
+    vector_ptr,  # not read: its type is that of the table's addresses
+    tau_ptr,  # [T]
+    dvalues_ptr,  # [T, columns]
+    grads_ptr,  # [4, columns], contiguous
+    times,  # T
+    columns,
+    dvalues_stride,  # from time to time
+    ALIGNED: tl.constexpr,
+    TIMES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    p0, p1, weight, bias, place, inside = _columns(table_ptr, vector_ptr, ALIGNED, BLOCK)
+    dp0 = tl.zeros([TIMES, BLOCK], tl.float32)
+    dp1 = tl.zeros([TIMES, BLOCK], tl.float32)
+    dweight = tl.zeros([TIMES, BLOCK], tl.float32)
+    dbias = tl.zeros([TIMES, BLOCK], tl.float32)
+    for start in range(0, times, TIMES):
+        time = start + tl.arange(0, TIMES)
+        tau = tl.load(tau_ptr + time, time < times, other=0.0).to(tl.float32)
+        s = _sigmoid(tau, weight, bias)
+        there = (time < times)[:, None] & inside[None, :]
+        at = time[:, None].to(tl.int64) * dvalues_stride + place[None, :]
+        g = tl.load(dvalues_ptr + at, there, other=0.0).to(tl.float32)
+        dp0 += g * s
+        dp1 += g * (1.0 - s)
+        de = g * s * (1.0 - s)
+        dbias += de
+        dweight += de * tau[:, None]
+    grads_ptr += place
+    dtype = grads_ptr.dtype.element_ty
+    tl.store(grads_ptr, tl.sum(dp0, 0).to(dtype), inside)
+    tl.store(grads_ptr + columns, tl.sum(dp1, 0).to(dtype), inside)
+    tl.store(grads_ptr + 2 * columns, ((p0 - p1) * tl.sum(dweight, 0)).to(dtype), inside)
+    tl.store(grads_ptr + 3 * columns, ((p0 - p1) * tl.sum(dbias, 0)).to(dtype), inside)
