@@ -40,7 +40,7 @@ class _Count(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
         computes = isinstance(result, torch.Tensor | tuple | list) and not view
-        if computes and "empty" not in name and name != "_unsafe_view":
+        if computes and not any(word in name for word in ("empty", "detach", "_unsafe_view")):
             self.launches[name] += 1
         return result
 

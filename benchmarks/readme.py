@@ -44,6 +44,19 @@ def demo_result() -> str:
     )
 
 
+def launches() -> str:
+    """Kernels launched by a forward pass, as counted on the meta device."""
+    report: dict[str, Any] = json.loads((RESULTS / "launches.json").read_text())
+    lines = [
+        "| kernels launched per forward, batch 1 | published | plain PyTorch | Triton |",
+        "|---|---|---|---|",
+    ]
+    for preset, counts in report["presets"].items():
+        plain, ours = (sum(counts[name].values()) for name in ("reference", "triton"))
+        lines.append(f"| {preset} | {counts['published']:,} | {plain:,} | {ours:,} |")
+    return "\n".join(lines)
+
+
 def benchmarks() -> str:
     """Median times of each operator's benchmark, a row a shape, pass and dtype."""
     return "\n\n".join(_table(path) for path in sorted(RESULTS.glob("*_cpu.json")))
@@ -54,8 +67,12 @@ def _table(path: Path) -> str:
     rows: dict[tuple[str, ...], dict[str, float]] = {}
     for entry in report["benchmarks"]:
         info = entry["extra_info"]
+        if info.get("interpreted"):
+            continue
         key = ("×".join(map(str, info["shape"])), info["pass"], info["dtype"])
-        rows.setdefault(key, {})[info["implementation"]] = 1e3 * entry["stats"]["median"]
+        rows.setdefault(key, {})[info["implementation"]] = (
+            1e3 * entry["stats"]["median"] / info.get("calls", 1)
+        )
     info = report["benchmarks"][0]["extra_info"]
     columns = sorted({name for times in rows.values() for name in times})
     lines = [
@@ -73,6 +90,7 @@ def _table(path: Path) -> str:
 
 SECTIONS = {
     "operators": operators,
+    "launches": launches,
     "demo result": demo_result,
     "benchmarks": benchmarks,
 }

@@ -2,25 +2,44 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 FOLDER = Path(__file__).parent / "configurations"
+_ANY_SIZE = 2**63
 
 
 def configuration(kernel: str, size: int, device: torch.device) -> Mapping[str, int]:
     """The constants with which to launch `kernel`, e.g. `{"ROWS": 4, "num_warps": 4}`.
 
     `size` is what decides in that kernel (say, the width of a row). A file lists configurations by
-    the largest size each is for; a larger size than any takes the last. `default.json` serves the
-    GPUs, and the kernels, that `<name of the GPU>.json` does not list.
+    the largest size each is for. What `<name of the GPU>.json` does not list, `default.json` does;
+    a size beyond all listed there takes the last.
     """
-    gpu = gpu_name(device)
-    by_size = _table(gpu).get(kernel) or _table("default")[kernel]
-    largest = max(by_size)
-    return by_size[min((bucket for bucket in by_size if bucket >= size), default=largest)]
+    for table in (_table(gpu_name(device)), _table("default")):
+        by_size = table.get(kernel, {})
+        bucket = min((bucket for bucket in by_size if bucket >= size), default=None)
+        if bucket is not None:
+            return by_size[bucket]
+    return by_size[max(by_size)]
+
+
+@contextmanager
+def trial(kernel: str, constants: Mapping[str, int], device: torch.device) -> Iterator[None]:
+    """Launch `kernel` with `constants`, whatever the size: how a tuner tries them."""
+    table = _table(gpu_name(device))
+    before = table.get(kernel)
+    table[kernel] = {_ANY_SIZE: dict(constants)}
+    try:
+        yield
+    finally:
+        if before is None:
+            del table[kernel]
+        else:
+            table[kernel] = before
 
 
 def gpu_name(device: torch.device) -> str:

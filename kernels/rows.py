@@ -19,8 +19,8 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 def as_values(value: torch.Tensor) -> tuple[torch.Tensor, int]:
     """A `[T, D]` value with adjacent columns, and the stride from one image's to the next's.
 
-    The stride is 0 where all images share one time. Values are views of one buffer of all a model's
-    (`td_parameters`), so rows need not be adjacent: copying each of them would cost a launch a norm.
+    The stride is 0 where all images share one time. Values are views of one buffer of a model's
+    (`td_parameters`), whose rows are not adjacent: copying each would cost a launch a norm.
     """
     value = value if value.stride(-1) == 1 else value.contiguous()
     return value, 0 if value.shape[0] == 1 else value.stride(0)

@@ -73,7 +73,7 @@ def room(path: Path) -> str:
 
 SHARED_BY_KERNELS = {"dimr_fast.kernels.configuration", "dimr_fast.kernels.rows"}
 """What a kernel's file may import from another; never another operator."""
-CONFIGURATION = {"configuration.py": {"functools", "json", "pathlib"}}
+CONFIGURATION = {"configuration.py": {"contextlib", "functools", "json", "pathlib"}}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,0 +1,78 @@
+"""Launch configurations: the files, what is looked up in them, and the tuner that writes them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from dimr_fast.kernels import configuration
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def test_sizes_take_the_smallest_bucket_that_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"k": {256: {"ROWS": 8}, 1024: {"ROWS": 2}}}
+    monkeypatch.setattr(configuration, "_table", lambda gpu: table)
+    sizes = {1: 8, 256: 8, 257: 2, 1024: 2, 10**6: 2}
+    assert {s: configuration.configuration("k", s, CPU)["ROWS"] for s in sizes} == sizes
+
+
+def test_a_gpus_file_comes_before_the_default(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, size, rows in (("default", 64, 1), ("Fast_GPU_80", 16, 2)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"k": {str(size): {"ROWS": rows}}}))
+    monkeypatch.setattr(configuration, "FOLDER", tmp_path)
+    configuration._table.cache_clear()
+    try:
+        for gpu, rows in (("Fast GPU/80", 2), ("another", 1)):
+            monkeypatch.setattr(configuration, "gpu_name", lambda device, gpu=gpu: gpu)
+            assert configuration.configuration("k", 8, CPU)["ROWS"] == rows
+            assert configuration.configuration("k", 32, CPU)["ROWS"] == 1
+            assert configuration.configuration("k", 128, CPU)["ROWS"] == 1
+    finally:
+        configuration._table.cache_clear()
+
+
+def test_a_trial_ends() -> None:
+    before = dict(configuration.configuration("sum_partials", 8, CPU))
+    with configuration.trial("sum_partials", {"BLOCK": 3}, CPU):
+        assert configuration.configuration("sum_partials", 8, CPU) == {"BLOCK": 3}
+    assert configuration.configuration("sum_partials", 8, CPU) == before
+
+
+def test_files_name_every_kernel_and_no_other() -> None:
+    """A launcher asks for a kernel's constants by its name, which the default file must have."""
+    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    asked = set(re.findall(r'configuration\(\s*"(\w+)"', sources))
+    assert asked
+    assert set(json.loads(configuration.path("default").read_text())) == asked
+    assert all(f"def _{name}_kernel(" in sources for name in asked)
+    for file in configuration.FOLDER.glob("*.json"):
+        table = json.loads(file.read_text())
+        assert set(table) <= asked
+        for by_size in table.values():
+            sizes = [int(size) for size in by_size]
+            assert sizes == sorted(sizes)
+            assert all("num_warps" in constants for constants in by_size.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tuner itself is run")
+def test_the_tuner_writes_a_file_that_is_found(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), "--dry-run", "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    tuned = json.loads(out.read_text())
+    default = json.loads(configuration.path("default").read_text())
+    helpers = {"sum_partials"}
+    assert set(tuned) | helpers == set(default)
+    for kernel, by_size in tuned.items():
+        constants = next(iter(default[kernel].values()))
+        assert all(set(found) == set(constants) for found in by_size.values())
