@@ -17,7 +17,8 @@ from dimr_fast.kernels.configuration import configuration
 from dimr_fast.kernels.rows import as_rows
 
 _ROOT_HALF = tl.constexpr(math.sqrt(0.5))
-_DENSITY_AT_0 = tl.constexpr(1 / math.sqrt(2 * math.pi))
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_LOG2_DENSITY_AT_0 = tl.constexpr(-0.5 * math.log2(2 * math.pi))
 
 
 def launch_fwd(x: torch.Tensor) -> torch.Tensor:
@@ -90,8 +91,27 @@ def _tile(tiles, HIDDEN: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _normal_cdf(a):
-    return 0.5 + 0.5 * tl.erf(a * _ROOT_HALF)
+def _normal_cdf(a, dtype: tl.constexpr):
+    """Φ(a) in fp32, as accurate as the features' `dtype` can show.
+
+    The library's erf takes 30 instructions an element, too many to keep up with a recent GPU's
+    memory where an element is two bytes. There log₂ Φ(−a) serves, as a polynomial fitted on
+    0 ≤ a ≤ 6 with the weight max(√Φ, 1e-4), that falls ever faster beyond: Φ errs by 2e-7 at most
+    and, above 1e-9, by a relative 2e-3, a quarter of a step of bf16.
+    """
+    if dtype == tl.float32:
+        return 0.5 + 0.5 * tl.erf(a * _ROOT_HALF)
+    size = tl.abs(a)
+    log2_tail = -8.02842383e-07 * size + 1.35427336e-05
+    log2_tail = log2_tail * size - 5.61708698e-05
+    log2_tail = log2_tail * size - 0.000467581955
+    log2_tail = log2_tail * size + 0.00751291318
+    log2_tail = log2_tail * size - 0.0528130855
+    log2_tail = log2_tail * size - 0.45910583
+    log2_tail = log2_tail * size - 1.15111597
+    log2_tail = log2_tail * size - 1.0
+    tail = tl.exp2(log2_tail)
+    return tl.where(a < 0, tail, 1.0 - tail)
 
 
 @triton.jit
@@ -109,7 +129,7 @@ def _gated_gelu_fwd_kernel(
     x_ptr += image * x_strides[0] + row * x_strides[1] + column
     a = tl.load(x_ptr, row < count, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + HIDDEN, row < count, other=0.0).to(tl.float32)
-    y = a * _normal_cdf(a) * b
+    y = a * _normal_cdf(a, x_ptr.dtype.element_ty) * b
     out = (image * count + row) * HIDDEN + column
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), row < count)
 
@@ -133,8 +153,8 @@ def _gated_gelu_bwd_kernel(
     a = tl.load(x_ptr, row < count, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + HIDDEN, row < count, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr, row < count, other=0.0).to(tl.float32)
-    cdf = _normal_cdf(a)
-    density = _DENSITY_AT_0 * tl.exp(-0.5 * a * a)
+    cdf = _normal_cdf(a, x_ptr.dtype.element_ty)
+    density = tl.exp2(a * a * (-0.5 * _LOG2_E) + _LOG2_DENSITY_AT_0)
     da = dy * b * (cdf + a * density)
     db = dy * a * cdf
     dx_ptr += (image * count + row) * (2 * HIDDEN) + column

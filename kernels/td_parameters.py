@@ -12,8 +12,8 @@ which columns of which parameter are its own; results of all parameters lie side
 Forward writes four bytes a value, backward reads as much; the vectors are read once.
 """
 
-import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -81,20 +81,33 @@ def launch_bwd(
     return grads
 
 
+_tables: dict[tuple[Any, ...], torch.Tensor] = {}
+_captured: set[torch.Tensor] = set()
+
+
 def _table_of(vectors: Sequence[Vectors], block: int) -> tuple[torch.Tensor, bool]:
-    """The table of `vectors`, and whether each begins where 16-byte loads may."""
+    """The table of `vectors`, and whether each begins where 16-byte loads may.
+
+    An entry holds addresses alone, so it is right for whatever tensors its key is read from.
+    """
     first = vectors[0][0]
     addresses = tuple(tuple(v.data_ptr() for v in kind) for kind in vectors)
     widths = tuple(v.shape[0] for v in vectors[0])
+    key = first.device, addresses, widths, first.element_size(), block
+    table = _tables.get(key)
+    if table is None:
+        # Where parameters are gathered or cast for each call, their addresses are new each time.
+        if len(_tables) >= 32:
+            _tables.clear()
+        table = _tables[key] = _table(*key)
+    if table.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.add(table)  # The graph reads it at each replay, and nothing else would keep it.
     aligned = all(width % 16 == 0 for width in widths) and all(
         address % 16 == 0 for kind in addresses for address in kind
     )
-    return _table(first.device, addresses, widths, first.element_size(), block), aligned
+    return table, aligned
 
 
-# Bounded, for the addresses may be new at each call (gathered or cast parameters). An entry holds
-# addresses alone, so it is right for whatever tensors its key is read from.
-@functools.lru_cache(maxsize=32)
 def _table(
     device: torch.device,
     addresses: tuple[tuple[int, ...], ...],
