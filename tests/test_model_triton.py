@@ -1,7 +1,9 @@
 """The whole model by Triton's kernels, interpreted where there is no GPU."""
 
+import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,43 @@ def test_autocast_is_as_accurate_as_the_reference(dtype: torch.dtype) -> None:
     exact = run("reference", False)
     for ours, plain, truth in zip(run("triton", True), run("reference", True), exact, strict=True):
         assert relative_error(ours, truth) <= 2 * relative_error(plain, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("preset", ["DiMR-XL/2R", "DiMR-G/2R", "DiMR-M/3R"])
+def test_presets_widths_at_reduced_depth_and_size(preset: str, dtype: torch.dtype) -> None:
+    """Outputs and every gradient against fp64, not worse than twice the reference in `dtype`."""
+    torch.manual_seed(0)
+    config = PRESETS[preset]
+    branches = tuple(
+        replace(b, num_blocks=2, max_height=b.max_height // 8, max_width=b.max_width // 8)
+        for b in config.stage_configs
+    )
+    model = DiMR(replace(config, stage_configs=branches, num_classes=3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model = model.to(DEVICE, dtype)
+    config = model.config
+    x = torch.randn(1, config.channels, *config.image_size, device=DEVICE, dtype=dtype)
+    noise = torch.randn_like(x)
+    log_snr, y = torch.tensor([2.0], device=DEVICE), torch.tensor([1], device=DEVICE)
+
+    def run(implementation: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        module = copy.deepcopy(model).to(dtype).set_implementation(implementation)
+        outputs = module(
+            x.to(dtype), log_snr=log_snr.to(torch.promote_types(dtype, log_snr.dtype)), y=y
+        )
+        multi_scale_loss(outputs, noise.to(dtype)).mean().backward()
+        found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+        return found | {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+
+    exact = run("reference", torch.float64)
+    plain, ours = run("reference", dtype), run("triton", dtype)
+    assert ours.keys() == plain.keys() == exact.keys()
+    for name, truth in exact.items():
+        allowed = 2 * relative_error(plain[name], truth) + torch.finfo(dtype).eps
+        assert relative_error(ours[name], truth) <= allowed, name
 
 
 def test_launches_of_a_forward() -> None:
