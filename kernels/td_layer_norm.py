@@ -59,7 +59,6 @@ def launch_fwd(
     rstd = torch.empty_like(mean)
     if x.numel() == 0:
         return summed, y, mean, rstd
-    added = rows[0] if residual is None else as_rows(residual)
     weight, bias = weight.contiguous(), bias.contiguous()
     time_strides = _time_stride(weight), _time_stride(bias)
     if len(rows) > 1:
@@ -234,10 +233,10 @@ def _td_layer_norm_fwd_kernel(
     statistic = image * count + row
     out = statistic * WIDTH
 
+    x = tl.zeros([ROWS, BLOCK], tl.float32)
     lane_mean = tl.zeros([ROWS, BLOCK], tl.float32)
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
-    seen = tl.zeros([1, BLOCK], tl.float32)
-    for start in tl.static_range(0, WIDTH, BLOCK):
+    for start in range(0, WIDTH, BLOCK):
         column = start + lane
         inside = (row < count) & (column < WIDTH)[None, :]
         x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
@@ -249,7 +248,7 @@ def _td_layer_norm_fwd_kernel(
         step = tl.where(inside, x - lane_mean, 0.0)
         lane_mean += step * (1.0 / (start // BLOCK + 1))
         squares += step * (x - lane_mean)
-        seen += (column < WIDTH).to(tl.float32)[None, :]
+    seen = (WIDTH // BLOCK + (lane < WIDTH % BLOCK)).to(tl.float32)[None, :]
     mean, rstd = statistics(lane_mean, squares, seen, WIDTH)
     tl.store(mean_ptr + statistic, mean, row < count)
     tl.store(rstd_ptr + statistic, rstd, row < count)
@@ -257,7 +256,7 @@ def _td_layer_norm_fwd_kernel(
     if HAS_Y:
         weight_ptr += image * time_strides[0]
         bias_ptr += image * time_strides[1]
-        for start in tl.static_range(0, WIDTH, BLOCK):
+        for start in range(0, WIDTH, BLOCK):
             column = start + lane
             inside = (row < count) & (column < WIDTH)[None, :]
             if WIDTH > BLOCK:

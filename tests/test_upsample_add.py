@@ -458,7 +458,10 @@ def test_features_move_in_16_byte_pieces() -> None:
     for kernel in compiled("test_upsample_add"):
         if kernel.target == "gfx942" or kernel.kernel == "_sum_partials_kernel":
             continue
-        assert kernel.count("LDG.E.64") == kernel.count("STG.E.64") == 0, kernel
+        means = kernel.kernel == "pieces_bwd_means_kernel"
+        # Statistics of two rows can be one load of 8 bytes.
+        assert kernel.count("LDG.E.64") <= (2 if means else 0), kernel
+        assert kernel.count("STG.E.64") == 0, kernel
         assert kernel.opcodes["LDG.E.128"] >= 2, kernel
-        if kernel.kernel != "pieces_bwd_means_kernel" and "statistics" not in kernel.launch:
+        if not means and "statistics" not in kernel.launch:
             assert kernel.opcodes["STG.E.128"] >= 1, kernel
