@@ -25,6 +25,13 @@ import triton.language as tl
 
 from dimr_fast.kernels.configuration import configuration
 from dimr_fast.kernels.rows import as_rows, chunks, sum_partials
+from dimr_fast.kernels.td_layer_norm_pieces import (
+    affine,
+    pieces_bwd_means_kernel,
+    pieces_fwd_kernel,
+    select_piece,
+    statistics,
+)
 
 
 def launch_fwd(
@@ -52,29 +59,46 @@ def launch_fwd(
     rstd = torch.empty_like(mean)
     if x.numel() == 0:
         return summed, y, mean, rstd
+    weight, bias = weight.contiguous(), bias.contiguous()
+    time_strides = _time_stride(weight), _time_stride(bias)
+    if len(rows) > 1:
+        constants = configuration("td_layer_norm_pieces_fwd", width, x.device)
+        pieces_fwd_kernel[(images * triton.cdiv(count, constants["ROWS"]),)](
+            tuple(rows),
+            weight,
+            bias,
+            y,
+            mean,
+            rstd,
+            count,
+            len(rows),
+            *_piece_strides(rows),
+            time_strides,
+            HAS_Y=dtype is not None,
+            PIECES=len(rows),
+            WIDTH=width,
+            BLOCK=triton.next_power_of_2(width),
+            **constants,
+        )
+        return summed, y, mean, rstd
     added = rows[0] if residual is None else as_rows(residual)
-    constants = dict(configuration("td_layer_norm_fwd", width * len(rows), x.device))
-    block = triton.next_power_of_2(width)
-    # A lane sees as many values of each piece as the other lanes: a piece is one block.
-    constants["BLOCK"] = block if len(rows) > 1 else min(constants["BLOCK"], block)
+    constants = dict(configuration("td_layer_norm_fwd", width, x.device))
+    constants["BLOCK"] = min(constants["BLOCK"], triton.next_power_of_2(width))
     _td_layer_norm_fwd_kernel[(images * triton.cdiv(count, constants["ROWS"]),)](
-        tuple(rows),
+        rows[0],
         added,
-        weight.contiguous(),
-        bias.contiguous(),
+        weight,
+        bias,
         summed,
         y,
         mean,
         rstd,
         count,
-        tuple(r.stride(0) for r in rows),
-        tuple(r.stride(1) for r in rows),
+        (rows[0].stride(0), rows[0].stride(1)),
         (added.stride(0), added.stride(1)),
-        _time_stride(weight),
-        _time_stride(bias),
+        time_strides,
         HAS_RESIDUAL=residual is not None,
         HAS_Y=dtype is not None,
-        PIECES=len(rows),
         WIDTH=width,
         **constants,
     )
@@ -108,8 +132,6 @@ def launch_bwd(
     dy_rows = as_rows(dy)
     dsum_rows = dy_rows if dsum is None else as_rows(dsum)
     weight, bias = weight.contiguous(), bias.contiguous()
-    image_strides = tuple(r.stride(0) for r in rows)
-    row_strides = tuple(r.stride(1) for r in rows)
 
     constants = dict(configuration("td_layer_norm_bwd", width * len(rows), x.device))
     constants["BLOCK"] = min(constants["BLOCK"], triton.next_power_of_2(width))
@@ -119,7 +141,7 @@ def launch_bwd(
         means = torch.empty(2, images, count, dtype=torch.float32, device=x.device)
         by_rows = dict(configuration("td_layer_norm_bwd_means", width * len(rows), x.device))
         by_rows["BLOCK"] = min(by_rows["BLOCK"], triton.next_power_of_2(width))
-        _td_layer_norm_bwd_means_kernel[(images * triton.cdiv(count, by_rows["ROWS"]),)](
+        pieces_bwd_means_kernel[(images * triton.cdiv(count, by_rows["ROWS"]),)](
             dy_rows,
             tuple(rows),
             weight,
@@ -128,9 +150,9 @@ def launch_bwd(
             means,
             images,
             count,
+            len(rows),
             (dy_rows.stride(0), dy_rows.stride(1)),
-            image_strides,
-            row_strides,
+            *_piece_strides(rows),
             _time_stride(weight),
             PIECES=len(rows),
             WIDTH=width,
@@ -159,10 +181,8 @@ def launch_bwd(
         per_program,
         (dy_rows.stride(0), dy_rows.stride(1)),
         (dsum_rows.stride(0), dsum_rows.stride(1)),
-        image_strides,
-        row_strides,
-        _time_stride(weight),
-        _time_stride(bias),
+        *_piece_strides(rows),
+        (_time_stride(weight), _time_stride(bias)),
         HAS_DSUM=dsum is not None,
         NEEDS_DX=needs_dx,
         NEEDS_Y=needs_y,
@@ -179,133 +199,74 @@ def _time_stride(value: torch.Tensor) -> int:
     return 0 if value.shape[0] == 1 else value.shape[1]
 
 
+def _piece_strides(pieces: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """From one image to the next, and from one row to the next, of each piece."""
+    return tuple(p.stride(0) for p in pieces), tuple(p.stride(1) for p in pieces)
+
+
 @triton.jit
 def _td_layer_norm_fwd_kernel(
-    x_ptrs,  # PIECES of [B, N, WIDTH]
+    x_ptr,  # [B, N, WIDTH]
     residual_ptr,  # [B, N, WIDTH]
-    weight_ptr,  # [T, PIECES * WIDTH]
-    bias_ptr,  # [T, PIECES * WIDTH]
+    weight_ptr,  # [T, WIDTH]
+    bias_ptr,  # [T, WIDTH]
     sum_ptr,  # [B, N, WIDTH], contiguous
-    y_ptr,  # [B, N, PIECES * WIDTH], contiguous
+    y_ptr,  # [B, N, WIDTH], contiguous
     mean_ptr,  # [B, N] fp32
     rstd_ptr,  # [B, N] fp32
     count,  # N
-    image_strides,  # of each piece
-    row_strides,  # of each piece
+    x_strides,  # (image, row)
     residual_strides,  # (image, row)
-    weight_stride,
-    bias_stride,
+    time_strides,  # of weight and bias: 0 where all images share one time
     HAS_RESIDUAL: tl.constexpr,
     HAS_Y: tl.constexpr,
-    PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     blocks = tl.cdiv(count, ROWS)
     image = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    wide_row = row[:, None].to(tl.int64)
-    residual_ptr += image * residual_strides[0] + wide_row * residual_strides[1]
-    out = image * count + wide_row
-    BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)[:, None]
+    lane = tl.arange(0, BLOCK)
+    x_ptr += image * x_strides[0] + row.to(tl.int64) * x_strides[1]
+    residual_ptr += image * residual_strides[0] + row.to(tl.int64) * residual_strides[1]
+    statistic = image * count + row
+    out = statistic * WIDTH
 
-    # Every lane keeps the running mean of its values and their squares about it (Welford), so that
-    # no digit of the variance is lost however large the mean, and lanes meet only at the end.
+    x = tl.zeros([ROWS, BLOCK], tl.float32)
     lane_mean = tl.zeros([ROWS, BLOCK], tl.float32)
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
-    for piece in tl.static_range(PIECES):
-        x_ptr = x_ptrs[piece] + image * image_strides[piece] + wide_row * row_strides[piece]
-        for block in tl.static_range(BLOCKS):
-            column = block * BLOCK + tl.arange(0, BLOCK)
-            inside = (row < count)[:, None] & (column < WIDTH)[None, :]
-            x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
-            if HAS_RESIDUAL:
-                x += tl.load(residual_ptr + column, inside, other=0.0).to(tl.float32)
-                rounded = x.to(sum_ptr.dtype.element_ty)
-                tl.store(sum_ptr + out * WIDTH + column, rounded, inside)
-                x = rounded.to(tl.float32)
-            step = tl.where(inside, x - lane_mean, 0.0)
-            lane_mean += step * (1.0 / (piece * BLOCKS + block + 1))
-            squares += step * (x - lane_mean)
-    lane = tl.arange(0, BLOCK)
-    seen = PIECES * tl.where(lane < WIDTH - (BLOCKS - 1) * BLOCK, BLOCKS, BLOCKS - 1)
-    seen = seen.to(tl.float32)[None, :]
-    mean = tl.sum(lane_mean * seen, 1) / (PIECES * WIDTH)
-    offset = lane_mean - mean[:, None]
-    variance = tl.sum(squares + offset * offset * seen, 1) / (PIECES * WIDTH)
-    rstd = 1.0 / tl.sqrt(variance + 1e-5)
-    tl.store(mean_ptr + image * count + row, mean, row < count)
-    tl.store(rstd_ptr + image * count + row, rstd, row < count)
+    for start in range(0, WIDTH, BLOCK):
+        column = start + lane
+        inside = (row < count) & (column < WIDTH)[None, :]
+        x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            x += tl.load(residual_ptr + column, inside, other=0.0).to(tl.float32)
+            rounded = x.to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + out + column, rounded, inside)
+            x = rounded.to(tl.float32)
+        step = tl.where(inside, x - lane_mean, 0.0)
+        lane_mean += step * (1.0 / (start // BLOCK + 1))
+        squares += step * (x - lane_mean)
+    seen = (WIDTH // BLOCK + (lane < WIDTH % BLOCK)).to(tl.float32)[None, :]
+    mean, rstd = statistics(lane_mean, squares, seen, WIDTH)
+    tl.store(mean_ptr + statistic, mean, row < count)
+    tl.store(rstd_ptr + statistic, rstd, row < count)
 
     if HAS_Y:
-        for piece in tl.static_range(PIECES):
-            x_ptr = x_ptrs[piece] + image * image_strides[piece] + wide_row * row_strides[piece]
-            for block in tl.static_range(BLOCKS):
-                column = block * BLOCK + tl.arange(0, BLOCK)
-                inside = (row < count)[:, None] & (column < WIDTH)[None, :]
-                if PIECES * BLOCKS > 1:
-                    x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
-                    if HAS_RESIDUAL:
-                        x += tl.load(residual_ptr + column, inside, other=0.0).to(tl.float32)
-                        x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)
-                channel = piece * WIDTH + column
-                weight = tl.load(weight_ptr + image * weight_stride + channel, column < WIDTH)
-                bias = tl.load(bias_ptr + image * bias_stride + channel, column < WIDTH)
-                y = (x - mean[:, None]) * rstd[:, None]
-                y = y * weight.to(tl.float32)[None, :] + bias.to(tl.float32)[None, :]
-                y = y.to(y_ptr.dtype.element_ty)
-                tl.store(y_ptr + out * (PIECES * WIDTH) + channel, y, inside)
-
-
-@triton.jit
-def _td_layer_norm_bwd_means_kernel(
-    dy_ptr,  # [B, N, PIECES * WIDTH]
-    x_ptrs,  # PIECES of [B, N, WIDTH]
-    weight_ptr,  # [T, PIECES * WIDTH]
-    mean_ptr,  # [B, N] fp32
-    rstd_ptr,  # [B, N] fp32
-    means_ptr,  # [2, B, N] fp32: mean(g) and mean(g·n)
-    images,  # B
-    count,  # N
-    dy_strides,  # (image, row)
-    image_strides,  # of each piece
-    row_strides,  # of each piece
-    weight_stride,
-    PIECES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    blocks = tl.cdiv(count, ROWS)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    wide_row = row[:, None].to(tl.int64)
-    dy_ptr += image * dy_strides[0] + wide_row * dy_strides[1]
-    statistic = image * count + row
-    mean = tl.load(mean_ptr + statistic, row < count, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + statistic, row < count, other=0.0)[:, None]
-
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    dot = tl.zeros([ROWS, BLOCK], tl.float32)
-    for piece in tl.static_range(PIECES):
-        x_ptr = x_ptrs[piece] + image * image_strides[piece] + wide_row * row_strides[piece]
-        for start in tl.static_range(0, WIDTH, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            channel = piece * WIDTH + column
-            inside = (row < count)[:, None] & (column < WIDTH)[None, :]
-            x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + channel, inside, other=0.0).to(tl.float32)
-            weight = tl.load(
-                weight_ptr + image * weight_stride + channel, column < WIDTH, other=0.0
-            )
-            g = dy * weight.to(tl.float32)[None, :]
-            total += g
-            dot += g * (x - mean)
-    total = tl.sum(total, 1) / (PIECES * WIDTH)
-    dot = tl.sum(dot * rstd, 1) / (PIECES * WIDTH)
-    tl.store(means_ptr + statistic, total, row < count)
-    tl.store(means_ptr + images.to(tl.int64) * count + statistic, dot, row < count)
+        weight_ptr += image * time_strides[0]
+        bias_ptr += image * time_strides[1]
+        for start in range(0, WIDTH, BLOCK):
+            column = start + lane
+            inside = (row < count) & (column < WIDTH)[None, :]
+            if WIDTH > BLOCK:
+                x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
+                if HAS_RESIDUAL:
+                    x += tl.load(residual_ptr + column, inside, other=0.0).to(tl.float32)
+                    x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)
+            normed = (x - mean) * rstd
+            y = affine(normed, weight_ptr + column, bias_ptr + column, column < WIDTH)
+            tl.store(y_ptr + out + column, y.to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -329,8 +290,7 @@ def _td_layer_norm_bwd_kernel(
     dsum_strides,  # (image, row)
     image_strides,  # of each piece
     row_strides,  # of each piece
-    weight_stride,
-    bias_stride,
+    time_strides,  # of weight and bias: 0 where all images share one time
     HAS_DSUM: tl.constexpr,
     NEEDS_DX: tl.constexpr,
     NEEDS_Y: tl.constexpr,
@@ -348,17 +308,13 @@ def _td_layer_norm_bwd_kernel(
     image = (program // programs).to(tl.int64)
     first = program % programs * per_program
 
-    x_ptr, x_image, x_row = x_ptrs[0], image_strides[0], row_strides[0]
-    for other in tl.static_range(1, PIECES):
-        x_ptr = tl.where(piece == other, x_ptrs[other], x_ptr)
-        x_image = tl.where(piece == other, image_strides[other], x_image)
-        x_row = tl.where(piece == other, row_strides[other], x_row)
+    x_ptr, x_image, x_row = select_piece(x_ptrs, image_strides, row_strides, piece, 0, PIECES)
     x_ptr += image * x_image + column[None, :]
     dy_ptr += image * dy_strides[0] + channel[None, :]
     dsum_ptr += image * dsum_strides[0] + channel[None, :]
-    weight = tl.load(weight_ptr + image * weight_stride + channel, column < WIDTH, other=0.0)
+    weight = tl.load(weight_ptr + image * time_strides[0] + channel, column < WIDTH, other=0.0)
     weight = weight.to(tl.float32)[None, :]
-    bias = tl.load(bias_ptr + image * bias_stride + channel, column < WIDTH, other=0.0)
+    bias = tl.load(bias_ptr + image * time_strides[1] + channel, column < WIDTH, other=0.0)
     bias = bias.to(tl.float32)[None, :]
 
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)

@@ -71,7 +71,11 @@ def room(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-SHARED_BY_KERNELS = {"dimr_fast.kernels.configuration", "dimr_fast.kernels.rows"}
+SHARED_BY_KERNELS = {
+    "dimr_fast.kernels.configuration",
+    "dimr_fast.kernels.rows",
+    "dimr_fast.kernels.td_layer_norm_pieces",
+}
 """What a kernel's file may import from another; never another operator."""
 CONFIGURATION = {"configuration.py": {"contextlib", "functools", "json", "pathlib"}}
 

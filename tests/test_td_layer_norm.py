@@ -53,19 +53,12 @@ def test_forward_and_gradients(shape: tuple[int, ...], times: str, dtype: torch.
     assert_as_accurate(with_gradients(ours), with_gradients(plain), *inputs, residual, dtype=dtype)
 
 
-@pytest.mark.parametrize("mean", [100, 1000])
+@pytest.mark.parametrize("mean", [100, -1000])
 @pytest.mark.parametrize("width", [40, 960, 9000])
 def test_a_mean_far_above_the_deviation(width: int, mean: float) -> None:
     """Half precision cannot even hold such rows; fp32 must lose no more than the reference."""
     inputs = seeded(2, 3, width) + mean, *values(2, width)
-    for sign in (1, -1):
-        assert_as_accurate(
-            with_gradients(ours),
-            with_gradients(plain),
-            sign * inputs[0],
-            *inputs[1:],
-            dtype=torch.float32,
-        )
+    assert_as_accurate(with_gradients(ours), with_gradients(plain), *inputs, dtype=torch.float32)
 
 
 def test_a_first_block_unlike_the_rest() -> None:
@@ -286,5 +279,5 @@ def test_rows_move_in_16_byte_pieces() -> None:
         if width >= 960:
             assert kernel.count("LDG.E.64") == kernel.count("STG.E.64") == 0, kernel
             assert kernel.opcodes["LDG.E.128"] >= 2, kernel
-            if kernel.kernel != "_td_layer_norm_bwd_means_kernel":
+            if kernel.kernel != "pieces_bwd_means_kernel":
                 assert kernel.opcodes["STG.E.128"] >= 1, kernel

@@ -22,8 +22,7 @@ def check_residual(x: Tensor, residual: Tensor | None) -> None:
         raise ValueError(
             f"residual: got shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}"
         )
-    if residual.device != x.device:
-        raise ValueError(f"residual: got device {residual.device}, expected that of x, {x.device}")
+    check_device(x, residual, "residual")
 
 
 def check_time_values(x: Tensor, **values: Tensor) -> None:
@@ -49,5 +48,10 @@ def check_width(x: Tensor, value: Tensor, name: str) -> None:
     if value.shape[-1:] != x.shape[-1:]:
         width = value.shape[-1]
         raise ValueError(f"{name}: got width {width}, expected that of x, {x.shape[-1]}")
+    check_device(x, value, name)
+
+
+def check_device(x: Tensor, value: Tensor, name: str) -> None:
+    """ValueError where `value` does not lie on the device of `x`."""
     if value.device != x.device:
         raise ValueError(f"{name}: got device {value.device}, expected that of x, {x.device}")

@@ -1,62 +1,265 @@
 """The cascade between two branches (paper section 3.1)."""
 
 from collections.abc import Sequence
+from functools import reduce
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
-from dimr_fast.ops._checks import check_times
+from dimr_fast.ops import _triton
+from dimr_fast.ops._checks import check_device, check_times, compute_dtype
 from dimr_fast.ops.implementations import Implementations
+from dimr_fast.ops.td_layer_norm import bwd as norm_in_bwd
+from dimr_fast.ops.td_layer_norm import fwd as norm_in_fwd
+from dimr_fast.ops.td_layer_norm import parameter_gradients
 
-implementations = Implementations("upsample_add")
+implementations = Implementations(
+    "upsample_add",
+    example=(4, 32, 32, 480),
+    triton=_triton.why_not,
+    slower={"triton": _triton.slower},
+)
+
+Values = tuple[Tensor, Tensor]
+"""Scale and shift of a TD layer norm, `[T, D]` each."""
 
 
 def upsample_add(
     x: Tensor,
-    features: Sequence[Tensor],
-    norm_in: tuple[Tensor, Tensor],
+    features: Sequence[Tensor] | Tensor,
+    norm_in: Values,
     weight: Tensor,
     bias: Tensor,
-    norm_out: tuple[Tensor, Tensor],
+    norm_out: Values,
     *,
+    norm_behind_projection: bool = False,
     implementation: str = "auto",
 ) -> Tensor:
     """Add the features of a branch to the embedding `x` of the next, q times larger, branch.
 
-    `x` is `[B, H, W, D]`; `features` are `S` tensors `[B, H/q, W/q, d]`; `weight` is
-    `[D·q², S·d]` and `bias` `[D·q²]`. `norm_in` and `norm_out` are the scale and shift of the TD
-    layer norms before the projection (`[T, S·d]`) and after the pixel shuffle (`[T, D]`). The
-    projection's output channels are ordered `[row, column, D]` within a q×q box.
-    Raises ValueError where shapes do not fit or the implementation is unusable.
+    `x` is `[B, H, W, D]`; `features` are `S` tensors `[B, H/q, W/q, d]`, or one buffer
+    `[B, H/q, W/q, S, d]`; `weight` is `[D·q², S·d]` and `bias` `[D·q²]`. `norm_in` and `norm_out`
+    are the scale and shift of the TD layer norms before the projection (`[T, S·d]`) and after the
+    pixel shuffle (`[T, D]`). The projection's output channels are ordered `[row, column, D]` within
+    a q×q box. It is computed in the dtype of the features or, under autocast, autocast's.
+
+    `norm_behind_projection` normalises what the projection makes of the features, instead of the
+    features, which is the same with weights that contain the norm's: for one time (T = 1 of
+    `norm_in`), a buffer of features, and without gradients.
+    Raises ValueError where shapes, dtypes or devices do not fit or the implementation is unusable.
     """
     if x.dim() != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, H, W, D]")
-    _check_features(x, features)
-    width = sum(f.shape[-1] for f in features)
-    q = x.shape[1] // features[0].shape[1]
-    expected = (x.shape[-1] * q * q, width)
-    if tuple(weight.shape) != expected:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected {expected}")
-    if tuple(bias.shape) != expected[:1]:
-        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected {expected[:1]}")
-    for name, pair, axis in (("norm_in", norm_in, width), ("norm_out", norm_out, x.shape[-1])):
-        for value in pair:
-            check_times(x, value, name, axis)
-    implementations.select(implementation, x)
-    return reference.upsample_add(x, features, norm_in, weight, bias, norm_out)
+    if isinstance(features, Tensor) and features.dim() != 5:
+        raise ValueError(f"features: got shape {tuple(features.shape)}, expected [B, h, w, S, d]")
+    slots = list(features.unbind(-2) if isinstance(features, Tensor) else features)
+    _check_features(x, slots)
+    dtype = reduce(torch.promote_types, (f.dtype for f in slots))
+    slots = [f.to(dtype) for f in slots]
+    _check_parameters(x, slots, norm_in, weight, bias, norm_out)
+    chosen = implementations.select(implementation, x)
+    if chosen == "triton" and dtype not in _triton.DTYPES:
+        raise ValueError(f"features: got dtype {dtype}, expected one of {_triton.DTYPES}")
+    if norm_behind_projection:
+        tensors = (x, *slots, *norm_in, weight, bias, *norm_out)
+        buffer = _check_norm_behind(features, norm_in, tensors).flatten(-2)
+        return _norm_behind(chosen, x, buffer, norm_in, weight, bias, norm_out)
+    if chosen != "triton":
+        return reference.upsample_add(x, slots, norm_in, weight, bias, norm_out)
+    pieces = slots
+    if isinstance(features, Tensor) and features.stride(-2) == features.shape[-1]:
+        pieces = [features.flatten(-2)]
+    return _UpsampleAdd.apply(
+        x, *norm_in, weight, bias, *norm_out, compute_dtype(pieces[0]), *pieces
+    )
 
 
 def _check_features(x: Tensor, features: Sequence[Tensor]) -> None:
     if not features:
         raise ValueError("features: got none, expected at least one [B, h, w, d]")
     for i, f in enumerate(features):
-        if f.dim() != 4 or f.shape[0] != x.shape[0] or f.shape[1:3] != features[0].shape[1:3]:
+        if f.dim() != 4 or f.shape[0] != x.shape[0] or f.shape != features[0].shape:
             raise ValueError(
                 f"features[{i}]: got shape {tuple(f.shape)}, expected [B, h, w, d] as the others"
             )
+        check_device(x, f, f"features[{i}]")
     h, w = features[0].shape[1:3]
     q = x.shape[1] // max(h, 1)
     if (h * q, w * q) != tuple(x.shape[1:3]):
         raise ValueError(
             f"features: got size {(h, w)}, expected a divisor of {tuple(x.shape[1:3])}"
+        )
+
+
+def _check_parameters(
+    x: Tensor,
+    features: Sequence[Tensor],
+    norm_in: Values,
+    weight: Tensor,
+    bias: Tensor,
+    norm_out: Values,
+) -> None:
+    width = len(features) * features[0].shape[-1]
+    q = x.shape[1] // max(features[0].shape[1], 1)
+    expected = (x.shape[-1] * q * q, width)
+    if tuple(weight.shape) != expected:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected {expected}")
+    if tuple(bias.shape) != expected[:1]:
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected {expected[:1]}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        check_device(x, value, name)
+        # Autocast, where it is on, has already decided on another dtype than that of the features.
+        if compute_dtype(value) != compute_dtype(features[0]):
+            raise ValueError(
+                f"{name}: got dtype {value.dtype}, expected that of features, {features[0].dtype}"
+            )
+    for name, pair, axis in (("norm_in", norm_in, width), ("norm_out", norm_out, x.shape[-1])):
+        for value in pair:
+            check_times(x, value, name, axis)
+            check_device(x, value, name)
+
+
+def _check_norm_behind(
+    features: Sequence[Tensor] | Tensor, norm_in: Values, tensors: Sequence[Tensor]
+) -> Tensor:
+    name = "norm_behind_projection"
+    if not isinstance(features, Tensor):
+        raise ValueError(f"{name}: got features as a list, expected one buffer [B, h, w, S, d]")
+    times = max(value.shape[0] for value in norm_in)
+    if times != 1:
+        raise ValueError(f"{name}: got norm_in at {times} times, expected one time for all images")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError(f"{name}: got tensors that require gradients, expected none to")
+    return features
+
+
+def _norm_behind(
+    implementation: str,
+    x: Tensor,
+    features: Tensor,
+    norm_in: Values,
+    weight: Tensor,
+    bias: Tensor,
+    norm_out: Values,
+) -> Tensor:
+    """The cascade of a buffer's features `[B, h, w, S·d]` with its first norm behind the GEMM.
+
+    With the norm's scale s and shift t, W (n·s + t) + bias = ρ · (W' f − μ·W' 1) + (W t + bias),
+    where n = (f − μ)·ρ and W' = W·diag(s). It holds for any W' less a constant per row as well:
+    less the row's mean, W' f is as small as it can be and loses the fewest digits to rounding.
+    W' 1 is zero then, but for the rounding of W' itself, which large μ would bring to light.
+    """
+    features = features.to(compute_dtype(features))
+    wide = torch.promote_types(features.dtype, torch.float32)
+    scale, shift = (value.to(wide) for value in norm_in)
+    folded = weight.to(wide) * scale
+    folded = (folded - folded.mean(1, keepdim=True)).to(features.dtype)
+    row_sums = folded.sum(1, dtype=wide)
+    constant = (weight.to(wide) * shift).sum(1) + bias.to(wide)
+    projected = F.linear(features, folded)
+    if implementation == "triton":
+        _, _, mean, rstd = norm_in_fwd(scale, shift, [features], None, None)
+        return _fwd(x, projected, *norm_out, [mean, rstd, row_sums, constant])[0]
+    variance, mean = torch.var_mean(features.to(wide), -1, correction=0, keepdim=True)
+    y = torch.rsqrt(variance + 1e-5) * (projected - mean * row_sums) + constant
+    q = x.shape[1] // features.shape[1]
+    y = y.to(features.dtype).unflatten(-1, (q, q, -1)).permute(0, 1, 3, 2, 4, 5).reshape(x.shape)
+    return x + reference.td_layer_norm(y, *norm_out)
+
+
+def _fwd_shapes(
+    x: Tensor, projected: Tensor, weight: Tensor, bias: Tensor, behind: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, projected.dtype)
+    rows = (x.shape[0], x.shape[1] * x.shape[2])
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return out, mean, rstd
+
+
+def _bwd_shapes(
+    dout: Tensor, projected: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, times: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    parameters = dout.new_empty((2, times, dout.shape[-1]), dtype=torch.float32)
+    return (
+        projected.new_empty(projected.shape),
+        parameters,
+        parameters.new_empty(projected.shape[-1]),
+    )
+
+
+_fwd = _triton.register(
+    "upsample_add",
+    "fwd",
+    "(Tensor x, Tensor projected, Tensor weight, Tensor bias, Tensor[] behind)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fwd_shapes,
+)
+_bwd = _triton.register(
+    "upsample_add",
+    "bwd",
+    "(Tensor dout, Tensor projected, Tensor weight, Tensor mean, Tensor rstd, int times)"
+    " -> (Tensor, Tensor, Tensor)",
+    _bwd_shapes,
+)
+
+
+class _UpsampleAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale_in: Tensor,
+        shift_in: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale_out: Tensor,
+        shift_out: Tensor,
+        dtype: torch.dtype,
+        *pieces: Tensor,
+    ) -> Tensor:
+        _, normed, *statistics_in = norm_in_fwd(scale_in, shift_in, pieces, None, dtype)
+        projected = F.linear(normed, weight.to(dtype), bias.to(dtype))
+        out, *statistics_out = _fwd(x, projected, scale_out, shift_out, [])
+        # The normed features, as large as all features together, are computed again in backward.
+        ctx.save_for_backward(
+            scale_in,
+            shift_in,
+            *statistics_in,
+            weight,
+            projected,
+            scale_out,
+            shift_out,
+            *statistics_out,
+            *pieces,
+        )
+        ctx.dtypes = x.dtype, bias.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        scale_in, shift_in, mean_in, rstd_in, weight, projected, *rest = ctx.saved_tensors
+        scale_out, shift_out, mean_out, rstd_out, *pieces = rest
+        x_dtype, bias_dtype = ctx.dtypes
+        times = max(scale_out.shape[0], shift_out.shape[0])
+        dprojected, dnorm_out, dbias = _bwd(dout, projected, scale_out, mean_out, rstd_out, times)
+        dnormed = dprojected @ weight.to(dprojected.dtype)
+        needs_pieces = any(ctx.needs_input_grad[8:])
+        dpieces, dnorm_in, normed = norm_in_bwd(
+            dnormed, None, pieces, scale_in, shift_in, mean_in, rstd_in, needs_pieces, True
+        )
+        dweight = dprojected.flatten(0, -2).mT @ normed.flatten(0, -2)
+        return (
+            dout.to(x_dtype),
+            *parameter_gradients(dnorm_in, scale_in, shift_in),
+            dweight.to(weight.dtype),
+            dbias.to(bias_dtype),
+            *parameter_gradients(dnorm_out, scale_out, shift_out),
+            None,
+            *(dpieces if needs_pieces else [None] * len(pieces)),
         )

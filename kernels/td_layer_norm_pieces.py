@@ -1,0 +1,165 @@
+"""Layer norm over rows that lie in pieces: the parts of `td_layer_norm` that walk along them.
+
+The pieces' addresses and strides are arguments of a kernel, one by one: nothing is concatenated,
+and no table of addresses has to be copied to the GPU first.
+
+Memory moves x and y once forward, and x and dy once for the means of backward: of a channel in 16
+bits, 4 bytes a row. The L2 cache moves more: also the second reading of x and, to each program, 8
+bytes of weight and bias a channel. That is 10 bytes a row with ROWS = 2 and 14 with ROWS = 1; with
+more ROWS, the 40 or 58 pieces of all the rows in flight would outgrow the cache.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def statistics(lane_mean, squares, seen, TOTAL: tl.constexpr):
+    """Mean and rstd of rows, from each lane's mean of the values it has `seen` and their squares.
+
+    The squares are about the lane's own mean (Welford), which no mean of the row, however large,
+    costs a digit; lanes meet by the formula of Chan, Golub and LeVeque.
+    """
+    mean = tl.sum(lane_mean * seen, 1)[:, None] / TOTAL
+    offset = lane_mean - mean
+    variance = tl.sum(squares + offset * offset * seen, 1)[:, None] / TOTAL
+    return mean, 1.0 / tl.sqrt(variance + 1e-5)
+
+
+@triton.jit
+def affine(normed, weight_ptr, bias_ptr, inside):
+    weight = tl.load(weight_ptr, inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr, inside, other=0.0).to(tl.float32)
+    return normed * weight[None, :] + bias[None, :]
+
+
+@triton.jit
+def select_piece(
+    x_ptrs, image_strides, row_strides, piece, FIRST: tl.constexpr, GROUP: tl.constexpr
+):
+    """Address and strides of a piece known only at run time, one of GROUP from FIRST on."""
+    x_ptr, image_stride, row_stride = x_ptrs[FIRST], image_strides[FIRST], row_strides[FIRST]
+    for other in tl.static_range(FIRST + 1, min(FIRST + GROUP, len(x_ptrs))):
+        x_ptr = tl.where(piece == other, x_ptrs[other], x_ptr)
+        image_stride = tl.where(piece == other, image_strides[other], image_stride)
+        row_stride = tl.where(piece == other, row_strides[other], row_stride)
+    return x_ptr, image_stride, row_stride
+
+
+@triton.jit
+def pieces_fwd_kernel(
+    x_ptrs,  # PIECES of [B, N, WIDTH]
+    weight_ptr,  # [T, PIECES * WIDTH]
+    bias_ptr,  # [T, PIECES * WIDTH]
+    y_ptr,  # [B, N, PIECES * WIDTH], contiguous
+    mean_ptr,  # [B, N] fp32
+    rstd_ptr,  # [B, N] fp32
+    count,  # N
+    pieces,  # PIECES, but unknown to the compiler, which would unroll the loops over them
+    image_strides,  # of each piece
+    row_strides,  # of each piece
+    time_strides,  # of weight and bias: 0 where all images share one time
+    HAS_Y: tl.constexpr,
+    PIECES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    blocks = tl.cdiv(count, ROWS)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)[:, None]
+    wide_row = row.to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = (row < count) & (column < WIDTH)[None, :]
+    statistic = image * count + row
+
+    # Loops over GROUP pieces at a time: unrolled over all, the code takes minutes to compile and
+    # holds every address in a register; in one loop, choosing an address costs more than its row.
+    lane_mean = tl.zeros([ROWS, BLOCK], tl.float32)
+    squares = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in tl.static_range(0, PIECES, GROUP):
+        for piece in range(first, tl.minimum(first + GROUP, pieces)):
+            x_ptr, x_image, x_row = select_piece(
+                x_ptrs, image_strides, row_strides, piece, first, GROUP
+            )
+            x_ptr += image * x_image + wide_row * x_row + column
+            x = tl.load(x_ptr, inside, other=0.0).to(tl.float32)
+            step = tl.where(inside, x - lane_mean, 0.0)
+            lane_mean += step * (1.0 / (piece + 1))
+            squares += step * (x - lane_mean)
+    seen = tl.where(column < WIDTH, PIECES, 0).to(tl.float32)[None, :]
+    mean, rstd = statistics(lane_mean, squares, seen, PIECES * WIDTH)
+    tl.store(mean_ptr + statistic, mean, row < count)
+    tl.store(rstd_ptr + statistic, rstd, row < count)
+
+    if HAS_Y:
+        weight_ptr += image * time_strides[0] + column
+        bias_ptr += image * time_strides[1] + column
+        y_ptr += statistic * (PIECES * WIDTH) + column
+        for first in tl.static_range(0, PIECES, GROUP):
+            for piece in range(first, tl.minimum(first + GROUP, pieces)):
+                x_ptr, x_image, x_row = select_piece(
+                    x_ptrs, image_strides, row_strides, piece, first, GROUP
+                )
+                x_ptr += image * x_image + wide_row * x_row + column
+                x = tl.load(x_ptr, inside, other=0.0).to(tl.float32)
+                start = piece * WIDTH
+                normed = (x - mean) * rstd
+                y = affine(normed, weight_ptr + start, bias_ptr + start, column < WIDTH)
+                tl.store(y_ptr + start, y.to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def pieces_bwd_means_kernel(
+    dy_ptr,  # [B, N, PIECES * WIDTH]
+    x_ptrs,  # PIECES of [B, N, WIDTH]
+    weight_ptr,  # [T, PIECES * WIDTH]
+    mean_ptr,  # [B, N] fp32
+    rstd_ptr,  # [B, N] fp32
+    means_ptr,  # [2, B, N] fp32: mean(g) and mean(g·n)
+    images,  # B
+    count,  # N
+    pieces,  # PIECES
+    dy_strides,  # (image, row)
+    image_strides,  # of each piece
+    row_strides,  # of each piece
+    weight_stride,
+    PIECES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    blocks = tl.cdiv(count, ROWS)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)[:, None]
+    wide_row = row.to(tl.int64)
+    dy_ptr += image * dy_strides[0] + wide_row * dy_strides[1]
+    weight_ptr += image * weight_stride
+    statistic = image * count + row
+    mean = tl.load(mean_ptr + statistic, row < count, other=0.0)
+    rstd = tl.load(rstd_ptr + statistic, row < count, other=0.0)
+
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    dot = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in tl.static_range(0, PIECES, GROUP):
+        for piece in range(first, tl.minimum(first + GROUP, pieces)):
+            x_ptr, x_image, x_row = select_piece(
+                x_ptrs, image_strides, row_strides, piece, first, GROUP
+            )
+            x_ptr += image * x_image + wide_row * x_row
+            for start in range(0, WIDTH, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                channel = piece * WIDTH + column
+                inside = (row < count) & (column < WIDTH)[None, :]
+                x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
+                dy = tl.load(dy_ptr + channel, inside, other=0.0).to(tl.float32)
+                weight = tl.load(weight_ptr + channel, column < WIDTH, other=0.0)
+                g = dy * weight.to(tl.float32)[None, :]
+                total += g
+                dot += g * (x - mean)
+    total = tl.sum(total, 1)[:, None] / (PIECES * WIDTH)
+    dot = tl.sum(dot * rstd, 1)[:, None] / (PIECES * WIDTH)
+    tl.store(means_ptr + statistic, total, row < count)
+    tl.store(means_ptr + images.to(tl.int64) * count + statistic, dot, row < count)

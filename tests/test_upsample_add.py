@@ -1,0 +1,467 @@
+"""`upsample_add` by Triton, interpreted where there is no GPU, against the reference."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from aot import TARGETS, Launch, compiled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import DEVICE, Function, assert_as_accurate, seeded, with_gradients
+
+from dimr_fast import ops
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+Inputs = tuple[torch.Tensor, ...]
+
+
+def inputs(
+    images: int = 2,
+    size: tuple[int, int] = (2, 3),
+    slots: int = 3,
+    width: int = 8,
+    out: int = 24,
+    q: int = 2,
+    times: int | None = None,
+) -> Inputs:
+    """x, a buffer of features, and the parameters: norm_in, projection and norm_out, flat."""
+    times = images if times is None else times
+    h, w = size
+    channels = slots * width
+    return (
+        seeded(images, h * q, w * q, out),
+        3 * seeded(images, h, w, slots, width) + 1,
+        seeded(times, channels),
+        seeded(times, channels).flip(1),
+        seeded(out * q * q, channels) / channels**0.5,
+        seeded(out * q * q),
+        seeded(times, out),
+        seeded(times, out).flip(1),
+    )
+
+
+def by(
+    implementation: str, features: Callable[[torch.Tensor], Any] = lambda f: f, **options: bool
+) -> Function:
+    """`upsample_add` of tensors alone; `features` makes a buffer's list, or view, of it."""
+
+    def run(x: torch.Tensor, buffer: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        scale_in, shift_in, weight, bias, scale_out, shift_out = values
+        return ops.upsample_add(
+            x,
+            features(buffer),
+            (scale_in, shift_in),
+            weight,
+            bias,
+            (scale_out, shift_out),
+            implementation=implementation,
+            **options,
+        )
+
+    return run
+
+
+def as_list(buffer: torch.Tensor) -> list[torch.Tensor]:
+    return list(buffer.unbind(-2))
+
+
+def as_tokens(buffer: torch.Tensor) -> list[torch.Tensor]:
+    """As a transformer branch has them: all but the first without their class token."""
+    first, *others = buffer.unbind(-2)
+
+    def without_class_token(f: torch.Tensor) -> torch.Tensor:
+        tokens = torch.cat([torch.zeros_like(f[:, 0, :1]), f.flatten(1, 2)], 1)
+        return tokens[:, 1:].unflatten(1, f.shape[1:3])
+
+    return [first.contiguous(), *map(without_class_token, others)]
+
+
+def strided(buffer: torch.Tensor) -> torch.Tensor:
+    """A buffer whose slots are not adjacent."""
+    return buffer.movedim(-2, 0).contiguous().movedim(0, -2)
+
+
+FEATURES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "buffer": lambda buffer: buffer,
+    "list": as_list,
+    "tokens": as_tokens,
+    "strided buffer": strided,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", ["buffer", "tokens"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"times": 1},
+        {"slots": 2, "width": 12, "out": 10, "q": 1, "size": (4, 3)},
+        {"slots": 5, "width": 96, "out": 33, "q": 3, "size": (1, 2), "images": 1},
+        {"slots": 1, "width": 8, "out": 16, "times": 1},
+        {"slots": 19, "width": 9, "out": 8, "size": (1, 1)},
+    ],
+    ids=str,
+)
+def test_forward_and_gradients(sizes: dict[str, Any], features: str, dtype: torch.dtype) -> None:
+    ours = by("triton", FEATURES[features])
+    plain = by("reference", FEATURES[features])
+    assert_as_accurate(with_gradients(ours), with_gradients(plain), *inputs(**sizes), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype"),
+    [("buffer", torch.float32), ("tokens", torch.bfloat16), ("strided buffer", torch.float16)],
+)
+def test_the_published_width(features: str, dtype: torch.dtype) -> None:
+    values = inputs(images=1, size=(1, 1), slots=40, width=960, out=8)
+    ours, plain = (by(i, FEATURES[features]) for i in ("triton", "reference"))
+    assert_as_accurate(with_gradients(ours), with_gradients(plain), *values, dtype=dtype)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    images=st.integers(0, 2),
+    size=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    slots=st.integers(1, 10),
+    width=st.integers(1, 20),
+    out=st.integers(2, 20),
+    q=st.integers(1, 3),
+    features=st.sampled_from(list(FEATURES)),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(features: str, dtype: torch.dtype, width: int, slots: int, **sizes: Any) -> None:
+    # Norms of one or two numbers are signs: their gradients are nothing but rounding.
+    width = max(width, -(-8 // slots))
+    ours, plain = (by(i, FEATURES[features]) for i in ("triton", "reference"))
+    sizes["out"] = max(sizes["out"], 8)
+    values = inputs(width=width, slots=slots, **sizes)
+    assert_as_accurate(with_gradients(ours), with_gradients(plain), *values, dtype=dtype)
+
+
+@pytest.mark.parametrize("mean", [100, 1000])
+@pytest.mark.parametrize("which", ["all", "all but the first", "every other"])
+@pytest.mark.parametrize("features", ["buffer", "tokens"])
+def test_features_with_means_far_above_their_deviation(
+    features: str, which: str, mean: float
+) -> None:
+    x, buffer, *values = inputs(slots=6, width=96)
+    chosen = {"all": slice(None), "all but the first": slice(1, None)}.get(which, slice(0, None, 2))
+    buffer[..., chosen, :] += mean
+    assert_as_accurate(
+        with_gradients(by("triton", FEATURES[features])),
+        with_gradients(by("reference", FEATURES[features])),
+        x,
+        buffer,
+        *values,
+        dtype=torch.float32,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [0.0, 7.0, 6e4, 1e-7])
+def test_constant_features(value: float, dtype: torch.dtype) -> None:
+    x, buffer, *values = inputs()
+    buffer = torch.full_like(buffer, value)
+    for features in (FEATURES["buffer"], as_tokens):
+        ours, plain = by("triton", features), by("reference", features)
+        assert_as_accurate(ours, plain, x, buffer, *values, dtype=dtype)
+
+
+def test_strided_x_and_projection() -> None:
+    x, buffer, *values = inputs(size=(2, 2))
+    scale_in, shift_in, weight, *others = values
+    x = x.permute(1, 2, 3, 0)[..., :1].permute(3, 1, 0, 2)
+    weight = weight.mT.contiguous().mT
+    strided = (
+        x,
+        buffer[:1],
+        scale_in[:1],
+        shift_in[:1],
+        weight,
+        others[0],
+        *(o[:1] for o in others[1:]),
+    )
+    expected = with_gradients(by("reference"))(*(t.contiguous() for t in strided))
+    for actual, truth in zip(with_gradients(by("triton"))(*strided), expected, strict=True):
+        torch.testing.assert_close(actual, truth)
+
+
+def test_each_norm_has_its_own_times() -> None:
+    x, buffer, scale_in, shift_in, weight, bias, scale_out, shift_out = inputs(images=3)
+    values = x, buffer, scale_in, shift_in[:1], weight, bias, scale_out[:1], shift_out
+    assert_as_accurate(
+        with_gradients(by("triton")), with_gradients(by("reference")), *values, dtype=torch.float32
+    )
+
+
+@pytest.mark.parametrize("features", ["buffer", "list"])
+def test_detached_features_get_no_gradient_and_change_no_other(features: str) -> None:
+    values = inputs()
+    make = FEATURES[features]
+
+    def detached(f: torch.Tensor) -> Any:
+        return make(f.detach())
+
+    attached = with_gradients(by("triton", make))(*values)
+    x, buffer, *others = (t.detach().requires_grad_() for t in values)
+    out = by("triton", detached)(x, buffer, *others)
+    generator = torch.Generator().manual_seed(0)
+    grad = (torch.randint(-8, 9, out.shape, generator=generator) / 4).to(out)
+    dbuffer, *found = torch.autograd.grad(out, [buffer, x, *others], grad, allow_unused=True)
+    assert dbuffer is None
+    for actual, truth in zip(found, (attached[1], *attached[3:]), strict=True):
+        assert torch.equal(actual, truth)
+
+
+def test_some_features_detached() -> None:
+    x, buffer, *values = inputs()
+    first, second, third = (f.clone().requires_grad_() for f in buffer.unbind(-2))
+    out = by("triton", lambda _: [first, second.detach(), third])(x, buffer, *values)
+    dfirst, dthird = torch.autograd.grad(out.sum(), [first, third])
+    _, _, dbuffer, *_ = with_ones(by("triton"))(x, buffer, *values)
+    torch.testing.assert_close(torch.stack([dfirst, dthird]), dbuffer.movedim(-2, 0)[::2])
+
+
+def with_ones(function: Function) -> Function:
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = function(*leaves)
+        return (out, *torch.autograd.grad(out.sum(), leaves))
+
+    return run
+
+
+def test_fp32_stream_with_bf16_features_under_autocast() -> None:
+    x, buffer, *values = inputs()
+    for features in (FEATURES["buffer"], as_tokens):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            ours = with_gradients(by("triton", features))(x, buffer.bfloat16(), *values)
+            plain = with_gradients(by("reference", features))(x, buffer.bfloat16(), *values)
+        exact = with_gradients(by("reference", features))(
+            *(t.double() for t in (x, buffer.bfloat16(), *values))
+        )
+        assert ours[0].dtype == torch.float32
+        for our, their, truth in zip(ours, plain, exact, strict=True):
+            assert our.dtype == their.dtype
+            step = torch.finfo(torch.bfloat16).eps * truth.abs().max()
+            assert (our - truth).abs().max() <= 2 * (their - truth).abs().max() + step
+
+
+@pytest.mark.parametrize("features", ["buffer", "tokens"])
+def test_gradients_are_deterministic(features: str) -> None:
+    run = with_gradients(by("triton", FEATURES[features]))
+    values = inputs(size=(3, 4), times=1)
+    assert all(torch.equal(a, b) for a, b in zip(run(*values), run(*values), strict=True))
+
+
+@pytest.mark.parametrize("features", ["buffer", "tokens"])
+def test_no_output_is_left_unwritten(features: str, poisoned_memory: None) -> None:
+    values = inputs(size=(3, 5), width=33, times=1)
+    for result in with_gradients(by("triton", FEATURES[features]))(*values):
+        assert result.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("features", "backend"), [("buffer", "inductor"), ("list", "aot_eager"), ("list", "inductor")]
+)
+def test_fullgraph_forward_and_backward_equal_eager(features: str, backend: str) -> None:
+    ours = by("triton", FEATURES[features])
+    graph = torch.compile(ours, fullgraph=True, backend=backend)
+    eager = with_gradients(ours)(*inputs())
+    for actual, truth in zip(with_gradients(graph)(*inputs()), eager, strict=True):
+        torch.testing.assert_close(actual, truth)
+
+
+def test_operators_pass_opcheck() -> None:
+    fwd, bwd = (
+        torch.ops.dimr_fast.upsample_add_fwd.triton,
+        torch.ops.dimr_fast.upsample_add_bwd.triton,
+    )
+    x, projected = seeded(2, 4, 6, 24), seeded(2, 2, 3, 96)
+    scale, shift = seeded(2, 24), seeded(1, 24)
+    mean, rstd = seeded(2, 24), seeded(2, 24).abs()
+    behind = [seeded(2, 6), seeded(2, 6).abs(), seeded(96), seeded(96).flip(0)]
+    torch.library.opcheck(fwd, (x, projected, scale, shift, []))
+    torch.library.opcheck(fwd, (x.bfloat16(), projected, shift, scale, behind))
+    torch.library.opcheck(bwd, (x, projected, scale, mean, rstd, 2))
+    torch.library.opcheck(bwd, (x, projected.bfloat16(), shift, mean, rstd, 1))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mean", [0, 1, 3, 10])
+def test_norm_behind_the_projection(mean: float, dtype: torch.dtype, implementation: str) -> None:
+    """Features of deviation 1 about `mean`, against the standard order in the same dtype.
+
+    In half precision the one rounding of each normed feature becomes one of each weight, of the
+    same relative size, and the mean's part in it is subtracted: the oracle's rule holds as it is.
+    In fp32 what errs is the sum of the products, by their magnitude: that of features of root mean
+    square √(1 + mean²), where the normed have 1.
+    """
+    x, buffer, *values = inputs(images=2, size=(3, 4), slots=8, width=96, out=48, times=1)
+    buffer = seeded(*buffer.shape) + mean
+    quantised = [t.to(dtype) for t in (x, buffer, *values)]
+    exact = by("reference")(*(t.double() for t in quantised))
+    standard = (by("reference")(*quantised).double() - exact).abs().max()
+    ours = by(implementation, norm_behind_projection=True)(*quantised)
+    assert ours.dtype == dtype
+    growth = (1 + mean**2) ** 0.5 if dtype == torch.float32 else 1
+    allowed = 2 * growth * standard + torch.finfo(dtype).eps * exact.abs().max()
+    assert (ours.double() - exact).abs().max() <= allowed
+
+
+def test_norm_behind_the_projection_is_exact_in_exact_arithmetic() -> None:
+    values = [t.double() for t in inputs(times=1)]
+    behind = by("reference", norm_behind_projection=True)
+    torch.testing.assert_close(behind(*values), by("reference")(*values))
+
+
+X, BUFFER, SCALE_IN, SHIFT_IN, WEIGHT, BIAS, SCALE_OUT, SHIFT_OUT = inputs(times=1)
+
+
+def call(
+    features: Any = BUFFER,
+    x: torch.Tensor = X,
+    norm_in: tuple[torch.Tensor, torch.Tensor] = (SCALE_IN, SHIFT_IN),
+    weight: torch.Tensor = WEIGHT,
+    bias: torch.Tensor = BIAS,
+    norm_out: tuple[torch.Tensor, torch.Tensor] = (SCALE_OUT, SHIFT_OUT),
+    behind: bool = False,
+) -> torch.Tensor:
+    return ops.upsample_add(
+        x,
+        features,
+        norm_in,
+        weight,
+        bias,
+        norm_out,
+        norm_behind_projection=behind,
+        implementation="triton",
+    )
+
+
+BAD: list[tuple[Callable[[], Any], str]] = [
+    (lambda: call(X), r"features: got shape \(2, 4, 6, 24\)"),
+    (lambda: call([BUFFER[..., 0, :], BUFFER[..., 1, :4]]), r"features\[1\]: got shape"),
+    (lambda: call([BUFFER[..., 0, :].to("meta")]), r"features\[0\]: got device meta"),
+    (lambda: call(BUFFER.bfloat16()), "weight: got dtype torch.float32"),
+    (lambda: call(bias=BIAS.bfloat16()), "bias: got dtype torch.bfloat16"),
+    (lambda: call(weight=WEIGHT.to("meta")), "weight: got device meta"),
+    (lambda: call(norm_in=(SCALE_IN, SHIFT_IN.to("meta"))), "norm_in: got device meta"),
+    (lambda: call(norm_out=(SCALE_OUT.to("meta"), SHIFT_OUT)), "norm_out: got device meta"),
+    (
+        lambda: call(BUFFER.double(), weight=WEIGHT.double(), bias=BIAS.double()),
+        "features: got dty",
+    ),
+    (lambda: call(x=X.double()), "x is float64"),
+    (lambda: call(list(BUFFER.unbind(-2)), behind=True), "norm_behind_projection: got features as"),
+    (
+        lambda: call(norm_in=(SCALE_IN.expand(2, -1), SHIFT_IN), behind=True),
+        "norm_behind_projection: got norm_in at 2 times",
+    ),
+    (
+        lambda: call(weight=WEIGHT.clone().requires_grad_(), behind=True),
+        "norm_behind_projection: got tensors that require gradients",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_bad_input_names_the_argument(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_norm_behind_the_projection_of_parameters_without_gradients() -> None:
+    weight = WEIGHT.clone().requires_grad_()
+    with torch.no_grad():
+        torch.testing.assert_close(call(weight=weight, behind=True), call(weight=weight))
+
+
+def test_addresses_past_32_bits() -> None:
+    """Rows a long way apart: the last begins past 2³¹ elements of a buffer that is mostly unused.
+
+    The buffer is 4 GiB of address space in fp16; only the pages that rows lie on are ever touched.
+    """
+    far = (2**31 + 4096) // 2
+    space = torch.empty(2 * far + 64, dtype=torch.float16, device=DEVICE)
+    x, buffer, *values = (t.half() for t in inputs(1, (1, 3), q=1, width=8, out=16, slots=2))
+    far_feature = space.as_strided((1, 1, 3, 8), (0, 0, far, 1)).copy_(buffer[..., 0, :])
+    far_x = space[8:].as_strided((1, 1, 3, 16), (0, 0, far, 1)).copy_(x)
+
+    def run(x: torch.Tensor, feature: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ours = by("triton", lambda f: [feature, f[..., 1, :]])
+        return with_gradients(lambda *v: ours(x, buffer, *v))(*values)
+
+    for actual, near in zip(run(far_x, far_feature), run(x, buffer[..., 0, :]), strict=True):
+        torch.testing.assert_close(actual, near)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+# size of the low branch, its features and their width, and the width of the next branch
+CASCADES = {
+    "XL/2R": (16, 40, 960, 480, TARGETS),
+    "G/2R": (16, 58, 1152, 576, ("sm_90",)),
+    "XL/3R": (32, 22, 480, 240, ("sm_90",)),
+}
+
+
+def aot_launches() -> list[Launch]:
+    from dimr_fast.kernels import td_layer_norm, upsample_add
+
+    launches = []
+    for name, (size, slots, width, out, targets) in CASCADES.items():
+        low, wide = size * size, torch.float32
+        pieces = [meta(4, low, width), *[meta(4, 1 + low, width)[:, 1:]] * (slots - 1)]
+        buffer = meta(4, low, slots * width)
+        n, rows = meta(4, slots * width, dtype=wide), meta(4, low, dtype=wide)
+        x, projected = meta(4, 2 * size, 2 * size, out), meta(4, size, size, 4 * out)
+        m, out_rows, row = (meta(*s, dtype=wide) for s in ((4, out), (4, 4 * low), (4 * out,)))
+        calls = {
+            "norm": partial(td_layer_norm.launch_fwd, n, n, pieces, None, torch.bfloat16),
+            "norm backward": partial(
+                td_layer_norm.launch_bwd, buffer, None, pieces, n, n, rows, rows, True, True
+            ),
+            "statistics": partial(td_layer_norm.launch_fwd, n, n, [buffer], None, None),
+            "add": partial(upsample_add.launch_fwd, x, projected, m, m, []),
+            "add behind": partial(
+                upsample_add.launch_fwd, x, projected, m, m, [rows, rows, row, row]
+            ),
+            "add backward": partial(
+                upsample_add.launch_bwd, x, projected, m, out_rows, out_rows, 4
+            ),
+        }
+        launches += [Launch(f"{name} {part}", call, targets) for part, call in calls.items()]
+    return launches
+
+
+def test_compiled_kernels_do_not_spill() -> None:
+    for kernel in compiled("test_upsample_add"):
+        if kernel.target == "gfx942" and kernel.kernel.startswith("pieces_"):
+            # The pieces' addresses alone are more than its scalar registers: these, and no vector
+            # register, spill, into the lanes of a vector register and not into memory.
+            continue
+        assert kernel.spilled == 0, kernel
+        assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
+
+
+def test_features_move_in_16_byte_pieces() -> None:
+    """Every load and store but those of statistics, one number a row."""
+    for kernel in compiled("test_upsample_add"):
+        if kernel.target == "gfx942" or kernel.kernel == "_sum_partials_kernel":
+            continue
+        means = kernel.kernel == "pieces_bwd_means_kernel"
+        # Statistics of two rows can be one load of 8 bytes.
+        assert kernel.count("LDG.E.64") <= (2 if means else 0), kernel
+        assert kernel.count("STG.E.64") == 0, kernel
+        assert kernel.opcodes["LDG.E.128"] >= 2, kernel
+        if not means and "statistics" not in kernel.launch:
+            assert kernel.opcodes["STG.E.128"] >= 1, kernel
