@@ -9,7 +9,7 @@ import torch
 from harness import DEVICES, check_close, describe, name, usable
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from dimr_fast.ops import attention
+from dimr_fast.ops import OPERATORS, attention
 
 # batch, tokens, heads, head_dim
 SHAPES = [(32, 65, 4, 48), (4, 257, 16, 60), (4, 257, 16, 72)]
@@ -18,7 +18,7 @@ SHAPES = [(32, 65, 4, 48), (4, 257, 16, 60), (4, 257, 16, 72)]
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("implementation", ["reference", "sdpa"])
+@pytest.mark.parametrize("implementation", OPERATORS["attention"].names)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_attention(
     benchmark: BenchmarkFixture,

@@ -1,15 +1,24 @@
 """Full softmax attention from a packed projection."""
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
+from dimr_fast.ops import _triton
+from dimr_fast.ops import attention_backends as backends
 from dimr_fast.ops.implementations import Implementations
 
+_WIDEST_HEAD = 128
 
-def _sdpa_why_not(qkv: Tensor) -> str | None:
-    return None
+
+def _triton_why_not(qkv: Tensor) -> str | None:
+    head_dim = backends.head_dim(qkv)
+    if head_dim is not None and (head_dim % 4 or head_dim > _WIDEST_HEAD):
+        return f"it takes a head_dim that is a multiple of 4 up to {_WIDEST_HEAD}, not {head_dim}"
+    return _triton.why_not(qkv)
 
 
 _MEASURED = 257
@@ -24,16 +33,40 @@ def _sdpa_slower(qkv: Tensor) -> str | None:
     return None
 
 
+def _unmeasured(qkv: Tensor) -> str | None:
+    return "never measured: it runs where it is named"
+
+
+# That triton comes before sdpa on a GPU rests on no measurement yet, but on what it leaves out:
+# sdpa pads head_dim 60 in memory to a multiple of 8, and gathers the gradient of the packed qkv.
 implementations = Implementations(
-    "attention", example=(4, 257, 2880), sdpa=_sdpa_why_not, slower={"sdpa": _sdpa_slower}
+    "attention",
+    example=(4, 257, 2880),
+    triton=_triton_why_not,
+    sdpa=backends.sdpa_why_not,
+    flash_attn=backends.flash_attn_why_not,
+    xformers=backends.xformers_why_not,
+    slower={
+        "triton": _triton.slower,
+        "sdpa": _sdpa_slower,
+        "flash_attn": _unmeasured,
+        "xformers": _unmeasured,
+    },
 )
+
+_BACKENDS = {
+    "sdpa": backends.sdpa,
+    "flash_attn": backends.flash_attn,
+    "xformers": backends.xformers,
+}
 
 
 def attention(qkv: Tensor, num_heads: int, *, implementation: str = "auto") -> Tensor:
     """Attention of every token to every token, with scale `head_dim^-½`.
 
     `qkv` is `[B, N, 3·heads·head_dim]`, packed as `[3, heads, head_dim]`; the result
-    `[B, N, heads·head_dim]`. Implementations: "sdpa" (PyTorch's scaled_dot_product_attention) and
+    `[B, N, heads·head_dim]`. Implementations: "triton", "sdpa" (PyTorch's
+    scaled_dot_product_attention), "flash_attn" and "xformers" (the packages, where installed) and
     "reference".
     Raises ValueError where the width does not fit the heads or the implementation is unusable.
     """
@@ -41,7 +74,46 @@ def attention(qkv: Tensor, num_heads: int, *, implementation: str = "auto") -> T
         raise ValueError(
             f"qkv: got shape {tuple(qkv.shape)}, expected [B, N, 3·{num_heads}·head_dim]"
         )
-    if implementations.select(implementation, qkv) == "reference":
+    # By heads, so that an implementation can tell whether head_dim suits it.
+    packed = qkv.unflatten(-1, (3, num_heads, qkv.shape[-1] // (3 * num_heads)))
+    chosen = implementations.select(implementation, packed)
+    if chosen == "triton":
+        return _Attention.apply(qkv, num_heads)
+    if chosen == "reference":
         return reference.attention(qkv, num_heads)
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return _BACKENDS[chosen](packed).flatten(2)
+
+
+def _fwd_shapes(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    images, count, width = qkv.shape
+    lse = qkv.new_empty((images, heads, count), dtype=torch.float32)
+    return qkv.new_empty((images, count, width // 3)), lse
+
+
+def _bwd_shapes(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+_fwd = _triton.register(
+    "attention", "fwd", "(Tensor qkv, int heads) -> (Tensor, Tensor)", _fwd_shapes
+)
+_bwd = _triton.register(
+    "attention",
+    "bwd",
+    "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int heads) -> Tensor",
+    _bwd_shapes,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
+        out, lse = _fwd(qkv, heads)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.heads = heads
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+        return _bwd(dout, *ctx.saved_tensors, ctx.heads), None

@@ -1,0 +1,110 @@
+"""Attention by other packages: when each can run, and how it is called.
+
+Each takes `packed` `[B, N, 3, heads, head_dim]` and returns `[B, N, heads, head_dim]`; where a
+package needs another layout or padding, that happens here.
+"""
+
+import functools
+import importlib
+from importlib import metadata
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def head_dim(qkv: Tensor) -> int | None:
+    """head_dim of a packed projection that is viewed by heads, else unknown."""
+    return qkv.shape[-1] if qkv.dim() == 5 else None
+
+
+def sdpa_why_not(qkv: Tensor) -> str | None:
+    """None: PyTorch's own attention runs wherever tensors do."""
+    return None
+
+
+def sdpa(packed: Tensor) -> Tensor:
+    """By `torch.nn.functional.scaled_dot_product_attention`."""
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def flash_attn_why_not(qkv: Tensor) -> str | None:
+    """The reason why flash-attn 2 cannot run on `qkv`, or None where it can."""
+    width = head_dim(qkv)
+    if qkv.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, qkv is {str(qkv.dtype).removeprefix('torch.')}"
+    if width is not None and width > 256:
+        return f"it takes a head_dim up to 256, not {width}"
+    return _why_not_here(qkv, "flash_attn", "flash-attn")
+
+
+def flash_attn(packed: Tensor) -> Tensor:
+    """By flash-attn 2, which takes the packed tensor as it is.
+
+    It pads a head_dim that is not a multiple of 8 itself. Written from the signature in
+    flash-attn 2.8.3; it has not run on hardware.
+    """
+    return importlib.import_module("flash_attn").flash_attn_qkvpacked_func(
+        packed,
+        softmax_scale=packed.shape[-1] ** -0.5,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def xformers_why_not(qkv: Tensor) -> str | None:
+    """The reason why xformers cannot run on `qkv`, or None where it can."""
+    if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(qkv.dtype).removeprefix("torch.")
+        return f"it takes float32, bfloat16 and float16, qkv is {name}"
+    return _why_not_here(qkv, "xformers.ops", "xformers")
+
+
+def xformers(packed: Tensor) -> Tensor:
+    """By xformers, with head_dim padded so that a head is a whole number of 16 bytes.
+
+    Written from the signature in xformers 0.0.35, whose kernels all refuse other widths on GPUs
+    since the A100; it has not run on hardware.
+    """
+    ops = importlib.import_module("xformers.ops")
+    width = packed.shape[-1]
+    padding = -width % (16 // packed.element_size())
+    q, k, v = (F.pad(packed, (0, padding)) if padding else packed).unbind(2)
+    return ops.memory_efficient_attention(q, k, v, scale=width**-0.5)[..., :width]
+
+
+_VERSIONS = {"flash-attn": ((2, 4, 1), (3,)), "xformers": ((0, 0, 35), (1,))}
+"""The first version of each package that will do, and the first that will not any more."""
+
+
+def _why_not_here(qkv: Tensor, module: str, package: str) -> str | None:
+    if not qkv.is_cuda:
+        return f"it runs on a GPU, qkv is on {qkv.device.type}"
+    return _why_not_installed(module, package) or _why_not_gpu(qkv.device.index)
+
+
+@torch.compiler.assume_constant_result
+def _why_not_installed(module: str, package: str) -> str | None:
+    return _installed(module, package)
+
+
+@functools.cache
+def _installed(module: str, package: str) -> str | None:
+    try:
+        version = metadata.version(package)
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:  # OSError: its compiled library does not load
+        return f"{package} does not import: {error}"
+    first, last = _VERSIONS[package]
+    digits = (part for part in version.split("+")[0].split(".") if part.isdigit())
+    if not first <= tuple(map(int, digits)) < last:
+        bounds = [".".join(map(str, bound)) for bound in (first, last)]
+        return f"it needs {package} from {bounds[0]} to before {bounds[1]}, found {version}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _why_not_gpu(index: int | None) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or later"
+    return None
