@@ -339,7 +339,9 @@ def _td_layer_norm_bwd_kernel(
             else:
                 total = tl.load(means_ptr + statistic, row < count, other=0.0)
                 dot = tl.load(
-                    means_ptr + images.to(tl.int64) * count + statistic, row < count, other=0.0
+                    means_ptr + tl.cast(images, tl.int64) * count + statistic,
+                    row < count,
+                    other=0.0,
                 )
             dx = rstd * (g - total[:, None] - normed * dot[:, None])
             if HAS_DSUM:
@@ -353,5 +355,5 @@ def _td_layer_norm_bwd_kernel(
 
     partials_ptr += program.to(tl.int64) * (PIECES * WIDTH) + channel
     tl.store(partials_ptr, tl.sum(dweight, 0), column < WIDTH)
-    partials_ptr += images.to(tl.int64) * programs * (PIECES * WIDTH)
+    partials_ptr += tl.cast(images, tl.int64) * programs * (PIECES * WIDTH)
     tl.store(partials_ptr, tl.sum(dbias, 0), column < WIDTH)

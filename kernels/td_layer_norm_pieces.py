@@ -162,4 +162,4 @@ def pieces_bwd_means_kernel(
     total = tl.sum(total, 1)[:, None] / (PIECES * WIDTH)
     dot = tl.sum(dot * rstd, 1)[:, None] / (PIECES * WIDTH)
     tl.store(means_ptr + statistic, total, row < count)
-    tl.store(means_ptr + images.to(tl.int64) * count + statistic, dot, row < count)
+    tl.store(means_ptr + tl.cast(images, tl.int64) * count + statistic, dot, row < count)

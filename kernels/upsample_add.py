@@ -233,7 +233,7 @@ def _upsample_add_bwd_kernel(
         total += dy
 
     partials_ptr += tl.program_id(0).to(tl.int64) * WIDTH + column
-    one = images.to(tl.int64) * programs * (Q * Q * WIDTH)
+    one = tl.cast(images, tl.int64) * programs * (Q * Q * WIDTH)
     tl.store(partials_ptr, tl.sum(dweight, 0), column < WIDTH)
     tl.store(partials_ptr + one, tl.sum(dbias, 0), column < WIDTH)
     tl.store(partials_ptr + 2 * one, tl.sum(total, 0), column < WIDTH)

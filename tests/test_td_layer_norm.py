@@ -244,10 +244,13 @@ def aot_launches() -> list[Launch]:
     from dimr_fast.kernels.td_layer_norm import launch_bwd, launch_fwd
 
     launches = []
-    for width, targets in WIDTHS.items():
-        x = meta(4, 257, width)
-        weight = meta(4, width, dtype=torch.float32)
-        mean = meta(4, 257, dtype=torch.float32)
+    sizes = [("", 4, 257, width, targets) for width, targets in WIDTHS.items()]
+    # Sizes of 1 are constants to the compiler, not numbers it reads at run time.
+    sizes += [("one row ", 1, 1, width, ("sm_90",)) for width in (960, 66816)]
+    for name, images, rows, width, targets in sizes:
+        x = meta(images, rows, width)
+        weight = meta(images, width, dtype=torch.float32)
+        mean = meta(images, rows, dtype=torch.float32)
 
         def forward(x: torch.Tensor = x, weight: torch.Tensor = weight) -> None:
             launch_fwd(weight, weight, [x], x, torch.bfloat16)
@@ -258,8 +261,8 @@ def aot_launches() -> list[Launch]:
             launch_bwd(x, x, [x], weight, weight, mean, mean, True, False)
 
         launches += [
-            Launch(f"forward {width}", forward, targets),
-            Launch(f"backward {width}", backward, targets),
+            Launch(f"{name}forward {width}", forward, targets),
+            Launch(f"{name}backward {width}", backward, targets),
         ]
     return launches
 
