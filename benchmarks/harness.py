@@ -52,19 +52,22 @@ def rows(
     presets: dict[str, tuple[int, ...]],
     *,
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
-    cpu_batch: int = 1,
+    on_cpu: int = 1,
     gpu_batch: int = 64,
 ) -> pytest.MarkDecorator:
     """Parametrise a benchmark with every implementation and torch.compile, both passes.
 
-    `presets` are shapes without their batch: all of them on a GPU, the first on a CPU.
+    `presets` are shapes without their batch, which is 1 on a CPU: all of them on a GPU, the first
+    `on_cpu` on a CPU.
     """
     found = []
     for device in DEVICES:
-        batch = gpu_batch if device == "cuda" else cpu_batch
-        chosen = list(presets.items())[: None if device == "cuda" else 1]
+        batch, count = (gpu_batch, len(presets)) if device == "cuda" else (1, on_cpu)
         for (preset, shape), dtype, backward, provider in itertools.product(
-            chosen, dtypes, (False, True), [*OPERATORS[operator].names, COMPILE]
+            list(presets.items())[:count],
+            dtypes,
+            (False, True),
+            [*OPERATORS[operator].names, COMPILE],
         ):
             row = Row(operator, provider, preset, (batch, *shape), dtype, device, backward)
             passes = "forward+backward" if backward else "forward"

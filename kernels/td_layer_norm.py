@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from dimr_fast.kernels.configuration import configuration
-from dimr_fast.kernels.rows import as_rows, chunks, sum_partials
+from dimr_fast.kernels.rows import as_rows, as_values, chunks, sum_partials
 from dimr_fast.kernels.td_layer_norm_pieces import (
     affine,
     pieces_bwd_means_kernel,
@@ -59,8 +59,8 @@ def launch_fwd(
     rstd = torch.empty_like(mean)
     if x.numel() == 0:
         return summed, y, mean, rstd
-    weight, bias = weight.contiguous(), bias.contiguous()
-    time_strides = _time_stride(weight), _time_stride(bias)
+    weight, weight_stride = as_values(weight)
+    bias, bias_stride = as_values(bias)
     if len(rows) > 1:
         constants = configuration("td_layer_norm_pieces_fwd", width, x.device)
         pieces_fwd_kernel[(images * triton.cdiv(count, constants["ROWS"]),)](
@@ -73,7 +73,7 @@ def launch_fwd(
             count,
             len(rows),
             *_piece_strides(rows),
-            time_strides,
+            (weight_stride, bias_stride),
             HAS_Y=dtype is not None,
             PIECES=len(rows),
             WIDTH=width,
@@ -96,7 +96,7 @@ def launch_fwd(
         count,
         (rows[0].stride(0), rows[0].stride(1)),
         (added.stride(0), added.stride(1)),
-        time_strides,
+        (weight_stride, bias_stride),
         HAS_RESIDUAL=residual is not None,
         HAS_Y=dtype is not None,
         WIDTH=width,
@@ -131,7 +131,8 @@ def launch_bwd(
         return dx, torch.zeros(2, times, weight.shape[1], dtype=torch.float32, device=x.device), y
     dy_rows = as_rows(dy)
     dsum_rows = dy_rows if dsum is None else as_rows(dsum)
-    weight, bias = weight.contiguous(), bias.contiguous()
+    weight, weight_stride = as_values(weight)
+    bias, bias_stride = as_values(bias)
 
     constants = dict(configuration("td_layer_norm_bwd", width * len(rows), x.device))
     constants["BLOCK"] = min(constants["BLOCK"], triton.next_power_of_2(width))
@@ -153,7 +154,7 @@ def launch_bwd(
             len(rows),
             (dy_rows.stride(0), dy_rows.stride(1)),
             *_piece_strides(rows),
-            _time_stride(weight),
+            weight_stride,
             PIECES=len(rows),
             WIDTH=width,
             **by_rows,
@@ -182,7 +183,7 @@ def launch_bwd(
         (dy_rows.stride(0), dy_rows.stride(1)),
         (dsum_rows.stride(0), dsum_rows.stride(1)),
         *_piece_strides(rows),
-        (_time_stride(weight), _time_stride(bias)),
+        (weight_stride, bias_stride),
         HAS_DSUM=dsum is not None,
         NEEDS_DX=needs_dx,
         NEEDS_Y=needs_y,
@@ -192,11 +193,6 @@ def launch_bwd(
         **constants,
     )
     return dx, sum_partials(partials, 2 * times).unflatten(0, (2, times)), y
-
-
-def _time_stride(value: torch.Tensor) -> int:
-    """From one image's value to the next's: 0 where all images share one time."""
-    return 0 if value.shape[0] == 1 else value.shape[1]
 
 
 def _piece_strides(pieces: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from dimr_fast.kernels.configuration import configuration
-from dimr_fast.kernels.rows import as_rows, chunks, sum_partials
+from dimr_fast.kernels.rows import as_rows, as_values, chunks, sum_partials
 
 
 def launch_fwd(
@@ -45,12 +45,14 @@ def launch_fwd(
     rstd = torch.empty_like(mean)
     if x.numel() == 0:
         return out, mean, rstd
+    weight, weight_stride = as_values(weight)
+    bias, bias_stride = as_values(bias)
     constants = configuration("upsample_add_fwd", width, x.device)
     _upsample_add_fwd_kernel[(images * triton.cdiv(count, constants["ROWS"]),)](
         rows,
         projected.contiguous(),
-        weight.contiguous(),
-        bias.contiguous(),
+        weight,
+        bias,
         *(behind or [mean] * 4),
         out,
         mean,
@@ -58,8 +60,8 @@ def launch_fwd(
         x.shape[1],
         x.shape[2],
         (rows.stride(0), rows.stride(1)),
-        0 if weight.shape[0] == 1 else width,
-        0 if bias.shape[0] == 1 else width,
+        weight_stride,
+        bias_stride,
         BEHIND=len(behind) > 0,
         Q=x.shape[1] // projected.shape[1],
         WIDTH=width,
@@ -88,6 +90,7 @@ def launch_bwd(
     if dout.numel() == 0:
         parameters = torch.zeros(2, times, width, dtype=torch.float32, device=dout.device)
         return dprojected, parameters, parameters.new_zeros(q * q * width)
+    weight, weight_stride = as_values(weight)
     constants = configuration("upsample_add_bwd", width, dout.device)
     boxes = count // (q * q)
     programs, per_program = chunks(images * q * q, boxes, constants["ROWS"])
@@ -97,7 +100,7 @@ def launch_bwd(
     _upsample_add_bwd_kernel[(images * programs * q * q,)](
         dout_rows,
         projected.contiguous(),
-        weight.contiguous(),
+        weight,
         mean,
         rstd,
         dprojected,
@@ -108,7 +111,7 @@ def launch_bwd(
         programs,
         per_program,
         (dout_rows.stride(0), dout_rows.stride(1)),
-        0 if weight.shape[0] == 1 else width,
+        weight_stride,
         Q=q,
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
