@@ -90,13 +90,14 @@ def _compile(module: str) -> list[Compiled]:
 
     from dimr_fast.kernels import configuration
 
-    found: list[tuple[str, Any]] = []
+    found: dict[int, tuple[str, Any]] = {}
+    launched: set[Any] = set()
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        launched.add(self)
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        found.append((self.__name__, kernel))
-        self.device_caches.clear()
+        found[id(kernel)] = self.__name__, kernel
         return kernel
 
     JITFunction.run = compile_only
@@ -110,12 +111,15 @@ def _compile(module: str) -> list[Compiled]:
                 gpu = GPUTarget("cuda", int(arch), 32) if is_cuda else GPUTarget("hip", arch, 64)
                 driver.set_active(_Driver(gpu))
                 found.clear()
+                for function in launched:
+                    # What was compiled for another target.
+                    function.device_caches.clear()
                 launch.call()
                 assert found, f"{launch.name} launched nothing"
                 examine = _examine_cuda if is_cuda else _examine_hip
                 results += [
                     Compiled(launch.name, target, file.stem, name, **examine(kernel))
-                    for name, kernel in found
+                    for name, kernel in found.values()
                 ]
     return results
 
@@ -149,10 +153,11 @@ def _examine_cuda(kernel: Any) -> dict[str, Any]:
 
 def _examine_hip(kernel: Any) -> dict[str, Any]:
     text = kernel.asm["amdgcn"]
-    fields = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", text))
+    fields = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text))
+    # A scalar register is spilled to a lane of a vector register, not to memory.
     return {
         "registers": int(fields["vgpr_count"]),
-        "spilled": int(fields["vgpr_spill_count"]) + int(fields["sgpr_spill_count"]),
+        "spilled": int(fields["vgpr_spill_count"]),
         "shared": kernel.metadata.shared,
         "opcodes": {},
     }

@@ -1,15 +1,19 @@
 """The whole model by Triton's kernels, interpreted where there is no GPU."""
 
 import copy
+import importlib
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from aot import Launch, compiled
 from golden import CASES, Golden, relative_error
 from oracle import DEVICE
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dimr_fast import PRESETS, DiMR
 from dimr_fast.diffusion import multi_scale_loss
@@ -117,6 +121,41 @@ def test_presets_widths_at_reduced_depth_and_size(preset: str, dtype: torch.dtyp
     for name, truth in exact.items():
         allowed = 2 * relative_error(plain[name], truth) + torch.finfo(dtype).eps
         assert relative_error(ours[name], truth) <= allowed, name
+
+
+class _Launchers(TorchDispatchMode):
+    """On the meta device, call the launchers where shapes alone would be computed."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace != "dimr_fast":
+            return func(*args, **(kwargs or {}))
+        operator, direction = func.overloadpacket.__name__.rsplit("_", 1)
+        kernels = importlib.import_module(f"dimr_fast.kernels.{operator}")
+        return getattr(kernels, f"launch_{direction}")(*args)
+
+
+def aot_launches() -> list[Launch]:
+    def step(preset: str, batch: int) -> None:
+        with torch.device("meta"):
+            model = DiMR.from_preset(preset).to(torch.bfloat16).set_implementation("triton")
+            config = model.config
+            x = torch.empty(batch, config.channels, *config.image_size, dtype=torch.bfloat16)
+            log_snr, y = torch.empty(batch), torch.empty(batch, dtype=torch.int64)
+        with _Launchers():
+            sum(o.sum() for o in model(x, log_snr=log_snr, y=y)).backward()
+
+    presets = {"DiMR-XL/2R": 2, "DiMR-G/2R": 1, "DiMR-M/3R": 2, "tiny": 1}
+    return [Launch(p, lambda p=p, batch=b: step(p, batch)) for p, b in presets.items()]
+
+
+def test_all_that_a_training_step_launches_compiles_without_spills() -> None:
+    """With the strides, offsets and dtypes that the model itself hands to the launchers."""
+    kernels = compiled("test_model_triton")
+    assert {kernel.launch for kernel in kernels} >= {"DiMR-XL/2R", "tiny"}
+    for kernel in kernels:
+        assert kernel.spilled == 0, kernel
 
 
 def test_launches_of_a_forward() -> None:

@@ -5,6 +5,7 @@ from importlib import metadata
 
 import pytest
 import torch
+from aot import Launch, compiled
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dimr_fast.ops import OPERATORS, _triton
@@ -57,3 +58,43 @@ def test_no_triton_or_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: "3.5.1")
     assert "3.6 or later, found 3.5.1" in str(_triton.why_not(torch.ones(2)))
     _triton._installed.cache_clear()
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def aot_launches() -> list[Launch]:
+    from dimr_fast.kernels import attention, gated_gelu, td_parameters, td_rms_norm
+
+    fp32 = torch.float32
+    launches = []
+    for images, rows, width in [(1, 1, 1), (1, 1, 16), (1, 3, 16), (3, 1, 16)]:
+        x, scale, rms = (
+            meta(images, rows, width),
+            meta(1, width, dtype=fp32),
+            meta(images, rows, dtype=fp32),
+        )
+        merged = meta(images, rows, 2 * width)
+        launches += [
+            Launch("norm", lambda x=x, s=scale: td_rms_norm.launch_fwd(x, x, s, x.dtype)),
+            Launch("norm", lambda x=x, s=scale, r=rms: td_rms_norm.launch_bwd(x, x, x, s, r)),
+            Launch("gate", lambda m=merged: gated_gelu.launch_fwd(m)),
+            Launch("gate", lambda m=merged, x=x: gated_gelu.launch_bwd(x, m)),
+        ]
+    vectors = [[meta(1, dtype=fp32)]] * 4
+    tau, values = meta(1, dtype=fp32), meta(1, 1, dtype=fp32)
+    return [
+        *launches,
+        Launch("parameters", lambda: td_parameters.launch_fwd(tau, *vectors)),
+        Launch("parameters", lambda: td_parameters.launch_bwd(values, tau, *vectors)),
+        Launch("attention", lambda: attention.launch_fwd(meta(1, 1, 12), 1)),
+        Launch("attention", lambda: attention.launch_fwd(meta(1, 2, 12), 1)),
+    ]
+
+
+def test_kernels_compile_at_sizes_of_one() -> None:
+    """An argument of 1 is a constant to the compiler, which knows less to do with one; the
+    interpreter does not show that. The other operators' own tests do the same."""
+    kernels = {kernel.kernel for kernel in compiled("test_triton")}
+    assert len(kernels) >= 7
