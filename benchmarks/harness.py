@@ -47,6 +47,11 @@ class Row:
         return torch.Size(self.shape).numel()
 
 
+def interpreted(provider: str, device: str) -> bool:
+    """Whether a row only proves that it runs: interpreted kernels' times say nothing."""
+    return provider == "triton" and device == "cpu"
+
+
 def rows(
     operator: str,
     presets: dict[str, tuple[int, ...]],
@@ -58,17 +63,16 @@ def rows(
     """Parametrise a benchmark with every implementation and torch.compile, both passes.
 
     `presets` are shapes without their batch, which is 1 on a CPU: all of them on a GPU, the first
-    `on_cpu` on a CPU.
+    `on_cpu` on a CPU, of interpreted kernels the first.
     """
     found = []
-    for device in DEVICES:
+    for device, dtype, backward, provider in itertools.product(
+        DEVICES, dtypes, (False, True), [*OPERATORS[operator].names, COMPILE]
+    ):
         batch, count = (gpu_batch, len(presets)) if device == "cuda" else (1, on_cpu)
-        for (preset, shape), dtype, backward, provider in itertools.product(
-            list(presets.items())[:count],
-            dtypes,
-            (False, True),
-            [*OPERATORS[operator].names, COMPILE],
-        ):
+        if interpreted(provider, device):
+            count = 1
+        for preset, shape in list(presets.items())[:count]:
             row = Row(operator, provider, preset, (batch, *shape), dtype, device, backward)
             passes = "forward+backward" if backward else "forward"
             title = "-".join([device, preset, name(dtype), passes, provider])
@@ -121,20 +125,19 @@ def compare(
     exact = reference([t.double() for t in first])
     for actual, same_dtype, truth in zip(prepare(0)(), reference(first), exact, strict=True):
         check_close(actual, same_dtype, truth)
-    interpreted = row.provider == "triton" and row.device == "cpu"
+    proof = interpreted(row.provider, row.device)
     benchmark.extra_info |= describe(row.operator, row.provider, first[0]) | facts
     benchmark.extra_info |= {
         "preset": row.preset,
         "shape": list(row.shape),
         "pass": "forward + backward" if row.backward else "forward",
-        "interpreted": interpreted,
+        "interpreted": proof,
         "calls": ROTATION if row.device == "cuda" else 1,
     }
     if row.device == "cuda":
         benchmark.pedantic(_graph(prepare), rounds=ROUNDS, warmup_rounds=3)
     else:
-        # Interpreted kernels only prove that they run: their time says nothing.
-        rounds, warmup = (1, 0) if interpreted else (ROUNDS, 3)
+        rounds, warmup = (1, 0) if proof else (ROUNDS, 3)
         benchmark.pedantic(prepare(0), rounds=rounds, warmup_rounds=warmup)
 
 

@@ -95,7 +95,104 @@ def gates(small: bool) -> Iterator[Case]:
         yield Case("gated_gelu_bwd", hidden, lambda x=x, dy=dy: gated_gelu.launch_bwd(dy, x), space)
 
 
-CASES: list[Callable[[bool], Iterator[Case]]] = [norms, gates]
+def attentions(small: bool) -> Iterator[Case]:
+    from dimr_fast.kernels import attention
+
+    batch = 1 if small else 64
+    tiles = product(BLOCK_M=[32, 64, 128], BLOCK_N=[32, 64], num_warps=[4, 8], num_stages=[2, 3])
+    for tokens, heads, head_dim in [(5, 1, 8)] if small else [(257, 16, 60), (257, 16, 72)]:
+        qkv = random(batch, tokens, 3 * heads * head_dim)
+        out, *statistics = attention.launch_fwd(qkv, heads)
+        dout = random(*out.shape)
+
+        def backward(
+            dout: torch.Tensor = dout,
+            saved: tuple[torch.Tensor, ...] = (qkv, out, *statistics),
+            heads: int = heads,
+        ) -> torch.Tensor:
+            return attention.launch_bwd(dout, *saved, heads)
+
+        yield Case(
+            "attention_fwd", head_dim, lambda q=qkv, h=heads: attention.launch_fwd(q, h), tiles
+        )
+        yield Case("attention_bwd_dq", head_dim, backward, tiles)
+        yield Case("attention_bwd_dkdv", head_dim, backward, tiles)
+
+
+def parameters(small: bool) -> Iterator[Case]:
+    from dimr_fast.kernels import td_parameters
+
+    widths = [24] if small else [960] * 80 + [480] * 24 + [38400] * 2
+    vectors = [[random(width, dtype=torch.float32) for width in widths] for _ in range(4)]
+    space = product(TIMES=[1, 4, 8], BLOCK=[128, 256, 512], num_warps=[2, 4])
+    for times in (2,) if small else (1, 64):
+        tau = random(times, dtype=torch.float32)
+        values = random(times, sum(widths), dtype=torch.float32)
+        yield Case(
+            "td_parameters_fwd", times, lambda t=tau: td_parameters.launch_fwd(t, *vectors), space
+        )
+        yield Case(
+            "td_parameters_bwd",
+            times,
+            lambda t=tau, v=values: td_parameters.launch_bwd(v, t, *vectors),
+            space,
+        )
+
+
+def cascades(small: bool) -> Iterator[Case]:
+    from dimr_fast.kernels import td_layer_norm, upsample_add
+
+    batch = 1 if small else 32
+    shapes = [(2, 3, 40, 24)] if small else [(16, 40, 960, 480), (16, 58, 1152, 576)]
+    for size, slots, width, out in shapes:
+        channels = slots * width
+        features = [random(batch, size, size, width) for _ in range(slots)]
+        scale, shift = (random(batch, channels, dtype=torch.float32) for _ in range(2))
+        dy = random(batch, size, size, channels)
+        _, _, mean, rstd = td_layer_norm.launch_fwd(scale, shift, features, None, dy.dtype)
+
+        def norm(
+            features: list[torch.Tensor] = features,
+            scale: torch.Tensor = scale,
+            shift: torch.Tensor = shift,
+        ) -> Any:
+            return td_layer_norm.launch_fwd(scale, shift, features, None, torch.bfloat16)
+
+        def norm_backward(
+            dy: torch.Tensor = dy,
+            features: list[torch.Tensor] = features,
+            saved: tuple[torch.Tensor, ...] = (scale, shift, mean, rstd),
+        ) -> Any:
+            return td_layer_norm.launch_bwd(dy, None, features, *saved, True, True)
+
+        groups = product(ROWS=[1, 2, 4], GROUP=[4, 8], num_warps=[4, 8, 16])
+        yield Case("td_layer_norm_pieces_fwd", width, norm, groups)
+        columns = product(ROWS=[4, 8, 16], BLOCK=[128, 256], num_warps=[2, 4, 8])
+        yield Case("td_layer_norm_bwd", channels, norm_backward, columns)
+        means = product(ROWS=[1, 2, 4], BLOCK=[512, 1024], GROUP=[4, 8], num_warps=[4, 8])
+        yield Case("td_layer_norm_bwd_means", channels, norm_backward, means)
+
+        x, projected = random(batch, 2 * size, 2 * size, out), random(batch, size, size, 4 * out)
+        weight, bias = (random(batch, out, dtype=torch.float32) for _ in range(2))
+        _, *statistics = upsample_add.launch_fwd(x, projected, weight, bias, [])
+        rows = product(ROWS=[1, 2, 4, 8], num_warps=[2, 4, 8])
+        yield Case(
+            "upsample_add_fwd",
+            out,
+            lambda x=x, p=projected, w=weight, b=bias: upsample_add.launch_fwd(x, p, w, b, []),
+            rows,
+        )
+        yield Case(
+            "upsample_add_bwd",
+            out,
+            lambda x=x, p=projected, w=weight, s=tuple(statistics), t=batch: (
+                upsample_add.launch_bwd(x, p, w, *s, t)
+            ),
+            rows,
+        )
+
+
+CASES: list[Callable[[bool], Iterator[Case]]] = [norms, gates, attentions, cascades, parameters]
 
 
 def tune(case: Case, *, dry_run: bool) -> tuple[Constants, dict[str, float]]:
