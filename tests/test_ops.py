@@ -69,6 +69,22 @@ BAD: list[tuple[Any, str]] = [
         lambda: ops.upsample_add(IMAGE, [torch.zeros(2, 3, 3, 5)], NORM_IN, WEIGHT, BIAS, NORM_OUT),
         r"features: got size \(3, 3\)",
     ),
+    (lambda: ops.td_rms_norm(X.int(), ONE), "x: got dtype torch.int32, expected floating"),
+    (lambda: ops.td_rms_norm(X, ONE.int()), "scale: got dtype torch.int32"),
+    (lambda: ops.td_rms_norm(X, ONE, X.int()), "residual: got dtype torch.int32"),
+    (lambda: ops.td_layer_norm(X, ONE, ONE.int()), "bias: got dtype torch.int32"),
+    (lambda: ops.rms_norm(X.int(), ONE[0]), "x: got dtype torch.int32"),
+    (lambda: ops.gated_gelu(X.int()), "x: got dtype torch.int32"),
+    (lambda: ops.attention(X.int(), 2), "qkv: got dtype torch.int32"),
+    (lambda: ops.td_parameters(torch.ones(2).int(), []), "tau: got dtype torch.int32"),
+    (
+        lambda: ops.upsample_add(IMAGE.int(), LOW, NORM_IN, WEIGHT, BIAS, NORM_OUT),
+        "x: got dtype torch.int32",
+    ),
+    (
+        lambda: ops.upsample_add(IMAGE, [LOW[0].int()], NORM_IN, WEIGHT, BIAS, NORM_OUT),
+        r"features\[0\]: got dtype torch.int32",
+    ),
     (lambda: ops.rms_norm(X, ONE[0], implementation="sdpa"), "implementation: got 'sdpa'"),
 ]
 

@@ -2,12 +2,15 @@
 
 import sys
 from importlib import metadata
+from typing import Any
 
 import pytest
 import torch
 from aot import Launch, compiled
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dimr_fast import DiMR
 from dimr_fast.ops import OPERATORS, _triton
 
 HAVE_TRITON = [name for name, o in OPERATORS.items() if "triton" in o.names]
@@ -36,6 +39,32 @@ def test_auto_takes_it_on_a_gpu_and_not_on_a_cpu(
     operator_ = OPERATORS[operator]
     assert operator_.select("auto", on_gpu(*operator_.example)) == "triton"
     assert operator_.select("auto", torch.empty(operator_.example)) != "triton"
+
+
+def test_a_model_on_a_gpu_runs_on_triton_under_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is only pretended, where autograd's engine would not run: the forward."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    called: set[str] = set()
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            if func.namespace == "dimr_fast":
+                called.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.device("meta"):
+        model = DiMR.from_preset("tiny")
+    config = model.config
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        model = model.to_empty(device="cuda")
+        x = torch.empty(2, config.channels, *config.image_size)
+        log_snr, y = torch.empty(2), torch.zeros(2, dtype=torch.int64)
+        with Calls():
+            model(x, log_snr=log_snr, y=y)
+    assert called == {f"dimr_fast.{o}_fwd.triton" for o in set(HAVE_TRITON) - {"rms_norm"}}
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

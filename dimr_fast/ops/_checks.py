@@ -14,10 +14,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else x.dtype
 
 
+def check_floating(**tensors: Tensor) -> None:
+    """ValueError where a tensor is not floating point."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: got dtype {tensor.dtype}, expected floating point")
+
+
 def check_residual(x: Tensor, residual: Tensor | None) -> None:
     """ValueError where `residual` is there and not like `x`."""
     if residual is None:
         return
+    check_floating(residual=residual)
     if residual.shape != x.shape:
         raise ValueError(
             f"residual: got shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}"
@@ -29,6 +37,7 @@ def check_time_values(x: Tensor, **values: Tensor) -> None:
     """ValueError where a `[T, D]` value does not fit `x` `[B, …, D]` (T is B or 1)."""
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, …, D]")
+    check_floating(x=x, **values)
     for name, value in values.items():
         check_times(x, value, name)
         check_width(x, value, name)

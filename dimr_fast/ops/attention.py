@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from dimr_fast import reference
 from dimr_fast.ops import _triton
 from dimr_fast.ops import attention_backends as backends
+from dimr_fast.ops._checks import check_floating
 from dimr_fast.ops.implementations import Implementations
 
 _WIDEST_HEAD = 128
@@ -74,6 +75,7 @@ def attention(qkv: Tensor, num_heads: int, *, implementation: str = "auto") -> T
         raise ValueError(
             f"qkv: got shape {tuple(qkv.shape)}, expected [B, N, 3·{num_heads}·head_dim]"
         )
+    check_floating(qkv=qkv)
     # By heads, so that an implementation can tell whether head_dim suits it.
     packed = qkv.unflatten(-1, (3, num_heads, qkv.shape[-1] // (3 * num_heads)))
     chosen = implementations.select(implementation, packed)

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
 from dimr_fast.ops import _triton
+from dimr_fast.ops._checks import check_floating
 from dimr_fast.ops.implementations import Implementations
 
 implementations = Implementations(
@@ -22,10 +23,12 @@ def gated_gelu(x: Tensor, *, implementation: str = "auto") -> Tensor:
     """`gelu(a) · b` with the exact (erf) GELU, for `a ‖ b` side by side in the last axis.
 
     `x` is `[…, 2·hidden]`, the merged projection; the result `[…, hidden]` in the dtype of `x`.
-    Raises ValueError where the last axis is odd or the implementation is unusable.
+    Raises ValueError where the last axis is odd, the dtype not floating point or the implementation
+    unusable.
     """
     if x.dim() < 1 or x.shape[-1] % 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected an even last axis, 2·hidden")
+    check_floating(x=x)
     if implementations.select(implementation, x) == "triton":
         return _GatedGELU.apply(x)
     return reference.gated_gelu(x)

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
 from dimr_fast.ops import _triton
+from dimr_fast.ops._checks import check_floating
 from dimr_fast.ops.implementations import Implementations
 
 Vectors = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -36,6 +37,7 @@ def td_parameters(
     """
     if tau.dim() != 1:
         raise ValueError(f"tau: got shape {tuple(tau.shape)}, expected [T]")
+    check_floating(tau=tau)
     selected = implementations.select(implementation, tau)
     if not parameters:
         return ()

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
 from dimr_fast.ops import _triton
-from dimr_fast.ops._checks import check_device, check_times, compute_dtype
+from dimr_fast.ops._checks import check_device, check_floating, check_times, compute_dtype
 from dimr_fast.ops.implementations import Implementations
 from dimr_fast.ops.td_layer_norm import bwd as norm_in_bwd
 from dimr_fast.ops.td_layer_norm import fwd as norm_in_fwd
@@ -56,6 +56,7 @@ def upsample_add(
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, H, W, D]")
     if isinstance(features, Tensor) and features.dim() != 5:
         raise ValueError(f"features: got shape {tuple(features.shape)}, expected [B, h, w, S, d]")
+    check_floating(x=x, weight=weight, bias=bias)
     slots = list(features.unbind(-2) if isinstance(features, Tensor) else features)
     _check_features(x, slots)
     dtype = reduce(torch.promote_types, (f.dtype for f in slots))
@@ -87,6 +88,7 @@ def _check_features(x: Tensor, features: Sequence[Tensor]) -> None:
                 f"features[{i}]: got shape {tuple(f.shape)}, expected [B, h, w, d] as the others"
             )
         check_device(x, f, f"features[{i}]")
+        check_floating(**{f"features[{i}]": f})
     h, w = features[0].shape[1:3]
     q = x.shape[1] // max(h, 1)
     if (h * q, w * q) != tuple(x.shape[1:3]):
