@@ -9,7 +9,7 @@ and backward, with δ = Σ dout · out over a row, ds = p · (dout·vᵀ − δ)
 Scores never reach memory: a program keeps a tile of queries (for dk and dv, of keys) and walks
 over the others, forward with a running softmax. 4·N²·D FLOP an image forward and 10·N²·D backward
 by the usual count; backward in fact computes s and dout·vᵀ twice, once for dq and once for dk and
-dv, so that each result has one writer and no atomic adds, 14·N²·D.
+dv, so that each result has one writer and no atomic adds, 14·N²·D (in fp32, 16).
 
 q, k and v are read where they lie in the packed tensor. A head is one tile as wide as the next
 power of two or, where that would waste more, two (72 is 64 + 16). Where one token is left over
@@ -24,42 +24,52 @@ import torch
 import triton
 import triton.language as tl
 
+from dimr_fast.kernels.attention_tiles import (
+    dots,
+    load,
+    plus_product,
+    plus_row,
+    plus_rows,
+    row_dots,
+    scaled,
+    store,
+    tile_widths,
+    zeros,
+)
 from dimr_fast.kernels.configuration import configuration
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def launch_fwd(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention `[B, N, D]` of packed `[B, N, 3·D]`, and each row's log Σ exp s `[B, heads, N]`."""
+    """Attention `[B, N, D]` of packed `[B, N, 3·D]`, and each softmax's parts `[B, heads, 2, N]`.
+
+    With s in units of ln 2, those are its top, max s, and its share, 1 / Σ exp2(s - top). Added
+    up to one number, a log-sum-exp, they would cost each probability |top|·eps in backward.
+    """
     images, count, width = qkv.shape
     out = torch.empty(images, count, width // 3, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty(images, heads, count, dtype=torch.float32, device=qkv.device)
+    parts = torch.empty(images, heads, 2, count, dtype=torch.float32, device=qkv.device)
     if qkv.numel():
         qkv = _in_units(qkv, _unit(width // 3 // heads))
-        _launch("attention_fwd", _attention_fwd_kernel, "BLOCK_M", qkv, heads, out, lse)
-    return out, lse
+        _launch("attention_fwd", _attention_fwd_kernel, "BLOCK_M", qkv, heads, out, parts)
+    return out, parts
 
 
 def launch_bwd(
-    dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, heads: int
+    dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, parts: torch.Tensor, heads: int
 ) -> torch.Tensor:
     """Gradient `[B, N, 3·D]` of the packed qkv, from what forward was given and returned."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if qkv.numel():
         qkv = _in_units(qkv, _unit(qkv.shape[2] // 3 // heads))
-        dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
-        shared = (dout, lse, torch.empty_like(lse), dqkv)
-        # In this order: the first kernel writes delta, the third of these, the second reads it.
+        dout, out, parts = dout.contiguous(), out.contiguous(), parts.contiguous()
+        delta = parts.new_empty(parts.shape[0], heads, parts.shape[3])
+        shared = (dout, parts, delta, dqkv)
+        # In this order: the first kernel writes delta, the second reads it.
         _launch("attention_bwd_dq", _attention_bwd_dq_kernel, "BLOCK_M", qkv, heads, out, *shared)
         _launch("attention_bwd_dkdv", _attention_bwd_dkdv_kernel, "BLOCK_N", qkv, heads, *shared)
     return dqkv
-
-
-def tile_widths(head_dim: int) -> tuple[int, ...]:
-    """Powers of two that cover a head with the least waste; the tensor cores take 16 at least."""
-    whole = max(16, triton.next_power_of_2(head_dim))
-    split = (whole // 2, max(16, triton.next_power_of_2(head_dim - whole // 2)))
-    return split if whole > 16 and sum(split) < whole else (whole,)
 
 
 def _launch(
@@ -109,7 +119,7 @@ def _attention_fwd_kernel(
     strides,  # of qkv, (image, token), in units
     count,  # N
     out_ptr,  # [B, N, HEADS, HEAD_DIM], contiguous
-    lse_ptr,  # [B, HEADS, N] fp32
+    parts_ptr,  # [B, HEADS, 2, N] fp32: top and share
     FIRST: tl.constexpr,
     WHOLE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -127,59 +137,64 @@ def _attention_fwd_kernel(
     k_ptr = q_ptr + out_stride
     v_ptr = k_ptr + out_stride
     out_ptr += image * count * out_stride + head * HEAD_DIM
-    lse_ptr += (image * HEADS + head) * count
+    top_ptr = parts_ptr + (image * HEADS + head) * 2 * count
+    share_ptr = top_ptr + count
     scale: tl.constexpr = HEAD_DIM**-0.5 * _LOG2E
 
     zero = tl.arange(0, 1)
     if FIRST:
-        k0 = _load(k_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
-        v0 = _load(v_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
+        k0 = load(k_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
+        v0 = load(v_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
 
     if block < 0:
         if FIRST:
-            q0 = _load(q_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
-            top0 = _row_dots(q0, k0) * scale
+            q0 = load(q_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
+            top0 = row_dots(q0, k0) * scale
             total0 = tl.full([1], 1.0, tl.float32)
-            acc0 = _scaled(v0, total0)
+            acc0 = scaled(v0, total0)
             for start in range(1, count, BLOCK_N):
                 key = start + tl.arange(0, BLOCK_N)
-                k = _load(k_ptr, key, stride, count, True, HEAD_DIM, WIDTHS)
-                v = _load(v_ptr, key, stride, count, True, HEAD_DIM, WIDTHS)
-                s = _row_dots(k, q0) * scale
+                k = load(k_ptr, key, stride, count, True, HEAD_DIM, WIDTHS)
+                v = load(v_ptr, key, stride, count, True, HEAD_DIM, WIDTHS)
+                s = row_dots(k, q0) * scale
                 higher = tl.maximum(top0, tl.max(s, 0))
                 p = tl.exp2(s - higher)
                 fade = tl.exp2(top0 - higher)
                 total0 = total0 * fade + tl.sum(p, 0)
-                acc0 = _plus_row(_scaled(acc0, fade), p, v)
+                acc0 = plus_row(scaled(acc0, fade), p, v)
                 top0 = higher
-            _store(out_ptr, zero, out_stride, count, _scaled(acc0, 1.0 / total0), HEAD_DIM)
-            tl.store(lse_ptr + zero, (top0 + tl.log2(total0)) / _LOG2E)
+            share0 = 1.0 / total0
+            store(out_ptr, zero, out_stride, count, scaled(acc0, share0), HEAD_DIM)
+            tl.store(top_ptr + zero, top0)
+            tl.store(share_ptr + zero, share0)
     else:
         query = FIRST + block * BLOCK_M + tl.arange(0, BLOCK_M)
-        q = _load(q_ptr, query, stride, count, False, HEAD_DIM, WIDTHS)
+        q = load(q_ptr, query, stride, count, False, HEAD_DIM, WIDTHS)
         if FIRST:
-            top = _row_dots(q, k0) * scale
+            top = row_dots(q, k0) * scale
             total = tl.full([BLOCK_M], 1.0, tl.float32)
-            acc = _scaled(v0, total)
+            acc = scaled(v0, total)
         else:
             top = tl.full([BLOCK_M], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
-            acc = _zeros(BLOCK_M, WIDTHS)
+            acc = zeros(BLOCK_M, WIDTHS)
         for start in range(FIRST, count, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
-            k = _load(k_ptr, key, stride, count, WHOLE, HEAD_DIM, WIDTHS)
-            v = _load(v_ptr, key, stride, count, WHOLE, HEAD_DIM, WIDTHS)
-            s = _dots(q, k, WIDEN)
+            k = load(k_ptr, key, stride, count, WHOLE, HEAD_DIM, WIDTHS)
+            v = load(v_ptr, key, stride, count, WHOLE, HEAD_DIM, WIDTHS)
+            s = dots(q, k, WIDEN)
             if not WHOLE:
                 s = tl.where((key < count)[None, :], s, float("-inf"))
             higher = tl.maximum(top, tl.max(s, 1) * scale)
             p = tl.exp2(s * scale - higher[:, None])
             fade = tl.exp2(top - higher)
             total = total * fade + tl.sum(p, 1)
-            acc = _plus_product(_scaled(acc, fade), p.to(v[0].dtype), v, WIDEN)
+            acc = plus_product(scaled(acc, fade), p.to(v[0].dtype), v, WIDEN)
             top = higher
-        _store(out_ptr, query, out_stride, count, _scaled(acc, 1.0 / total), HEAD_DIM)
-        tl.store(lse_ptr + query, (top + tl.log2(total)) / _LOG2E, query < count)
+        share = 1.0 / total
+        store(out_ptr, query, out_stride, count, scaled(acc, share), HEAD_DIM)
+        tl.store(top_ptr + query, top, query < count)
+        tl.store(share_ptr + query, share, query < count)
 
 
 @triton.jit
@@ -189,7 +204,7 @@ def _attention_bwd_dq_kernel(
     count,  # N
     out_ptr,  # [B, N, HEADS, HEAD_DIM], contiguous
     dout_ptr,  # [B, N, HEADS, HEAD_DIM], contiguous
-    lse_ptr,  # [B, HEADS, N] fp32
+    parts_ptr,  # [B, HEADS, 2, N] fp32: top and share
     delta_ptr,  # [B, HEADS, N] fp32, written
     dqkv_ptr,  # [B, N, 3, HEADS, HEAD_DIM], contiguous
     FIRST: tl.constexpr,
@@ -211,56 +226,83 @@ def _attention_bwd_dq_kernel(
     dout_ptr += image * count * out_stride + head * HEAD_DIM
     out_ptr += image * count * out_stride + head * HEAD_DIM
     dq_ptr = dqkv_ptr + image * count * 3 * out_stride + head * HEAD_DIM
-    lse_ptr += (image * HEADS + head) * count
+    top_ptr = parts_ptr + (image * HEADS + head) * 2 * count
+    share_ptr = top_ptr + count
     delta_ptr += (image * HEADS + head) * count
     scale: tl.constexpr = HEAD_DIM**-0.5 * _LOG2E
+    # A row of ds adds up to zero, but for the rounding of out, which 16 bits hide and fp32 shows:
+    # a row whose tokens are all alike is then nothing but that. So in fp32 what is left of the sum
+    # goes into delta, and out of dq.
+    EXACT: tl.constexpr = qkv_ptr.dtype.element_ty == tl.float32
 
     zero = tl.arange(0, 1)
     if FIRST:
-        k0 = _load(k_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
-        v0 = _load(v_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
+        k0 = load(k_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
+        v0 = load(v_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
 
     if block < 0:
         if FIRST:
-            q0 = _load(q_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
-            dout0 = _load(dout_ptr, zero, out_stride, count, True, HEAD_DIM, WIDTHS)
-            out0 = _load(out_ptr, zero, out_stride, count, True, HEAD_DIM, WIDTHS)
-            delta0 = _row_dots(dout0, out0)
-            tl.store(delta_ptr + zero, delta0)
-            lse0 = tl.load(lse_ptr + zero) * _LOG2E
-            p0 = tl.exp2(_row_dots(q0, k0) * scale - lse0)
-            dq0 = _scaled(k0, p0 * (_row_dots(dout0, v0) - delta0))
+            q0 = load(q_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
+            dout0 = load(dout_ptr, zero, out_stride, count, True, HEAD_DIM, WIDTHS)
+            out0 = load(out_ptr, zero, out_stride, count, True, HEAD_DIM, WIDTHS)
+            delta0 = row_dots(dout0, out0)
+            top0, share0 = tl.load(top_ptr + zero), tl.load(share_ptr + zero)
+            p0 = tl.exp2(row_dots(q0, k0) * scale - top0) * share0
+            ds0 = p0 * (row_dots(dout0, v0) - delta0)
+            dq0 = scaled(k0, ds0)
+            if EXACT:
+                left0, mean0 = ds0, scaled(k0, p0)
             for start in range(1, count, BLOCK_N):
                 key = start + tl.arange(0, BLOCK_N)
-                k = _load(k_ptr, key, stride, count, True, HEAD_DIM, WIDTHS)
-                v = _load(v_ptr, key, stride, count, True, HEAD_DIM, WIDTHS)
-                p = tl.exp2(_row_dots(k, q0) * scale - lse0)
-                dq0 = _plus_row(dq0, p * (_row_dots(v, dout0) - delta0), k)
-            _store(dq_ptr, zero, 3 * out_stride, count, dq0, HEAD_DIM, HEAD_DIM**-0.5)
+                k = load(k_ptr, key, stride, count, True, HEAD_DIM, WIDTHS)
+                v = load(v_ptr, key, stride, count, True, HEAD_DIM, WIDTHS)
+                p = tl.exp2(row_dots(k, q0) * scale - top0) * share0
+                ds = p * (row_dots(v, dout0) - delta0)
+                dq0 = plus_row(dq0, ds, k)
+                if EXACT:
+                    left0 += tl.sum(ds, 0)
+                    mean0 = plus_row(mean0, p, k)
+            if EXACT:
+                delta0 += left0
+                dq0 = plus_rows(dq0, -left0, mean0)
+            tl.store(delta_ptr + zero, delta0)
+            store(dq_ptr, zero, 3 * out_stride, count, dq0, HEAD_DIM, HEAD_DIM**-0.5)
     else:
         query = FIRST + block * BLOCK_M + tl.arange(0, BLOCK_M)
-        q = _load(q_ptr, query, stride, count, False, HEAD_DIM, WIDTHS)
-        dout = _load(dout_ptr, query, out_stride, count, False, HEAD_DIM, WIDTHS)
-        out = _load(out_ptr, query, out_stride, count, False, HEAD_DIM, WIDTHS)
-        delta = _row_dots(dout, out)
-        tl.store(delta_ptr + query, delta, query < count)
-        lse = tl.load(lse_ptr + query, query < count, other=0.0) * _LOG2E
+        q = load(q_ptr, query, stride, count, False, HEAD_DIM, WIDTHS)
+        dout = load(dout_ptr, query, out_stride, count, False, HEAD_DIM, WIDTHS)
+        out = load(out_ptr, query, out_stride, count, False, HEAD_DIM, WIDTHS)
+        delta = row_dots(dout, out)
+        top = tl.load(top_ptr + query, query < count, other=0.0)
+        share = tl.load(share_ptr + query, query < count, other=0.0)
         if FIRST:
-            first_p = tl.exp2(_row_dots(q, k0) * scale - lse)
-            dq = _scaled(k0, first_p * (_row_dots(dout, v0) - delta))
+            first_p = tl.exp2(row_dots(q, k0) * scale - top) * share
+            first_ds = first_p * (row_dots(dout, v0) - delta)
+            dq = scaled(k0, first_ds)
+            if EXACT:
+                left, mean = first_ds, scaled(k0, first_p)
         else:
-            dq = _zeros(BLOCK_M, WIDTHS)
+            dq = zeros(BLOCK_M, WIDTHS)
+            if EXACT:
+                left, mean = tl.zeros([BLOCK_M], tl.float32), zeros(BLOCK_M, WIDTHS)
         for start in range(FIRST, count, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
-            k = _load(k_ptr, key, stride, count, WHOLE, HEAD_DIM, WIDTHS)
-            v = _load(v_ptr, key, stride, count, WHOLE, HEAD_DIM, WIDTHS)
-            s = _dots(q, k, WIDEN)
+            k = load(k_ptr, key, stride, count, WHOLE, HEAD_DIM, WIDTHS)
+            v = load(v_ptr, key, stride, count, WHOLE, HEAD_DIM, WIDTHS)
+            s = dots(q, k, WIDEN)
             if not WHOLE:
                 s = tl.where((key < count)[None, :], s, float("-inf"))
-            p = tl.exp2(s * scale - lse[:, None])
-            ds = p * (_dots(dout, v, WIDEN) - delta[:, None])
-            dq = _plus_product(dq, ds.to(k[0].dtype), k, WIDEN)
-        _store(dq_ptr, query, 3 * out_stride, count, dq, HEAD_DIM, HEAD_DIM**-0.5)
+            p = tl.exp2(s * scale - top[:, None]) * share[:, None]
+            ds = p * (dots(dout, v, WIDEN) - delta[:, None])
+            dq = plus_product(dq, ds.to(k[0].dtype), k, WIDEN)
+            if EXACT:
+                left += tl.sum(ds, 1)
+                mean = plus_product(mean, p, k, WIDEN)
+        if EXACT:
+            delta += left
+            dq = plus_rows(dq, -left, mean)
+        tl.store(delta_ptr + query, delta, query < count)
+        store(dq_ptr, query, 3 * out_stride, count, dq, HEAD_DIM, HEAD_DIM**-0.5)
 
 
 @triton.jit
@@ -269,7 +311,7 @@ def _attention_bwd_dkdv_kernel(
     strides,  # of qkv, (image, token), in units
     count,  # N
     dout_ptr,  # [B, N, HEADS, HEAD_DIM], contiguous
-    lse_ptr,  # [B, HEADS, N] fp32
+    parts_ptr,  # [B, HEADS, 2, N] fp32: top and share
     delta_ptr,  # [B, HEADS, N] fp32
     dqkv_ptr,  # [B, N, 3, HEADS, HEAD_DIM], contiguous
     FIRST: tl.constexpr,
@@ -291,59 +333,61 @@ def _attention_bwd_dkdv_kernel(
     dout_ptr += image * count * out_stride + head * HEAD_DIM
     dk_ptr = dqkv_ptr + image * count * 3 * out_stride + out_stride + head * HEAD_DIM
     dv_ptr = dk_ptr + out_stride
-    lse_ptr += (image * HEADS + head) * count
+    top_ptr = parts_ptr + (image * HEADS + head) * 2 * count
+    share_ptr = top_ptr + count
     delta_ptr += (image * HEADS + head) * count
     scale: tl.constexpr = HEAD_DIM**-0.5 * _LOG2E
 
     zero = tl.arange(0, 1)
     if FIRST:
-        q0 = _load(q_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
-        dout0 = _load(dout_ptr, zero, out_stride, count, True, HEAD_DIM, WIDTHS)
-        lse0 = tl.load(lse_ptr + zero) * _LOG2E
+        q0 = load(q_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
+        dout0 = load(dout_ptr, zero, out_stride, count, True, HEAD_DIM, WIDTHS)
+        top0, share0 = tl.load(top_ptr + zero), tl.load(share_ptr + zero)
         delta0 = tl.load(delta_ptr + zero)
 
     if block < 0:
         if FIRST:
-            k0 = _load(k_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
-            v0 = _load(v_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
-            p0 = tl.exp2(_row_dots(q0, k0) * scale - lse0)
-            dk0 = _scaled(q0, p0 * (_row_dots(dout0, v0) - delta0))
-            dv0 = _scaled(dout0, p0)
+            k0 = load(k_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
+            v0 = load(v_ptr, zero, stride, count, True, HEAD_DIM, WIDTHS)
+            p0 = tl.exp2(row_dots(q0, k0) * scale - top0) * share0
+            dk0 = scaled(q0, p0 * (row_dots(dout0, v0) - delta0))
+            dv0 = scaled(dout0, p0)
             for start in range(1, count, BLOCK_M):
                 query = start + tl.arange(0, BLOCK_M)
-                q = _load(q_ptr, query, stride, count, True, HEAD_DIM, WIDTHS)
-                dout = _load(dout_ptr, query, out_stride, count, True, HEAD_DIM, WIDTHS)
-                lse = tl.load(lse_ptr + query) * _LOG2E
-                p = tl.exp2(_row_dots(q, k0) * scale - lse)
-                ds = p * (_row_dots(dout, v0) - tl.load(delta_ptr + query))
-                dk0 = _plus_row(dk0, ds, q)
-                dv0 = _plus_row(dv0, p, dout)
-            _store(dk_ptr, zero, 3 * out_stride, count, dk0, HEAD_DIM, HEAD_DIM**-0.5)
-            _store(dv_ptr, zero, 3 * out_stride, count, dv0, HEAD_DIM)
+                q = load(q_ptr, query, stride, count, True, HEAD_DIM, WIDTHS)
+                dout = load(dout_ptr, query, out_stride, count, True, HEAD_DIM, WIDTHS)
+                top, share = tl.load(top_ptr + query), tl.load(share_ptr + query)
+                p = tl.exp2(row_dots(q, k0) * scale - top) * share
+                ds = p * (row_dots(dout, v0) - tl.load(delta_ptr + query))
+                dk0 = plus_row(dk0, ds, q)
+                dv0 = plus_row(dv0, p, dout)
+            store(dk_ptr, zero, 3 * out_stride, count, dk0, HEAD_DIM, HEAD_DIM**-0.5)
+            store(dv_ptr, zero, 3 * out_stride, count, dv0, HEAD_DIM)
     else:
         key = FIRST + block * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = _load(k_ptr, key, stride, count, False, HEAD_DIM, WIDTHS)
-        v = _load(v_ptr, key, stride, count, False, HEAD_DIM, WIDTHS)
+        k = load(k_ptr, key, stride, count, False, HEAD_DIM, WIDTHS)
+        v = load(v_ptr, key, stride, count, False, HEAD_DIM, WIDTHS)
         if FIRST:
-            first_p = tl.exp2(_row_dots(k, q0) * scale - lse0)
-            dk = _scaled(q0, first_p * (_row_dots(v, dout0) - delta0))
-            dv = _scaled(dout0, first_p)
+            first_p = tl.exp2(row_dots(k, q0) * scale - top0) * share0
+            dk = scaled(q0, first_p * (row_dots(v, dout0) - delta0))
+            dv = scaled(dout0, first_p)
         else:
-            dk = _zeros(BLOCK_N, WIDTHS)
-            dv = _zeros(BLOCK_N, WIDTHS)
+            dk = zeros(BLOCK_N, WIDTHS)
+            dv = zeros(BLOCK_N, WIDTHS)
         for start in range(FIRST, count, BLOCK_M):
             query = start + tl.arange(0, BLOCK_M)
-            q = _load(q_ptr, query, stride, count, WHOLE, HEAD_DIM, WIDTHS)
-            dout = _load(dout_ptr, query, out_stride, count, WHOLE, HEAD_DIM, WIDTHS)
-            # A query past the last has an infinite sum: its weights are zero.
-            lse = tl.load(lse_ptr + query, query < count, other=float("inf")) * _LOG2E
+            q = load(q_ptr, query, stride, count, WHOLE, HEAD_DIM, WIDTHS)
+            dout = load(dout_ptr, query, out_stride, count, WHOLE, HEAD_DIM, WIDTHS)
+            # A query past the last has a share of zero, and so no weight.
+            top = tl.load(top_ptr + query, query < count, other=0.0)
+            share = tl.load(share_ptr + query, query < count, other=0.0)
             delta = tl.load(delta_ptr + query, query < count, other=0.0)
-            p = tl.exp2(_dots(k, q, WIDEN) * scale - lse[None, :])
-            dv = _plus_product(dv, p.to(dout[0].dtype), dout, WIDEN)
-            ds = p * (_dots(v, dout, WIDEN) - delta[None, :])
-            dk = _plus_product(dk, ds.to(q[0].dtype), q, WIDEN)
-        _store(dk_ptr, key, 3 * out_stride, count, dk, HEAD_DIM, HEAD_DIM**-0.5)
-        _store(dv_ptr, key, 3 * out_stride, count, dv, HEAD_DIM)
+            p = tl.exp2(dots(k, q, WIDEN) * scale - top[None, :]) * share[None, :]
+            dv = plus_product(dv, p.to(dout[0].dtype), dout, WIDEN)
+            ds = p * (dots(v, dout, WIDEN) - delta[None, :])
+            dk = plus_product(dk, ds.to(q[0].dtype), q, WIDEN)
+        store(dk_ptr, key, 3 * out_stride, count, dk, HEAD_DIM, HEAD_DIM**-0.5)
+        store(dv_ptr, key, 3 * out_stride, count, dv, HEAD_DIM)
 
 
 @triton.jit
@@ -355,102 +399,3 @@ def _place(count, FIRST: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr)
     blocks = tl.cdiv(count - FIRST, BLOCK) + FIRST
     head = tl.program_id(0) // blocks
     return (head // HEADS).to(tl.int64), head % HEADS, tl.program_id(0) % blocks - FIRST
-
-
-@triton.jit
-def _load(
-    ptr,
-    token,
-    stride,
-    count,
-    WHOLE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTHS: tl.constexpr,
-):
-    """The tokens' rows of one head `[R, HEAD_DIM]` as tiles of those widths, zero beyond."""
-    tiles = ()
-    for i in tl.static_range(len(WIDTHS)):
-        column = i * WIDTHS[0] + tl.arange(0, WIDTHS[i])
-        inside = (column < HEAD_DIM)[None, :]
-        if not WHOLE:
-            inside = inside & (token < count)[:, None]
-        at = ptr + token[:, None].to(tl.int64) * stride + column[None, :]
-        tiles += (tl.load(at, inside, other=0.0),)
-    return tiles
-
-
-@triton.jit
-def _store(ptr, token, stride, count, tiles, HEAD_DIM: tl.constexpr, FACTOR: tl.constexpr = 1.0):
-    for i in tl.static_range(len(tiles)):
-        column = i * tiles[0].shape[1] + tl.arange(0, tiles[i].shape[1])
-        inside = (column < HEAD_DIM)[None, :] & (token < count)[:, None]
-        at = ptr + token[:, None].to(tl.int64) * stride + column[None, :]
-        tl.store(at, (tiles[i] * FACTOR).to(ptr.dtype.element_ty), inside)
-
-
-@triton.jit
-def _zeros(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
-    tiles = ()
-    for i in tl.static_range(len(WIDTHS)):
-        tiles += (_zeros_tile(ROWS, WIDTHS[i]),)
-    return tiles
-
-
-@triton.jit
-def _scaled(tiles, factors):
-    """Rows `[R, D]`, or one row for all, times factors `[R]`, in fp32."""
-    scaled = ()
-    for i in tl.static_range(len(tiles)):
-        scaled += (tiles[i].to(tl.float32) * factors[:, None],)
-    return scaled
-
-
-@triton.jit
-def _row_dots(a, b):
-    """Each row of `a` `[R, D]` times that of `b`, or times its only row: `[R]` in fp32."""
-    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
-    for i in tl.static_range(1, len(a)):
-        total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
-    return total
-
-
-@triton.jit
-def _zeros_tile(ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    # Of its own, since Triton 3.6 takes no element of a tuple in a shape.
-    return tl.zeros([ROWS, WIDTH], tl.float32)
-
-
-@triton.jit
-def _plus_row(row, weights, tiles):
-    """`row` `[1, D]` + Σ weights `[R]` · rows of `tiles` `[R, D]`, in fp32."""
-    total = ()
-    for i in tl.static_range(len(tiles)):
-        weighted = tiles[i].to(tl.float32) * weights[:, None]
-        total += (row[i] + tl.sum(weighted, 0)[None, :],)
-    return total
-
-
-@triton.jit
-def _dots(a, b, WIDEN: tl.constexpr):
-    """`a·bᵀ` `[R, S]` of `a` `[R, D]` and `b` `[S, D]`."""
-    total = _dot(a[0], tl.trans(b[0]), None, WIDEN)
-    for i in tl.static_range(1, len(a)):
-        total = _dot(a[i], tl.trans(b[i]), total, WIDEN)
-    return total
-
-
-@triton.jit
-def _plus_product(acc, weights, tiles, WIDEN: tl.constexpr):
-    """`acc + weights·tiles` `[R, D]` of weights `[R, S]` and tiles `[S, D]`."""
-    total = ()
-    for i in tl.static_range(len(tiles)):
-        total += (_dot(weights, tiles[i], acc[i], WIDEN),)
-    return total
-
-
-@triton.jit
-def _dot(a, b, acc, WIDEN: tl.constexpr):
-    if WIDEN:
-        # The interpreter would multiply bf16's bit patterns.
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")

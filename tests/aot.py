@@ -153,11 +153,13 @@ def _examine_cuda(kernel: Any) -> dict[str, Any]:
 
 def _examine_hip(kernel: Any) -> dict[str, Any]:
     text = kernel.asm["amdgcn"]
-    fields = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text))
-    # A scalar register is spilled to a lane of a vector register, not to memory.
+    wanted = "vgpr_count|vgpr_spill_count|private_segment_fixed_size"
+    fields = dict(re.findall(rf"\.({wanted}):\s+(\d+)", text))
     return {
         "registers": int(fields["vgpr_count"]),
-        "spilled": int(fields["vgpr_spill_count"]),
+        # Not the scalar registers: those are spilled to lanes of a vector register. Where that
+        # were not so, the private segment, which is memory, would show it.
+        "spilled": int(fields["vgpr_spill_count"]) + int(fields["private_segment_fixed_size"]),
         "shared": kernel.metadata.shared,
         "opcodes": {},
     }

@@ -72,6 +72,7 @@ def room(path: Path) -> str:
 
 
 SHARED_BY_KERNELS = {
+    "dimr_fast.kernels.attention_tiles",
     "dimr_fast.kernels.configuration",
     "dimr_fast.kernels.rows",
     "dimr_fast.kernels.td_layer_norm_pieces",

@@ -88,11 +88,11 @@ def attention(qkv: Tensor, num_heads: int, *, implementation: str = "auto") -> T
 
 def _fwd_shapes(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     images, count, width = qkv.shape
-    lse = qkv.new_empty((images, heads, count), dtype=torch.float32)
-    return qkv.new_empty((images, count, width // 3)), lse
+    parts = qkv.new_empty((images, heads, 2, count), dtype=torch.float32)
+    return qkv.new_empty((images, count, width // 3)), parts
 
 
-def _bwd_shapes(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> Tensor:
+def _bwd_shapes(dout: Tensor, qkv: Tensor, out: Tensor, parts: Tensor, heads: int) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
@@ -102,7 +102,7 @@ _fwd = _triton.register(
 _bwd = _triton.register(
     "attention",
     "bwd",
-    "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int heads) -> Tensor",
+    "(Tensor dout, Tensor qkv, Tensor out, Tensor parts, int heads) -> Tensor",
     _bwd_shapes,
 )
 
@@ -110,8 +110,8 @@ _bwd = _triton.register(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
-        out, lse = _fwd(qkv, heads)
-        ctx.save_for_backward(qkv, out, lse)
+        out, parts = _fwd(qkv, heads)
+        ctx.save_for_backward(qkv, out, parts)
         ctx.heads = heads
         return out
 
