@@ -18,6 +18,7 @@ cores: as a key it starts every running sum, as a query it has a program of its 
 then need no mask, and no tile is computed for the sake of one row.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -100,8 +101,8 @@ def _launch(
 
 
 def _unit(head_dim: int) -> int:
-    """Elements that a head, a multiple of 4, is a whole number of: 16 bytes at most of 16 bits."""
-    return 8 if head_dim % 8 == 0 else 4
+    """How many elements a head is a whole number of, up to 16 bytes of 16-bit ones."""
+    return math.gcd(head_dim, 8)
 
 
 def _in_units(qkv: torch.Tensor, unit: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ def packed(images: int, tokens: int, heads: int, head_dim: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [4, 12, 32, 48, 60, 64, 72, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [1, 4, 12, 15, 32, 48, 60, 64, 72, 80, 96, 128])
 def test_every_head_dim(head_dim: int, dtype: torch.dtype) -> None:
     qkv = packed(1, 35, 2, head_dim)
     assert_as_accurate(with_gradients(ours(2)), with_gradients(plain(2)), qkv, dtype=dtype)
@@ -205,8 +205,7 @@ def test_no_output_is_left_unwritten(poisoned_memory: None, tokens: int) -> None
 
 
 BAD: list[tuple[Callable[[], Any], str]] = [
-    (lambda: ours(1)(packed(1, 2, 1, 6)), "head_dim that is a multiple of 4 up to 128, not 6"),
-    (lambda: ours(1)(packed(1, 2, 1, 132)), "head_dim that is a multiple of 4 up to 128, not 132"),
+    (lambda: ours(1)(packed(1, 2, 1, 132)), "head_dim up to 128, not 132"),
     (lambda: ours(1)(packed(1, 2, 1, 8).double()), "'triton' of attention.*float64"),
     (lambda: ours(2)(packed(1, 2, 1, 4)[..., :11]), r"qkv: got shape \(1, 2, 11\)"),
     (lambda: ours(2)(packed(1, 2, 2, 4)[0]), r"qkv: got shape \(2, 24\)"),

@@ -17,8 +17,8 @@ _WIDEST_HEAD = 128
 
 def _triton_why_not(qkv: Tensor) -> str | None:
     head_dim = backends.head_dim(qkv)
-    if head_dim is not None and (head_dim % 4 or head_dim > _WIDEST_HEAD):
-        return f"it takes a head_dim that is a multiple of 4 up to {_WIDEST_HEAD}, not {head_dim}"
+    if head_dim is not None and head_dim > _WIDEST_HEAD:
+        return f"it takes a head_dim up to {_WIDEST_HEAD}, not {head_dim}"
     return _triton.why_not(qkv)
 
 
