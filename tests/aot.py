@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -52,6 +54,11 @@ class Compiled:
     def count(self, opcode: str) -> int:
         """Instructions whose opcode begins with `opcode`."""
         return sum(n for name, n in self.opcodes.items() if name.startswith(opcode))
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """What a launch is called with: an address that is a multiple of 16, and no memory."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from aot import Compiled, Launch, compiled
+from aot import Compiled, Launch, compiled, meta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DEVICE, assert_as_accurate, seeded, with_gradients
@@ -274,10 +274,6 @@ def test_tiles_waste_as_little_as_two_powers_of_two_can() -> None:
         assert widths[0] % 16 == 0
         assert sum(widths) == min(a + b for a in sizes for b in sizes if a + b >= head_dim)
     assert [tile_widths(d) for d in (60, 72, 128)] == [(64,), (64, 16), (128,)]
-
-
-def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 BOTH = ("sm_80", "sm_90")

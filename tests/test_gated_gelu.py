@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from aot import TARGETS, Launch, compiled
+from aot import TARGETS, Launch, compiled, meta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DEVICE, assert_as_accurate, seeded, with_gradients
@@ -188,10 +188,6 @@ def test_addresses_past_32_bits() -> None:
         with_gradients(ours)(rows), with_gradients(plain)(rows.clone()), strict=True
     ):
         torch.testing.assert_close(actual, truth)
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 HIDDEN = {1920: TARGETS, 960: ("sm_90",), 2304: ("sm_90",), 1152: ("sm_90",), 480: ("sm_90",)}

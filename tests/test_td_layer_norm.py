@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from aot import TARGETS, Launch, compiled
+from aot import TARGETS, Launch, compiled, meta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DEVICE, assert_as_accurate, seeded, with_gradients
@@ -231,10 +231,6 @@ def test_addresses_past_32_bits() -> None:
     expected = with_gradients(lambda *v: plain(rows.clone(), *v))(*values(1, 8))
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 WIDTHS = {960: TARGETS, 1152: ("sm_90",), 480: ("sm_90",), 240: ("sm_90",), 66816: ("sm_90",)}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from aot import TARGETS, Launch, compiled
+from aot import TARGETS, Launch, compiled, meta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DEVICE, assert_as_accurate, seeded, with_gradients
@@ -193,10 +193,6 @@ def test_addresses_past_32_bits() -> None:
     rows = x.as_strided((1, 3, 8), (0, far, 1))
     rows.copy_(seeded(1, 3, 8))
     torch.testing.assert_close(ours(rows, seeded(1, 8)), plain(rows.clone(), seeded(1, 8)))
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 WIDTHS = {960: TARGETS, 1152: ("sm_90",), 480: ("sm_90",), 240: ("sm_90",), 66816: ("sm_90",)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from aot import Launch, compiled
+from aot import Launch, compiled, meta
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -87,10 +87,6 @@ def test_no_triton_or_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: "3.5.1")
     assert "3.6 or later, found 3.5.1" in str(_triton.why_not(torch.ones(2)))
     _triton._installed.cache_clear()
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 def aot_launches() -> list[Launch]:

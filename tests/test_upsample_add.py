@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from aot import TARGETS, Launch, compiled
+from aot import TARGETS, Launch, compiled, meta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DEVICE, Function, assert_as_accurate, seeded, with_gradients
@@ -399,10 +399,6 @@ def test_addresses_past_32_bits() -> None:
 
     for actual, near in zip(run(far_x, far_feature), run(x, buffer[..., 0, :]), strict=True):
         torch.testing.assert_close(actual, near)
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 # images, size of the low branch, its features and their width, and the width of the next branch;
