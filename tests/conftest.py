@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton's kernels run in its interpreter; nothing depends on earlier runs."""
+"""Where there is no GPU, Triton's kernels are interpreted; nothing depends on earlier runs."""
 
 import os
 from collections.abc import Iterator
