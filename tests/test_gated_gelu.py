@@ -165,7 +165,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: ops.gated_gelu(torch.zeros(2, 5)), r"x: got shape \(2, 5\).*even"),
     (lambda: ours(torch.zeros(())), r"x: got shape \(\)"),
     (lambda: ours(seeded(2, 4).double()), "x is float64"),
-    (lambda: ours(torch.ones(2, 4, dtype=torch.int32)), "x is int32"),
+    (lambda: ours(torch.ones(2, 4, dtype=torch.int32)), "x: got dtype torch.int32"),
 ]
 
 

@@ -207,7 +207,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: ours(X, *VALUES, seeded(2, 3, 5)), r"residual: got shape \(2, 3"),
     (lambda: ours(X, *VALUES, torch.ones(2, 3, 4, device="meta")), "residual: got device meta"),
     (lambda: ours(X.double(), *VALUES), "x is float64"),
-    (lambda: ours(torch.ones(2, 3, 4, dtype=torch.int32), *VALUES), "x is int32"),
+    (lambda: ours(torch.ones(2, 3, 4, dtype=torch.int32), *VALUES), "x: got dtype torch.int32"),
     (lambda: ours(X, VALUES[0], seeded(1, 5)), "bias: got width 5"),
 ]
 
