@@ -173,7 +173,10 @@ BAD: list[tuple[Callable[[], Any], str]] = [
         "residual: got device meta",
     ),
     (lambda: ours(seeded(2, 3, 4).double(), seeded(1, 4)), "x is float64"),
-    (lambda: ours(torch.ones(2, 3, 4, dtype=torch.int32), seeded(1, 4)), "x: got dtype torch.int32"),
+    (
+        lambda: ours(torch.ones(2, 3, 4, dtype=torch.int32), seeded(1, 4)),
+        "x: got dtype torch.int32",
+    ),
 ]
 
 
