@@ -121,5 +121,6 @@ def aot_launches() -> list[Launch]:
 def test_kernels_compile_at_sizes_of_one() -> None:
     """An argument of 1 is a constant to the compiler, which knows less to do with one; the
     interpreter does not show that. The other operators' own tests do the same."""
+    pytest.importorskip("triton", reason="triton is not installed")
     kernels = {kernel.kernel for kernel in compiled("test_triton")}
     assert len(kernels) >= 7
