@@ -42,6 +42,7 @@ def trial(kernel: str, constants: Mapping[str, int], device: torch.device) -> It
             table[kernel] = before
 
 
+@functools.cache
 def gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
 

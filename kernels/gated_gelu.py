@@ -94,8 +94,8 @@ def _tile(tiles, HIDDEN: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
 def _normal_cdf(a, dtype: tl.constexpr):
     """Φ(a) in fp32, as accurate as the features' `dtype` can show.
 
-    The library's erf takes 30 instructions an element, too many to keep up with a recent GPU's
-    memory where an element is two bytes. There log₂ Φ(−a) serves, as a polynomial fitted on
+    The library's erf compiles to 30 instructions an element, by count too many for a recent GPU's
+    memory rate where an element is two bytes. There log₂ Φ(−a) serves, as a polynomial fitted on
     0 ≤ a ≤ 6 with the weight max(√Φ, 1e-4), that falls ever faster beyond: Φ errs by 2e-7 at most
     and, above 1e-9, by a relative 2e-3, a quarter of a step of bf16.
     """

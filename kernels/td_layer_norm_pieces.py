@@ -74,8 +74,9 @@ def pieces_fwd_kernel(
     inside = (row < count) & (column < WIDTH)[None, :]
     statistic = image * count + row
 
-    # Loops over GROUP pieces at a time: unrolled over all, the code takes minutes to compile and
-    # holds every address in a register; in one loop, choosing an address costs more than its row.
+    # Loops over GROUP pieces at a time: unrolled over all, the code takes half a minute to compile
+    # and holds every address in a register; in one loop, choosing an address costs more than its
+    # row.
     lane_mean = tl.zeros([ROWS, BLOCK], tl.float32)
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in tl.static_range(0, PIECES, GROUP):

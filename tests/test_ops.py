@@ -1,17 +1,14 @@
-"""The public functions of the operators that have one implementation so far, or wrap torch's."""
+"""The public functions of the operators: their reference against torch's own, and bad input."""
 
 from typing import Any
 
 import pytest
 import torch
+from oracle import seeded
 
 from dimr_fast import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def seeded(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,9 +5,10 @@ from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a norm of `x`: that of `x` or, where autocast is on, autocast's.
+    """The dtype in which to compute: that of `x` or, where autocast is on, autocast's.
 
-    What follows a norm is a product that autocast would cast for; float64 it leaves alone.
+    A norm's result too, since a product follows that autocast would cast for; float64 it leaves
+    alone.
     """
     device = x.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -25,7 +25,7 @@ def why_not(x: torch.Tensor) -> str | None:
         return "it runs on a GPU, x is on cpu (TRITON_INTERPRET=1 interprets the kernels there)"
     if x.device.type not in ("cuda", "cpu", "meta"):
         return f"it runs on a GPU, x is on {x.device.type}"
-    return _why_not_installed() or (_why_not_gpu(x.device.index) if x.is_cuda else None)
+    return _why_not_installed() or (why_not_gpu(x.device.index) if x.is_cuda else None)
 
 
 def slower(x: torch.Tensor) -> str | None:
@@ -57,7 +57,8 @@ def _installed() -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _why_not_gpu(index: int | None) -> str | None:
+def why_not_gpu(index: int | None) -> str | None:
+    """The reason why GPU `index` (None: the current one) is too old, or None."""
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
     return None

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dimr_fast.ops import _triton
+
 
 def head_dim(qkv: Tensor) -> int | None:
     """head_dim of a packed projection that is viewed by heads, else unknown."""
@@ -80,7 +82,7 @@ _VERSIONS = {"flash-attn": ((2, 4, 1), (3,)), "xformers": ((0, 0, 35), (1,))}
 def _why_not_here(qkv: Tensor, module: str, package: str) -> str | None:
     if not qkv.is_cuda:
         return f"it runs on a GPU, qkv is on {qkv.device.type}"
-    return _why_not_installed(module, package) or _why_not_gpu(qkv.device.index)
+    return _why_not_installed(module, package) or _triton.why_not_gpu(qkv.device.index)
 
 
 @torch.compiler.assume_constant_result
@@ -100,11 +102,4 @@ def _installed(module: str, package: str) -> str | None:
     if not first <= tuple(map(int, digits)) < last:
         bounds = [".".join(map(str, bound)) for bound in (first, last)]
         return f"it needs {package} from {bounds[0]} to before {bounds[1]}, found {version}"
-    return None
-
-
-@torch.compiler.assume_constant_result
-def _why_not_gpu(index: int | None) -> str | None:
-    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or later"
     return None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dimr_fast import _extension, reference
+from dimr_fast.ops._checks import compute_dtype
 from dimr_fast.ops.implementations import Implementations
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,10 +69,9 @@ def depthwise_conv2d(
     implementation cannot run. Source: the ConvNeXt blocks of arXiv 2406.09416.
     """
     _check(x, weight, bias)
-    dtype = _autocast_dtype(x)
-    if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    dtype = compute_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
     chosen = implementations.select(implementation, x)
     if chosen == "reference":
         return reference.depthwise_conv2d(x, weight, bias)
@@ -97,17 +97,10 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
             continue
         if value.device != x.device:
             raise ValueError(f"{name}: got device {value.device}, expected that of x, {x.device}")
-        if value.dtype != x.dtype and _autocast_dtype(x) is None:
+        if compute_dtype(value) != compute_dtype(x):
             raise TypeError(
                 f"{name}: got dtype {_name(value.dtype)}, expected that of x, {_name(x.dtype)}"
             )
-
-
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """What autocast, where it is on, makes of a convolution of `x`; it leaves float64 alone."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else None
 
 
 def _name(dtype: torch.dtype) -> str:
