@@ -1,4 +1,6 @@
-// What both implementations of dimr_fast::depthwise_conv2d_fwd ask of their arguments.
+// What every implementation of dimr_fast::depthwise_conv2d_fwd and _bwd asks of its arguments. The
+// Python function checks with better messages; this keeps a direct call of the operators from
+// reading out of bounds.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -13,13 +15,23 @@ struct DepthwiseConv2dShape {
     int64_t numel() const { return batch * height * width * channels; }
 };
 
-// The Python function checks with better messages; this keeps a direct call of the operator from
-// reading out of bounds.
+inline void check_on_device_of(const torch::stable::Tensor& x, const torch::stable::Tensor& value,
+                               const char* name) {
+    STD_TORCH_CHECK(
+        value.is_cuda() == x.is_cuda() && value.get_device_index() == x.get_device_index(), name,
+        ": not on the device of x");
+}
+
+inline void check_last_stride(const torch::stable::Tensor& value, const char* name) {
+    STD_TORCH_CHECK(value.stride(3) == 1 || value.size(3) == 1 || value.numel() == 0, name,
+                    ": expected a last stride of 1");
+}
+
 inline DepthwiseConv2dShape check_depthwise_conv2d(
     const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
     const std::optional<torch::stable::Tensor>& bias) {
     STD_TORCH_CHECK(x.dim() == 4, "x: expected [B, H, W, D], got ", x.dim(), " dimensions");
-    STD_TORCH_CHECK(x.is_contiguous(), "x: expected a contiguous tensor");
+    check_last_stride(x, "x");
     STD_TORCH_CHECK(weight.dim() == 4, "weight: expected [D, 1, k, k], got ", weight.dim(),
                     " dimensions");
     STD_TORCH_CHECK(weight.is_contiguous(), "weight: expected a contiguous tensor");
@@ -29,19 +41,28 @@ inline DepthwiseConv2dShape check_depthwise_conv2d(
                     "weight: expected [", shape.channels, ", 1, k, k] with odd k, got [",
                     weight.size(0), ", ", weight.size(1), ", ", weight.size(2), ", ",
                     weight.size(3), "]");
-    STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight: its dtype is not that of x");
-    STD_TORCH_CHECK(
-        weight.is_cuda() == x.is_cuda() && weight.get_device_index() == x.get_device_index(),
-        "weight: not on the device of x");
+    check_on_device_of(x, weight, "weight");
     if (bias) {
         STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape.channels, "bias: expected [",
                         shape.channels, "]");
         STD_TORCH_CHECK(bias->is_contiguous(), "bias: expected a contiguous tensor");
-        STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type(), "bias: its dtype is not that of x");
-        STD_TORCH_CHECK(
-            bias->is_cuda() == x.is_cuda() && bias->get_device_index() == x.get_device_index(),
-            "bias: not on the device of x");
+        STD_TORCH_CHECK(bias->scalar_type() == weight.scalar_type(),
+                        "bias: its dtype is not that of weight");
+        check_on_device_of(x, *bias, "bias");
     }
+    return shape;
+}
+
+inline DepthwiseConv2dShape check_depthwise_conv2d_grad(const torch::stable::Tensor& dy,
+                                                        const torch::stable::Tensor& x,
+                                                        const torch::stable::Tensor& weight) {
+    const DepthwiseConv2dShape shape = check_depthwise_conv2d(x, weight, std::nullopt);
+    STD_TORCH_CHECK(dy.dim() == 4 && dy.size(0) == shape.batch && dy.size(1) == shape.height &&
+                        dy.size(2) == shape.width && dy.size(3) == shape.channels,
+                    "dy: its shape is not that of x");
+    check_last_stride(dy, "dy");
+    STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy: its dtype is not that of x");
+    check_on_device_of(x, dy, "dy");
     return shape;
 }
 
