@@ -13,6 +13,8 @@
 namespace dimr_fast {
 namespace {
 
+constexpr int64_t ENOUGH_TASKS = 8;
+
 Image image(const Tensor& tensor, const char* name) {
     return {const_cast<void*>(tensor.const_data_ptr()), dtype_of(tensor, name), tensor.stride(0),
             tensor.stride(1), tensor.stride(2)};
@@ -41,12 +43,22 @@ int64_t blocks(const DepthwiseConv2d& p) {
     return (p.channels + lanes - 1) / lanes;
 }
 
-int64_t cost(const DepthwiseConv2d& p) { return p.band * p.width * p.kernel * p.kernel; }
+int64_t groups(const DepthwiseConv2d& p) { return (blocks(p) + p.group - 1) / p.group; }
+
+int64_t cost(const DepthwiseConv2d& p) { return p.group * p.band * p.width * p.kernel * p.kernel; }
+
+// Tasks are to keep a handful of threads busy: smaller groups where images and channels are few.
+void choose_group(DepthwiseConv2d& p) {
+    p.group = DIMR_FAST_CHOOSE(depthwise_conv2d_group)(p);
+    while (p.group > 1 && p.batch * groups(p) < ENOUGH_TASKS) --p.group;
+}
 
 void convolve(DepthwiseConv2d p) {
-    const int64_t tasks = p.batch * blocks(p);
-    // Bands repeat the rows around them; worth it only where there are too few images and blocks.
-    const int64_t bands = std::clamp<int64_t>(8 / tasks, 1, std::max<int64_t>(1, p.height / 8));
+    choose_group(p);
+    // Bands repeat the rows around them: only where groups are still too few.
+    const int64_t tasks = p.batch * groups(p);
+    const int64_t most = std::max<int64_t>(1, p.height / 8);
+    const int64_t bands = std::clamp<int64_t>(ENOUGH_TASKS / tasks, 1, most);
     p.band = (p.height + bands - 1) / bands;
     const int64_t bytes = DIMR_FAST_CHOOSE(depthwise_conv2d_scratch)(p);
     parallel(tasks * p.bands(), cost(p), [&](int64_t begin, int64_t end) {
@@ -76,8 +88,9 @@ void weight_gradients(DepthwiseConv2d p, const Tensor& dy, const Tensor& dweight
     p.partial = partial.mutable_data_ptr<float>();
     p.weight_grad = dweight.mutable_data_ptr<float>();
     p.bias_grad = dbias.mutable_data_ptr<float>();
+    choose_group(p);
     const int64_t bytes = DIMR_FAST_CHOOSE(depthwise_conv2d_scratch)(p);
-    parallel(p.batch * blocks(p), cost(p), [&](int64_t begin, int64_t end) {
+    parallel(p.batch * groups(p), cost(p), [&](int64_t begin, int64_t end) {
         const Scratch scratch(bytes);
         DIMR_FAST_CHOOSE(depthwise_conv2d_weight_grad)(p, begin, end, scratch.data());
     });

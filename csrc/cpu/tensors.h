@@ -41,11 +41,11 @@ class Scratch {
     void* data_;
 };
 
-// Runs `function(begin, end)` over `tasks` of about `cost` multiply-adds (or bytes) each: a thread
+// Runs `function(begin, end)` over `tasks` of about `cost` vector operations each: a thread
 // is not woken for less than some ten microseconds of work.
 template <typename Function>
 void parallel(int64_t tasks, int64_t cost, const Function& function) {
-    constexpr int64_t WORTH_A_THREAD = 1 << 18;
+    constexpr int64_t WORTH_A_THREAD = 1 << 15;
     const int64_t grain = std::max<int64_t>(1, WORTH_A_THREAD / std::max<int64_t>(1, cost));
     torch::stable::parallel_for(0, tasks, grain, function);
 }

@@ -139,9 +139,12 @@ inline Vector load(const BFloat16* from, int64_t count) {
 }
 
 inline void store(BFloat16* to, Vector from, int64_t count) {
-    BFloat16 lanes[LANES];
-    store(lanes, from);
-    _mm256_mask_storeu_epi16(to, first(count), read<__m256i>(lanes));
+    HalfBits lanes;
+    store(reinterpret_cast<BFloat16*>(&lanes), from);
+    if (count == LANES)
+        write(to, lanes);
+    else
+        _mm256_mask_storeu_epi16(to, first(count), (__m256i)lanes);
 }
 #endif
 

@@ -24,6 +24,7 @@ struct DepthwiseConv2d {
     bool residual;       // add x to y
     bool flipped;        // turn the filters by half, as the input gradient does
     int64_t band;        // rows of a task
+    int64_t group;       // blocks of channels of a task
     float* partial;      // [batch, blocks, kernel² + 1, lanes] of the weight gradient
     float* weight_grad;  // [channels, kernel, kernel]
     float* bias_grad;    // [channels]
@@ -31,12 +32,13 @@ struct DepthwiseConv2d {
     int64_t bands() const { return (height + band - 1) / band; }
 };
 
-// A task is one block of `depthwise_conv2d_lanes` channels of one band of one image, blocks
-// fastest.
+// A block is `depthwise_conv2d_lanes` channels, a group at best `depthwise_conv2d_group` blocks.
 DIMR_FAST_DECLARE(int64_t depthwise_conv2d_lanes())
+DIMR_FAST_DECLARE(int64_t depthwise_conv2d_group(const DepthwiseConv2d& p))
+// A task is one group of one band of one image, groups fastest.
 DIMR_FAST_DECLARE(void depthwise_conv2d(const DepthwiseConv2d& p, int64_t begin, int64_t end,
                                         void* scratch))
-// A task is one block of one image, whose sums go to `partial`.
+// A task is one group of one image, whose sums go to `partial`.
 DIMR_FAST_DECLARE(void depthwise_conv2d_weight_grad(const DepthwiseConv2d& p, int64_t begin,
                                                     int64_t end, void* scratch))
 // A task is one block: the images' sums, in order.
