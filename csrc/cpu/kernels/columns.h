@@ -29,6 +29,16 @@ inline Vector keep(Vector from, int64_t count) {
 }
 inline Vector keep(Vector from, All) { return from; }
 
+// Keeps the compiler from fusing a product with a sum, which would skip the product's rounding.
+inline Vector unfused(Vector product) {
+#if defined(__x86_64__)
+    asm("" : "+x"(product));
+#else
+    asm("" : "+m"(product));
+#endif
+    return product;
+}
+
 template <typename Function>
 inline void columns(int64_t width, Function function) {
     int64_t c = 0;
@@ -84,8 +94,7 @@ struct Input {
     Vector operator()(int64_t c, Lanes lanes) const {
         const Vector value = load(x + c, lanes) + load(residual + c, lanes);
         store(sum + c, value, lanes);
-        if constexpr (sizeof(Sum) == sizeof(float)) return value;
-        return load(sum + c, lanes);
+        return rounded<Sum>(value);
     }
 };
 

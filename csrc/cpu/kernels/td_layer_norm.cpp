@@ -8,8 +8,8 @@
 //     dx = rstd · (g − mean(g) − n · mean(g·n)) + ds    dweight = Σ_rows dy · n    dbias = Σ_rows
 //     dy
 //
-// The variance is taken about the mean, in a second pass over the row: it lies in the L1 cache, and
-// a mean far above the deviation then costs no digits. Chunks of rows as in td_rms_norm.cpp.
+// The variance is taken about the mean, in a pass of its own: a mean far above the deviation then
+// costs no digits. Chunks of rows, which later passes find in the L1 cache, as in td_rms_norm.cpp.
 
 #include "td_layer_norm.h"
 
@@ -19,27 +19,37 @@ namespace dimr_fast::DIMR_FAST_INSTRUCTION_SET {
 namespace {
 
 template <typename Input>
-void measure(const TDLayerNorm& p, int64_t image, int64_t first, int64_t last) {
-    using S = typename Input::Sum;
-    const float width = p.pieces * p.piece_width;
+void add_and_average(const TDLayerNorm& p, int64_t image, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-        Vector total[1] = {}, squares[1] = {};
+        Vector total[1] = {};
         for (int64_t i = 0; i < p.pieces; ++i) {
             const Input input(p.x[i], p.residual, p.sum[i], image, row);
             accumulate(p.piece_width, total, [&](Vector(&sums)[1], int64_t c, auto lanes) {
                 sums[0] += input(c, lanes);
             });
         }
-        const float mean = sum(total[0]) / width;
+        p.mean[image * p.chunks.rows + row] = sum(total[0]) / (p.pieces * p.piece_width);
+    }
+}
+
+template <typename S>
+void deviate(const TDLayerNorm& p, int64_t image, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+        const float mean = p.mean[image * p.chunks.rows + row];
+        Vector total[2] = {};
         for (int64_t i = 0; i < p.pieces; ++i) {
             const S* s = row_of<const S>(p.sum[i], image, row);
-            accumulate(p.piece_width, squares, [&](Vector(&sums)[1], int64_t c, auto lanes) {
+            accumulate(p.piece_width, total, [&](Vector(&sums)[2], int64_t c, auto lanes) {
                 const Vector centred = keep(load(s + c, lanes) - mean, lanes);
-                sums[0] += centred * centred;
+                sums[0] += centred;
+                sums[1] += centred * centred;
             });
         }
-        p.mean[image * p.chunks.rows + row] = mean;
-        p.rstd[image * p.chunks.rows + row] = 1 / __builtin_sqrtf(sum(squares[0]) / width + 1e-5f);
+        // What the mean lost when a long sum of large numbers was rounded.
+        const float lost = sum(total[0]) / (p.pieces * p.piece_width);
+        const float variance = sum(total[1]) / (p.pieces * p.piece_width) - lost * lost;
+        p.mean[image * p.chunks.rows + row] = mean + lost;
+        p.rstd[image * p.chunks.rows + row] = 1 / __builtin_sqrtf(variance + 1e-5f);
     }
 }
 
@@ -101,7 +111,8 @@ void differentiate(const TDLayerNormGrad& p, int64_t image, int64_t first, int64
                 store(dweight + channel, load(dweight + channel, lanes) + grad * normed, lanes);
                 store(dbias + channel, load(dbias + channel, lanes) + grad, lanes);
                 if (dx) {
-                    Vector ds = (grad * w - mean_g - normed * dot) * rstd;
+                    // Less the mean of as many digits, so that g of a row of one cancels.
+                    Vector ds = (unfused(grad * w) - mean_g - normed * dot) * rstd;
                     if (dsum) ds += load(dsum + c, lanes);
                     store(dx + c, ds, lanes);
                 }
@@ -116,9 +127,10 @@ void differentiate(const TDLayerNormGrad& p, int64_t image, int64_t first, int64
 void td_layer_norm(const TDLayerNorm& p, int64_t begin, int64_t end) {
     each_chunk(p.chunks, begin, end, [&](int64_t image, int64_t first, int64_t last) {
         with_input(p.x[0], p.residual,
-                   [&]<typename Input>(Input*) { measure<Input>(p, image, first, last); });
-        if (!p.y.data) return;
+                   [&]<typename Input>(Input*) { add_and_average<Input>(p, image, first, last); });
         with_type(p.sum[0].dtype, [&]<typename S>(S*) {
+            deviate<S>(p, image, first, last);
+            if (!p.y.data) return;
             with_type(p.y.dtype,
                       [&]<typename Y>(Y*) { scale_and_shift<S, Y>(p, image, first, last); });
         });
