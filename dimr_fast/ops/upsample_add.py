@@ -164,7 +164,7 @@ def _norm_behind(
     constant = (weight.to(wide) * shift).sum(1) + bias.to(wide)
     projected = F.linear(features, folded)
     if implementation == "triton":
-        _, _, mean, rstd = norm_in_fwd(scale, shift, [features], None, None)
+        _, _, mean, rstd = norm_in_fwd["triton"](scale, shift, [features], None, None)
         return _fwd(x, projected, *norm_out, [mean, rstd, row_sums, constant])[0]
     variance, mean = torch.var_mean(features.to(wide), -1, correction=0, keepdim=True)
     y = torch.rsqrt(variance + 1e-5) * (projected - mean * row_sums) + constant
@@ -224,7 +224,7 @@ class _UpsampleAdd(torch.autograd.Function):
         dtype: torch.dtype,
         *pieces: Tensor,
     ) -> Tensor:
-        _, normed, *statistics_in = norm_in_fwd(scale_in, shift_in, pieces, None, dtype)
+        _, normed, *statistics_in = norm_in_fwd["triton"](scale_in, shift_in, pieces, None, dtype)
         projected = F.linear(normed, weight.to(dtype), bias.to(dtype))
         out, *statistics_out = _fwd(x, projected, scale_out, shift_out, [])
         # The normed features, as large as all features together, are computed again in backward.
@@ -252,7 +252,7 @@ class _UpsampleAdd(torch.autograd.Function):
         dprojected, dnorm_out, dbias = _bwd(dout, projected, scale_out, mean_out, rstd_out, times)
         dnormed = dprojected @ weight.to(dprojected.dtype)
         needs_pieces = any(ctx.needs_input_grad[8:])
-        dpieces, dnorm_in, normed = norm_in_bwd(
+        dpieces, dnorm_in, normed = norm_in_bwd["triton"](
             dnormed, None, pieces, scale_in, shift_in, mean_in, rstd_in, needs_pieces, True
         )
         dweight = dprojected.flatten(0, -2).mT @ normed.flatten(0, -2)
