@@ -28,6 +28,9 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
     }
 }
 
+// The dtype that both convert to, among those of `dtype_of`.
+inline ScalarType promoted(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
+
 // Whether the axes from `first` on, all but the last, step through memory as one would.
 inline bool steps_evenly(const Tensor& tensor, int64_t first) {
     int64_t step = -1;

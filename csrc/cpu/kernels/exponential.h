@@ -1,5 +1,5 @@
-// Powers of two, and what is made of them, of a register at a time. `WIDE` functions are as accurate
-// as fp32 can show, the others as bf16 and fp16 can. For kernels/*.cpp only.
+// Powers of two, and what is made of them, of a register at a time. `WIDE` functions are as
+// accurate as fp32 can show, the others as bf16 and fp16 can. For kernels/*.cpp only.
 #pragma once
 
 #include "../vector.h"
@@ -33,9 +33,8 @@ inline Vector exp2(Vector x) {
     const Vector part = x - whole;
     Vector power;
     if constexpr (WIDE)
-        power =
-            polynomial(part, {1.53458118e-4f, 1.33999312e-3f, 9.61848896e-3f, 5.55032878e-2f,
-                              2.40226469e-1f, 6.93147206e-1f, 1.0f});
+        power = polynomial(part, {1.53458118e-4f, 1.33999312e-3f, 9.61848896e-3f, 5.55032878e-2f,
+                                  2.40226469e-1f, 6.93147206e-1f, 1.0f});
     else
         power = polynomial(part, {5.51716672e-2f, 2.42611122e-1f, 6.93260986e-1f, 9.99928074e-1f});
 #if defined(__AVX512F__)
@@ -53,14 +52,14 @@ inline Vector normal_cdf(Vector a) {
     const Vector size = bits_as<Vector>(bits_as<Bits>(a) & 0x7fffffffu);
     Vector log2_tail;
     if constexpr (WIDE)
-        log2_tail = polynomial(
-            size, {-2.29395097e-8f, 7.1018471e-7f, -9.39972418e-6f, 6.7480412e-5f, -2.49333663e-4f,
-                   -6.15125237e-5f, 7.01985398e-3f, -5.24884234e-2f, -4.59206478e-1f,
-                   -1.15110564f, -1.0f});
+        log2_tail =
+            polynomial(size, {-2.29395097e-8f, 7.1018471e-7f, -9.39972418e-6f, 6.7480412e-5f,
+                              -2.49333663e-4f, -6.15125237e-5f, 7.01985398e-3f, -5.24884234e-2f,
+                              -4.59206478e-1f, -1.15110564f, -1.0f});
     else
-        log2_tail = polynomial(size, {-9.05794577e-7f, 4.5160062e-5f, -8.20323157e-4f,
-                                      8.15685124e-3f, -5.34112472e-2f, -4.58855817e-1f,
-                                      -1.15114944f, -1.0f});
+        log2_tail =
+            polynomial(size, {-9.05794577e-7f, 4.5160062e-5f, -8.20323157e-4f, 8.15685124e-3f,
+                              -5.34112472e-2f, -4.58855817e-1f, -1.15114944f, -1.0f});
     const Vector tail = exp2<WIDE>(log2_tail);
     return a < 0.0f ? tail : 1.0f - tail;
 }
@@ -70,6 +69,11 @@ template <bool WIDE>
 inline Vector normal_density(Vector a) {
     constexpr float LOG2_AT_0 = -1.32574806f;
     return exp2<WIDE>(a * a * (-0.5f * LOG2_E) + LOG2_AT_0);
+}
+
+// 1 / (1 + 2^x): the logistic function of −x·ln 2.
+inline Vector logistic2(Vector x) {
+    return 1.0f / (1.0f + exp2<true>(x > 127.0f ? broadcast(127.0f) : x));
 }
 
 }  // namespace
