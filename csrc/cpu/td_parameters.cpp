@@ -6,9 +6,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <array>
-#include <vector>
 
-#include "tensors.h"
+#include "rows.h"
 
 namespace dimr_fast {
 namespace {

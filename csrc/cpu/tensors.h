@@ -8,7 +8,6 @@
 #include <new>
 
 #include "dtypes.h"
-#include "rows.h"
 
 namespace dimr_fast {
 
@@ -26,45 +25,6 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
         default:
             STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
     }
-}
-
-// The dtype that both convert to, among those of `dtype_of`.
-inline ScalarType promoted(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
-
-// Whether the axes from `first` on, all but the last, step through memory as one would.
-inline bool steps_evenly(const Tensor& tensor, int64_t first) {
-    int64_t step = -1;
-    for (int64_t axis = tensor.dim() - 2; axis >= first; --axis) {
-        if (tensor.size(axis) == 1) continue;
-        if (step >= 0 && tensor.stride(axis) != step) return false;
-        step = tensor.stride(axis) * tensor.size(axis);
-    }
-    return true;
-}
-
-// `tensor` `[B, …, D]` or, where `rows` could not tell where its rows lie, a copy of it.
-inline Tensor with_rows(const Tensor& tensor) {
-    const int64_t last = tensor.dim() - 1;
-    const bool adjacent = tensor.stride(last) == 1 || tensor.size(last) == 1;
-    const bool even = steps_evenly(tensor, tensor.dim() > 2 ? 1 : 0);
-    return adjacent && even ? tensor : torch::stable::contiguous(tensor);
-}
-
-// The rows of `with_rows(tensor)`; without a batch they are those of one image.
-inline Rows rows(const Tensor& tensor, const char* name) {
-    const int64_t last = tensor.dim() - 1, first = tensor.dim() > 2 ? 1 : 0;
-    Rows rows{};
-    rows.data = const_cast<void*>(tensor.const_data_ptr());
-    rows.dtype = dtype_of(tensor, name);
-    rows.width = tensor.size(last);
-    rows.images = first == 1 ? tensor.size(0) : 1;
-    rows.image_stride = first == 1 ? tensor.stride(0) : 0;
-    rows.count = 1;
-    for (int64_t axis = last - 1; axis >= first; --axis) {
-        if (rows.count == 1) rows.row_stride = tensor.stride(axis);
-        rows.count *= tensor.size(axis);
-    }
-    return rows;
 }
 
 // Memory of one thread for the time of a call, aligned to a cache line.

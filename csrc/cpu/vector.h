@@ -146,10 +146,15 @@ inline void store(BFloat16* to, Vector from, int64_t count) {
 #endif
 
 inline float sum(Vector v) {
-    float lanes[LANES], total = 0;
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(v);
+#else
+    float lanes[LANES];
     store(lanes, v);
-    for (float lane : lanes) total += lane;
-    return total;
+    for (int n = LANES / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+    return lanes[0];
+#endif
 }
 
 }  // namespace
