@@ -144,8 +144,8 @@ inline void store(float* to, Vector from, int64_t count) {
 }
 
 inline Vector load(const BFloat16* from, int64_t count) {
-    const __m256i lanes = _mm256_maskz_loadu_epi16(first(count), from);
-    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(lanes), 16);
+    const HalfBits lanes = (HalfBits)_mm256_maskz_loadu_epi16(first(count), from);
+    return bits_as<Vector>(__builtin_convertvector(lanes, Bits) << 16);
 }
 
 inline Vector load(const Half* from, int64_t count) {
