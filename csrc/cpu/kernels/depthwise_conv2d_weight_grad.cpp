@@ -33,14 +33,14 @@ inline void correlate(const Rows& rows, int64_t i, int64_t w,
     }
 }
 
-// Calls `function(sum)` with the sums of a row of the filter in registers.
+// Calls `function(sum)` with sums for a row of the filter in registers, and adds them to `total`: a
+// sum of an image row's sums loses fewer digits than one of all its pixels.
 template <int K, typename Function>
 inline void with_sums(Vector* total, const Function& function) {
     Vector sum[SETS<K>][K] = {};
-    for (int j = 0; j < K; ++j) sum[0][j] = total[j];
     function(sum);
     for (int j = 0; j < K; ++j)
-        total[j] = SETS<K> == 2 ? sum[0][j] + sum[SETS<K> - 1][j] : sum[0][j];
+        total[j] += SETS<K> == 2 ? sum[0][j] + sum[SETS<K> - 1][j] : sum[0][j];
 }
 
 // One row of gradients in scratch, with the inputs in scratch.
@@ -51,10 +51,13 @@ void correlate_row(const Task<Product>& task, int64_t block, int64_t width, Vect
     const int64_t count = (width + STEP - 1) / STEP;
     for (int64_t i = 0; i < task.kernel; ++i, total += task.kernel) {
         if constexpr (K == 0) {
-            for (int64_t j = 0; j < task.kernel; ++j)
+            for (int64_t j = 0; j < task.kernel; ++j) {
+                Vector sum{};
                 for (int64_t u = 0; u < count; ++u)
-                    total[j] = Product::multiply_add(total[j], task.grads[u],
-                                                     task.row(block, i)[STEP * u + j]);
+                    sum = Product::multiply_add(sum, task.grads[u],
+                                                task.row(block, i)[STEP * u + j]);
+                total[j] += sum;
+            }
         } else {
             with_sums<K>(total, [&](auto& sum) {
                 const ScratchRows<Product> rows{task, block};
