@@ -71,6 +71,9 @@ void weight_gradients(DepthwiseConv2d p, const Tensor& dy, const Tensor& dweight
                       const Tensor& dbias) {
     const int64_t lanes = DIMR_FAST_CHOOSE(depthwise_conv2d_lanes)();
     const int64_t sums = p.kernel * p.kernel + 1;
+    // An expanded batch has as many images as one likes, in no memory.
+    STD_TORCH_CHECK(p.batch <= (int64_t{1} << 60) / (blocks(p) * sums * lanes),
+                    "x: the sums of so many images do not fit in memory");
     const Tensor partial =
         torch::stable::new_empty(dy, {p.batch * blocks(p) * sums * lanes}, ScalarType::Float);
     p.partial = partial.mutable_data_ptr<float>();
