@@ -17,10 +17,9 @@ struct DepthwiseConv2dShape {
 
 inline void check_on_device_of(const torch::stable::Tensor& x, const torch::stable::Tensor& value,
                                const char* name) {
-    // Neither means a meta tensor, which has no memory: beside others it comes this far.
-    STD_TORCH_CHECK(value.is_cuda() == x.is_cuda() && value.is_cpu() == x.is_cpu() &&
-                        value.get_device_index() == x.get_device_index(),
-                    name, ": not on the device of x");
+    STD_TORCH_CHECK(
+        value.is_cuda() == x.is_cuda() && value.get_device_index() == x.get_device_index(), name,
+        ": not on the device of x");
 }
 
 inline void check_last_stride(const torch::stable::Tensor& value, const char* name) {
