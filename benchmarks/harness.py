@@ -92,13 +92,18 @@ def compare(
     row: Row,
     function: Function,
     inputs: Callable[[torch.Generator], Sequence[torch.Tensor]],
+    *,
+    gradient_of: Sequence[int] | None = None,
+    title: str | None = None,
     **facts: int,
 ) -> None:
     """Check and time a row.
 
     `function(*tensors, implementation=…)` is the operator; `inputs(generator)` draws its tensors in
     fp32 on the CPU. A forward row runs without grad, a backward row forward and backward, with the
-    gradient of every tensor. `facts`, such as `bytes` and `flops` of a call, go into the results.
+    gradient of every tensor. With `gradient_of`, the backward pass alone is timed, for those of the
+    tensors. `title` names the pass, and `facts`, such as `bytes` and `flops` of a call, go into the
+    results with it.
     """
 
     def draw(seed: int) -> list[torch.Tensor]:
@@ -116,11 +121,16 @@ def compare(
         torch.compiler.reset()
         run = torch.compile(plain, fullgraph=True, dynamic=False)
 
+    def call(run: Function, tensors: Sequence[torch.Tensor]) -> Callable[[], Any]:
+        if gradient_of is not None:
+            return _gradient_call(run, tensors, gradient_of)
+        return _call(run, tensors, row.backward)
+
     def prepare(seed: int) -> Callable[[], Sequence[torch.Tensor]]:
-        return _call(run, draw(seed), row.backward)
+        return call(run, draw(seed))
 
     def reference(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        return _call(lambda *t: function(*t, implementation="reference"), tensors, row.backward)()
+        return call(lambda *t: function(*t, implementation="reference"), tensors)()
 
     exact = reference([t.double() for t in first])
     for actual, same_dtype, truth in zip(prepare(0)(), reference(first), exact, strict=True):
@@ -130,7 +140,7 @@ def compare(
     benchmark.extra_info |= {
         "preset": row.preset,
         "shape": list(row.shape),
-        "pass": "forward + backward" if row.backward else "forward",
+        "pass": title or ("forward + backward" if row.backward else "forward"),
         "interpreted": proof,
         "calls": ROTATION if row.device == "cuda" else 1,
     }
@@ -160,6 +170,21 @@ def _call(
         return torch.autograd.grad(_outputs(run(*leaves)), leaves, grads)
 
     return both
+
+
+def _gradient_call(
+    run: Function, tensors: Sequence[torch.Tensor], wanted: Sequence[int]
+) -> Callable[[], Sequence[torch.Tensor]]:
+    """The backward pass of a call on `tensors`: the gradients of the wanted ones, again and again.
+
+    The forward pass runs once. Compiled code may otherwise reuse what it saved, and runs once too.
+    """
+    leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+    with torch._functorch.config.patch(donated_buffer=False):
+        outputs = _outputs(run(*leaves))
+    grads = [_gradient(output) for output in outputs]
+    inputs = [leaves[i] for i in wanted]
+    return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
 
 
 def _gradient(output: torch.Tensor) -> torch.Tensor:

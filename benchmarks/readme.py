@@ -6,6 +6,7 @@ Operators come from the registry, figures from the files that the demo and the b
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,43 @@ def _table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def depthwise_sweep() -> str:
+    """Least and median ratio of torch's time to ours, by pass and dtype, over the whole sweep."""
+    path = RESULTS / "depthwise_conv2d_sweep.json"
+    if not path.is_file():
+        return "No sweep of `depthwise_conv2d` has been measured yet."
+    report: dict[str, Any] = json.loads(path.read_text())
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for point in report["points"]:
+        ratios.setdefault((point["pass"], point["dtype"]), []).append(point["ratio"])
+    sizes = {
+        axis: ", ".join(map(str, sorted({point[axis] for point in report["points"]})))
+        for axis in ("width", "kernel", "batch")
+    }
+    side = report["side"]
+    lines = [
+        f"`depthwise_conv2d` against torch eager, times faster, over D ∈ {{{sizes['width']}}}, "
+        f"k ∈ {{{sizes['kernel']}}}, B ∈ {{{sizes['batch']}}} at {side}×{side} "
+        f"({report['device']}, {report['instruction_set']}, {report['threads']} threads, "
+        f"torch {report['torch']}):",
+        "",
+        "| pass | dtype | points | least | median | most |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (title, dtype), found in ratios.items():
+        least, middle, most = min(found), statistics.median(found), max(found)
+        lines.append(
+            f"| {title} | {dtype} | {len(found)} | {least:.2f} | {middle:.2f} | {most:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 SECTIONS = {
     "operators": operators,
     "launches": launches,
     "demo result": demo_result,
     "benchmarks": benchmarks,
+    "depthwise sweep": depthwise_sweep,
 }
 
 

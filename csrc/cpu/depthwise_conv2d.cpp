@@ -89,6 +89,9 @@ Tensor depthwise_conv2d_fwd(const Tensor& x, const Tensor& weight,
 void weight_gradients(DepthwiseConv2d p, const Tensor& dweight, const Tensor& dbias) {
     const int64_t lanes = CHOOSE(depthwise_conv2d_lanes)();
     const int64_t sums = p.kernel * p.kernel + 1;
+    // An expanded batch has as many images as one likes, in no memory.
+    STD_TORCH_CHECK(p.batch <= (int64_t{1} << 50) / (blocks(p) * sums * lanes),
+                    "x: the sums of so many images do not fit in memory");
     const Scratch partial(p.batch * blocks(p) * sums * lanes * sizeof(float));
     p.partial = static_cast<float*>(partial.data());
     p.weight_grad = dweight.mutable_data_ptr<float>();

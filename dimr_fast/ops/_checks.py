@@ -55,6 +55,8 @@ def check_times(x: Tensor, value: Tensor, name: str, width: int | None = None) -
 
 def check_width(x: Tensor, value: Tensor, name: str) -> None:
     """ValueError where `value`'s last axis is not as wide as `x`'s or lies on another device."""
+    if x.dim() < 1:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, …, D]")
     if value.shape[-1:] != x.shape[-1:]:
         width = value.shape[-1]
         raise ValueError(f"{name}: got width {width}, expected that of x, {x.shape[-1]}")

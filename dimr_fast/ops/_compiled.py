@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from dimr_fast import _extension
 
@@ -35,6 +36,16 @@ def declare(operator: str, direction: str, schema: str, shapes: Callable[..., An
     `shapes` allocates the outputs for given inputs. Returns the operator.
     """
     name = f"dimr_fast::{operator}_{direction}"
+
+    def shapes_on_one_device(*args: Any) -> Any:
+        # A single meta tensor brings a call here; what `shapes` allocates elsewhere would pass for
+        # an answer.
+        devices = {leaf.device for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+        if len(devices) > 1:
+            found = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"{name}: got tensors on {found}, expected one device")
+        return shapes(*args)
+
     torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(name, shapes)
+    torch.library.register_fake(name, shapes_on_one_device)
     return getattr(torch.ops.dimr_fast, f"{operator}_{direction}").default

@@ -54,8 +54,8 @@ void correlate_row(const Task<Product>& task, int64_t block, int64_t width, Vect
             for (int64_t j = 0; j < task.kernel; ++j) {
                 Vector sum{};
                 for (int64_t u = 0; u < count; ++u)
-                    sum = Product::multiply_add(sum, task.grads[u],
-                                                task.row(block, i)[STEP * u + j]);
+                    sum =
+                        Product::multiply_add(sum, task.grads[u], task.row(block, i)[STEP * u + j]);
                 total[j] += sum;
             }
         } else {
