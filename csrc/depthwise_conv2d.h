@@ -1,5 +1,5 @@
-// What the implementations of dimr_fast::depthwise_conv2d_fwd and _bwd ask of their arguments. The
-// Python function checks with better messages; this keeps a direct call of an operator from
+// What every implementation of dimr_fast::depthwise_conv2d_fwd and _bwd asks of its arguments. The
+// Python function checks with better messages; this keeps a direct call of the operators from
 // reading out of bounds.
 #pragma once
 
@@ -15,26 +15,23 @@ struct DepthwiseConv2dShape {
     int64_t numel() const { return batch * height * width * channels; }
 };
 
-namespace check {
-
-using torch::stable::Tensor;
-
-inline void features(const char* name, const Tensor& value) {
-    STD_TORCH_CHECK(value.dim() == 4, name, ": expected [B, H, W, D], got ", value.dim(),
-                    " dimensions");
-    STD_TORCH_CHECK(value.size(3) <= 1 || value.stride(3) == 1, name,
-                    ": expected channels that lie together");
-}
-
-inline void like(const char* name, const Tensor& value, const Tensor& x) {
-    STD_TORCH_CHECK(value.scalar_type() == x.scalar_type(), name, ": its dtype is not that of x");
+inline void check_on_device_of(const torch::stable::Tensor& x, const torch::stable::Tensor& value,
+                               const char* name) {
     STD_TORCH_CHECK(
         value.is_cuda() == x.is_cuda() && value.get_device_index() == x.get_device_index(), name,
         ": not on the device of x");
 }
 
-inline DepthwiseConv2dShape shape(const Tensor& x, const Tensor& weight) {
-    features("x", x);
+inline void check_last_stride(const torch::stable::Tensor& value, const char* name) {
+    STD_TORCH_CHECK(value.stride(3) == 1 || value.size(3) == 1 || value.numel() == 0, name,
+                    ": expected a last stride of 1");
+}
+
+inline DepthwiseConv2dShape check_depthwise_conv2d(
+    const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
+    const std::optional<torch::stable::Tensor>& bias) {
+    STD_TORCH_CHECK(x.dim() == 4, "x: expected [B, H, W, D], got ", x.dim(), " dimensions");
+    check_last_stride(x, "x");
     STD_TORCH_CHECK(weight.dim() == 4, "weight: expected [D, 1, k, k], got ", weight.dim(),
                     " dimensions");
     STD_TORCH_CHECK(weight.is_contiguous(), "weight: expected a contiguous tensor");
@@ -44,45 +41,29 @@ inline DepthwiseConv2dShape shape(const Tensor& x, const Tensor& weight) {
                     "weight: expected [", shape.channels, ", 1, k, k] with odd k, got [",
                     weight.size(0), ", ", weight.size(1), ", ", weight.size(2), ", ",
                     weight.size(3), "]");
-    like("weight", weight, x);
-    return shape;
-}
-
-}  // namespace check
-
-// x may have any strides but that of its channels, which is 1.
-inline DepthwiseConv2dShape check_depthwise_conv2d_fwd(
-    const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
-    const std::optional<torch::stable::Tensor>& bias) {
-    const DepthwiseConv2dShape shape = check::shape(x, weight);
+    check_on_device_of(x, weight, "weight");
     if (bias) {
         STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape.channels, "bias: expected [",
                         shape.channels, "]");
         STD_TORCH_CHECK(bias->is_contiguous(), "bias: expected a contiguous tensor");
-        check::like("bias", *bias, x);
+        STD_TORCH_CHECK(bias->scalar_type() == weight.scalar_type(),
+                        "bias: its dtype is not that of weight");
+        check_on_device_of(x, *bias, "bias");
     }
     return shape;
 }
 
-// dy and x likewise.
-inline DepthwiseConv2dShape check_depthwise_conv2d_bwd(const torch::stable::Tensor& dy,
-                                                       const torch::stable::Tensor& x,
-                                                       const torch::stable::Tensor& weight) {
-    const DepthwiseConv2dShape shape = check::shape(x, weight);
-    check::features("dy", dy);
-    STD_TORCH_CHECK(dy.size(0) == shape.batch && dy.size(1) == shape.height &&
+inline DepthwiseConv2dShape check_depthwise_conv2d_grad(const torch::stable::Tensor& dy,
+                                                        const torch::stable::Tensor& x,
+                                                        const torch::stable::Tensor& weight) {
+    const DepthwiseConv2dShape shape = check_depthwise_conv2d(x, weight, std::nullopt);
+    STD_TORCH_CHECK(dy.dim() == 4 && dy.size(0) == shape.batch && dy.size(1) == shape.height &&
                         dy.size(2) == shape.width && dy.size(3) == shape.channels,
-                    "dy: expected the shape of x");
-    check::like("dy", dy, x);
+                    "dy: its shape is not that of x");
+    check_last_stride(dy, "dy");
+    STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy: its dtype is not that of x");
+    check_on_device_of(x, dy, "dy");
     return shape;
-}
-
-// The forward of a contiguous x.
-inline DepthwiseConv2dShape check_depthwise_conv2d(
-    const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
-    const std::optional<torch::stable::Tensor>& bias) {
-    STD_TORCH_CHECK(x.is_contiguous(), "x: expected a contiguous tensor");
-    return check_depthwise_conv2d_fwd(x, weight, bias);
 }
 
 }  // namespace dimr_fast

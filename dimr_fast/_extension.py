@@ -4,6 +4,7 @@ One library a device, "cpu" and "cuda". Each is loaded when first asked for; loa
 its kernels for the schemas that `dimr_fast.ops` defines.
 """
 
+import ctypes
 import functools
 import importlib
 import json
@@ -39,6 +40,26 @@ def _load(library: str) -> str | None:
     except OSError as error:
         return f"{path.name} does not load: {error}"
     return None
+
+
+INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512", "AVX-512 with BF16")
+"""What the CPU library is compiled for, from the least to the most that it asks for."""
+
+
+def instruction_set() -> str:
+    """The instructions that the CPU library, once loaded, uses: the best of this processor's."""
+    name = _cpu_library().dimr_fast_instruction_set
+    name.restype = ctypes.c_char_p
+    return name().decode()
+
+
+def use_instruction_set(name: str) -> bool:
+    """Use these instructions from now on; False where this processor lacks them. For tests."""
+    return _cpu_library().dimr_fast_use_instruction_set(name.encode()) == 0
+
+
+def _cpu_library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(_FOLDER / "libdimr_fast_cpu.so"))
 
 
 def _why_not_built(library: str) -> str:

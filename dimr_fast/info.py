@@ -53,6 +53,8 @@ def _libraries() -> list[tuple[str, str]]:
         if library == "cuda" and facts:
             loaded += f", nvcc {facts['cuda']}, for {facts['cuda_architectures']}"
         reason = _extension.why_not(library)
+        if library == "cpu" and reason is None:
+            loaded += f", uses {_extension.instruction_set()}"
         rows.append((library, loaded if reason is None else f"no: {reason}"))
     return rows
 

@@ -6,81 +6,69 @@ y[b, h, w, d] = bias[d] + Σ_ij weight[d, 0, i, j] · x[b, h + i − k//2, w + j
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from dimr_fast import _extension, reference
+from dimr_fast import reference
+from dimr_fast.ops import _compiled
 from dimr_fast.ops._checks import compute_dtype
 from dimr_fast.ops.implementations import Implementations
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-def _why_not_compiled(x: torch.Tensor, device: str) -> str | None:
-    if x.device.type != device:
-        return f"it runs on {device}, x is on {x.device.type}"
-    if x.dtype not in _DTYPES:
-        return f"it takes {', '.join(map(_name, _DTYPES))}, x is {_name(x.dtype)}"
-    return _extension.why_not(device)
-
-
-def _why_not_cpu(x: torch.Tensor) -> str | None:
-    return _why_not_compiled(x, "cpu")
-
-
-def _why_not_cuda(x: torch.Tensor) -> str | None:
-    return _why_not_compiled(x, "cuda") or _extension.why_not_gpu(x.device.index)
-
-
-def _slower_on_cpu(x: torch.Tensor) -> str | None:
-    # oneDNN wins in float32 and bfloat16; torch has no fast float16 convolution on a CPU
-    # (benchmarks/bench_depthwise_conv2d.py).
-    return None if x.dtype == torch.float16 else "torch is faster except in float16"
-
-
-def _slower_on_cuda(x: torch.Tensor) -> str | None:
+def _slower_on_cuda(x: Tensor) -> str | None:
     return "not yet measured against torch on a GPU"
 
 
 implementations = Implementations(
     "depthwise_conv2d",
     example=(4, 32, 32, 480),
-    cpu=_why_not_cpu,
-    cuda=_why_not_cuda,
-    slower={"cpu": _slower_on_cpu, "cuda": _slower_on_cuda},
+    cpu=_compiled.why_not_cpu,
+    cuda=_compiled.why_not_cuda,
+    slower={"cuda": _slower_on_cuda},
 )
 
 
 def depthwise_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     *,
+    residual: bool = False,
     implementation: str = "auto",
-) -> torch.Tensor:
+) -> Tensor:
     """Convolve each channel with its own odd k×k kernel, zero padding, same size.
 
     Args:
         x: [B, H, W, D], any strides; float32, bfloat16, float16 (float64: reference only).
         weight: [D, 1, k, k], k odd, dtype and device of x.
         bias: [D] or None, likewise.
+        residual: add x to the result.
         implementation: "auto", "cpu", "cuda" or "reference".
 
-    Returns [B, H, W, D], in the dtype of x or, under autocast, in autocast's. Sums are fp32.
+    Returns [B, H, W, D], in the dtype of x or, under autocast, in autocast's; with the residual,
+    which autocast does not round, in the dtype of x. Sums are fp32.
     Raises TypeError and ValueError naming the argument; ValueError also where a named
     implementation cannot run. Source: the ConvNeXt blocks of arXiv 2406.09416.
     """
     _check(x, weight, bias)
     dtype = compute_dtype(x)
-    x, weight = x.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
     chosen = implementations.select(implementation, x)
     if chosen == "reference":
-        return reference.depthwise_conv2d(x, weight, bias)
-    return _DepthwiseConv2d.apply(x, weight, bias)
+        bias = None if bias is None else bias.to(dtype)
+        y = reference.depthwise_conv2d(x.to(dtype), weight.to(dtype), bias)
+        return x + y if residual else y
+    if not residual:
+        x = x.to(dtype)
+    elif chosen == "cuda" or x.dtype != torch.float32:
+        # Products are taken in the dtype of the weights, in a narrower one than x on a CPU only.
+        dtype = x.dtype
+    bias = None if bias is None else bias.to(dtype)
+    return _DepthwiseConv2d.apply(x, weight.to(dtype), bias, residual)
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, value in (("x", x), ("weight", weight), ("bias", bias)):
-        if not (isinstance(value, torch.Tensor) or (name == "bias" and value is None)):
+        if not (isinstance(value, Tensor) or (name == "bias" and value is None)):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, H, W, D] with H, W, D > 0")
@@ -107,45 +95,63 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-torch.library.define(
-    "dimr_fast::depthwise_conv2d_fwd",
-    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+def _fwd_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _bwd_shapes(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    residual: bool,
+    needs_dx: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape if needs_dx else (0,))
+    dweight = x.new_empty(weight.shape if needs_dweight else (0,), dtype=torch.float32)
+    dbias = x.new_empty(x.shape[-1:] if needs_dbias else (0,), dtype=torch.float32)
+    return dx, dweight, dbias
+
+
+_fwd = _compiled.declare(
+    "depthwise_conv2d",
+    "fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, bool residual) -> Tensor",
+    _fwd_shapes,
+)
+_bwd = _compiled.declare(
+    "depthwise_conv2d",
+    "bwd",
+    "(Tensor dy, Tensor x, Tensor weight, bool residual,"
+    " bool needs_dx, bool needs_dweight, bool needs_dbias) -> (Tensor, Tensor, Tensor)",
+    _bwd_shapes,
 )
 
 
-@torch.library.register_fake("dimr_fast::depthwise_conv2d_fwd")
-def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _DepthwiseConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+        x, weight = _last_contiguous(x), weight.contiguous()
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return torch.ops.dimr_fast.depthwise_conv2d_fwd(
-            x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
-        )
+        ctx.residual = residual
+        return _fwd(x, weight, None if bias is None else bias.contiguous(), residual)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        d, pad = weight.shape[0], weight.shape[-1] // 2
-        wanted = list(ctx.needs_input_grad[:3])
-        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grads[0].permute(0, 3, 1, 2),
-            x.permute(0, 3, 1, 2),
-            weight,
-            [d] if ctx.has_bias else None,
-            stride=[1, 1],
-            padding=[pad, pad],
-            dilation=[1, 1],
-            transposed=False,
-            output_padding=[0, 0],
-            groups=d,
-            output_mask=wanted,
+        wanted = ctx.needs_input_grad[:3]
+        grads = _bwd(_last_contiguous(dy), x, weight, ctx.residual, *wanted)
+        dtypes = (x.dtype, weight.dtype, weight.dtype)
+        return (
+            *(
+                grad.to(dtype) if needed else None
+                for grad, dtype, needed in zip(grads, dtypes, wanted, strict=True)
+            ),
+            None,
         )
-        return grad_x.permute(0, 2, 3, 1) if wanted[0] else None, grad_weight, grad_bias

@@ -1,0 +1,47 @@
+#include "instruction_set.h"
+
+#include <atomic>
+#include <cstring>
+
+namespace dimr_fast {
+namespace {
+
+constexpr const char* NAMES[] = {"portable", "AVX2", "AVX-512", "AVX-512 with BF16"};
+
+InstructionSet best() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return InstructionSet::AVX512BF16;
+    if (avx2 && avx512) return InstructionSet::AVX512;
+    if (avx2) return InstructionSet::AVX2;
+#endif
+    return InstructionSet::PORTABLE;
+}
+
+std::atomic<InstructionSet> chosen{best()};
+
+}  // namespace
+
+InstructionSet instruction_set() { return chosen.load(std::memory_order_relaxed); }
+
+}  // namespace dimr_fast
+
+extern "C" {
+
+__attribute__((visibility("default"))) const char* dimr_fast_instruction_set() {
+    return dimr_fast::NAMES[static_cast<int>(dimr_fast::instruction_set())];
+}
+
+// For tests: 0 where this processor has it and it is used from now on, otherwise 1.
+__attribute__((visibility("default"))) int dimr_fast_use_instruction_set(const char* name) {
+    for (int i = 0; i <= static_cast<int>(dimr_fast::best()); ++i)
+        if (std::strcmp(dimr_fast::NAMES[i], name) == 0) {
+            dimr_fast::chosen = static_cast<dimr_fast::InstructionSet>(i);
+            return 0;
+        }
+    return 1;
+}
+}

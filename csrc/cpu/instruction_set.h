@@ -1,0 +1,53 @@
+// The kernels under kernels/ are compiled once for each instruction set, in a namespace of its
+// name; which of them runs is chosen when the library is loaded. They know nothing of torch, and
+// use nothing from the standard library that is not inlined: a function that two instruction sets
+// share could end up, at link time, in the instructions of the wrong one.
+#pragma once
+
+namespace dimr_fast {
+
+enum class InstructionSet { PORTABLE, AVX2, AVX512, AVX512BF16 };
+
+// The best that this processor has, or what a test chose.
+InstructionSet instruction_set();
+
+#if defined(__x86_64__)
+#define DIMR_FAST_DECLARE(...) \
+    namespace portable {       \
+    __VA_ARGS__;               \
+    }                          \
+    namespace avx2 {           \
+    __VA_ARGS__;               \
+    }                          \
+    namespace avx512 {         \
+    __VA_ARGS__;               \
+    }                          \
+    namespace avx512bf16 {     \
+    __VA_ARGS__;               \
+    }
+#define DIMR_FAST_CHOOSE(function)                                             \
+    (::dimr_fast::choose(portable::function, avx2::function, avx512::function, \
+                         avx512bf16::function))
+#else
+#define DIMR_FAST_DECLARE(...) \
+    namespace portable {       \
+    __VA_ARGS__;               \
+    }
+#define DIMR_FAST_CHOOSE(function) (portable::function)
+#endif
+
+template <typename Function>
+Function* choose(Function* portable, Function* avx2, Function* avx512, Function* avx512bf16) {
+    switch (instruction_set()) {
+        case InstructionSet::AVX512BF16:
+            return avx512bf16;
+        case InstructionSet::AVX512:
+            return avx512;
+        case InstructionSet::AVX2:
+            return avx2;
+        default:
+            return portable;
+    }
+}
+
+}  // namespace dimr_fast
