@@ -40,7 +40,8 @@ void with_dtype(ScalarType dtype, const Run& run) {
     }
 }
 
-DepthwiseShape narrow(const DepthwiseConv2dShape& shape) {
+DepthwiseShape narrow(const DepthwiseConv2dShape& shape, const Tensor& x, const Tensor& weight) {
+    STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "weight: its dtype is not that of x");
     constexpr int64_t limit = std::numeric_limits<int>::max() / 2;
     STD_TORCH_CHECK(shape.height <= limit && shape.width <= limit && shape.channels <= limit &&
                         shape.kernel <= limit,
@@ -61,8 +62,8 @@ const T* data_of(const Tensor& value) {
 
 Tensor depthwise_conv2d_fwd(const Tensor& x, const Tensor& weight,
                             const std::optional<Tensor>& bias, bool residual) {
-    const DepthwiseConv2dShape sizes = check_depthwise_conv2d_fwd(x, weight, bias);
-    const DepthwiseShape shape = narrow(sizes);
+    const DepthwiseConv2dShape sizes = check_depthwise_conv2d(x, weight, bias);
+    const DepthwiseShape shape = narrow(sizes, x, weight);
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     Tensor y = torch::stable::new_empty(x, x.sizes());
     with_dtype(x.scalar_type(), [&]<typename T>() {
@@ -79,8 +80,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(const Tensor& dy, const 
                                                         const Tensor& weight, bool residual,
                                                         bool needs_dx, bool needs_dweight,
                                                         bool needs_dbias) {
-    const DepthwiseConv2dShape sizes = check_depthwise_conv2d_bwd(dy, x, weight);
-    const DepthwiseShape shape = narrow(sizes);
+    const DepthwiseConv2dShape sizes = check_depthwise_conv2d_grad(dy, x, weight);
+    const DepthwiseShape shape = narrow(sizes, x, weight);
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     const auto floats = [&](std::initializer_list<int64_t> size) {
         return torch::stable::new_empty(x, size, ScalarType::Float);

@@ -45,7 +45,19 @@ struct Features {
 // Rows in shared memory: the one in use and those on their way.
 constexpr int STAGES = 4;
 
-// One row of a block's columns and HALO more on either side, from global to shared memory.
+struct alignas(16) Vector {
+    int words[4];
+};
+
+// Fills shared memory with zeros: what lies outside of the image stays so.
+template <typename T>
+__device__ inline void clear(T* shared, int elements) {
+    const int vectors = elements * sizeof(T) / sizeof(Vector), threads = blockDim.x * blockDim.y;
+    for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < vectors; i += threads)
+        reinterpret_cast<Vector*>(shared)[i] = Vector{};
+}
+
+// Copies rows of a block's columns, and HALO more on either side, to shared memory, top down.
 template <typename T, int C, int HALO>
 class RowLoader {
   public:
@@ -55,16 +67,16 @@ class RowLoader {
         (DEPTHWISE_GROUPS * C + 2 * HALO + (DEPTHWISE_GROUPS * C + 2 * HALO - 1) / C) *
         DEPTHWISE_LANES;
 
-    // `column` and `channel` are the block's first.
-    __device__ RowLoader(const Features<T>& features, int64_t image, int column, int channel,
-                         const DepthwiseShape& shape)
-        : data_(features.data + image * features.batch_stride),
+    // `row`, `column` and `channel` are the block's first.
+    __device__ RowLoader(const Features<T>& features, int64_t image, int row, int column,
+                         int channel, const DepthwiseShape& shape)
+        : next_(features.data + image * features.batch_stride + row * features.row_stride),
           row_stride_(features.row_stride),
           pixel_stride_(static_cast<int>(features.pixel_stride)),
           vectors_(features.vectors),
           column_(column - HALO),
-          channel_(channel + threadIdx.x),
           width_(shape.width),
+          channel_(channel + static_cast<int>(threadIdx.x)),
           has_channel_(channel_ < shape.channels) {
         const int in_pixel = blockDim.x / VECTOR;
 #pragma unroll
@@ -72,46 +84,50 @@ class RowLoader {
             const int index = (i * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
             const int at = index / in_pixel, first = index % in_pixel * VECTOR;
             const int w = column_ + at, d = channel + first;
-            to_[i] = at < columns() ? slot(at) * DEPTHWISE_LANES + first : -1;
-            inside_[i] = w >= 0 && w < width_ && d < shape.channels;
-            from_[i] = inside_[i] ? w * pixel_stride_ + d : 0;
+            const bool inside = at < columns() && w >= 0 && w < width_ && d < shape.channels;
+            to_[i] = inside ? slot(at) * DEPTHWISE_LANES + first : -1;
+            from_[i] = w * pixel_stride_ + d;
         }
     }
 
-    // Starts to copy row h of the image, or zeros; the caller commits and waits.
-    __device__ void load(int h, bool is_row, T* shared) const {
-        const T* row = is_row ? data_ + h * row_stride_ : data_;
+    // Starts to copy the next row; the caller commits and waits.
+    __device__ void load(T* shared) {
         if (vectors_) {
 #pragma unroll
             for (int i = 0; i < COPIES; ++i)
-                if (to_[i] >= 0)
-                    __pipeline_memcpy_async(shared + to_[i], row + from_[i], 16,
-                                            is_row && inside_[i] ? 0 : 16);
-            return;
+                if (to_[i] >= 0) __pipeline_memcpy_async(shared + to_[i], next_ + from_[i], 16);
+        } else if (has_channel_) {
+            for (int at = threadIdx.y; at < columns(); at += blockDim.y) {
+                const int w = column_ + at;
+                if (w >= 0 && w < width_)
+                    shared[slot(at) * DEPTHWISE_LANES + threadIdx.x] =
+                        next_[w * pixel_stride_ + channel_];
+            }
         }
-        for (int at = threadIdx.y; at < columns(); at += blockDim.y) {
-            const int w = column_ + at;
-            const bool inside = is_row && has_channel_ && w >= 0 && w < width_;
-            shared[slot(at) * DEPTHWISE_LANES + threadIdx.x] =
-                inside ? row[w * pixel_stride_ + channel_] : from_float<T>(0.f);
-        }
+        next_ += row_stride_;
     }
 
   private:
-    static constexpr int VECTOR = 16 / sizeof(T);
+    static constexpr int VECTOR = sizeof(Vector) / sizeof(T);
     static constexpr int COPIES = (C + 2 * HALO + VECTOR - 1) / VECTOR;
 
     __device__ int columns() const { return blockDim.y * C + 2 * HALO; }
 
-    const T* data_;
+    const T* next_;
     int64_t row_stride_;
     int pixel_stride_;
     bool vectors_;
-    int column_, channel_, width_;
+    int column_, width_, channel_;
     bool has_channel_;
     int from_[COPIES], to_[COPIES];
-    bool inside_[COPIES];
 };
+
+// The c-th pixel from `out`, in one multiplication of 32 bits.
+template <typename T>
+__device__ inline T* at(T* out, int c, int pixel_stride) {
+    const int bytes = pixel_stride * static_cast<int>(sizeof(T));
+    return reinterpret_cast<T*>(reinterpret_cast<char*>(out) + int64_t{c} * bytes);
+}
 
 // Blocks on a processor, for whose registers the compiler is held to account.
 constexpr int depthwise_blocks(int kernel) { return kernel <= 9 ? 3 : 2; }
@@ -147,9 +163,11 @@ __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
     const int64_t image = block / tiles.segments;
     const int first = max(row_begin - PAD, 0), last = min(row_end + PAD, shape.height);
 
-    const RowLoader<T, C, PAD> loader(x, image, column, channel, shape);
+    clear(stages, STAGES * STAGE);
+    __syncthreads();
+    RowLoader<T, C, PAD> loader(x, image, first, column, channel, shape);
     for (int i = 0; i < STAGES - 1; ++i) {
-        if (first + i < last) loader.load(first + i, true, stages + i * STAGE);
+        if (first + i < last) loader.load(stages + i * STAGE);
         __pipeline_commit();
     }
 
@@ -172,10 +190,15 @@ __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
                  static_cast<int64_t>(shape.channels) +
              channel + lane;
     const auto store = [&](const float (&sums)[C]) {
+        if (columns == C) {
 #pragma unroll
-        for (int c = 0; c < C; ++c)
-            if (c < columns) out[c * shape.channels] = from_float<T>(sums[c]);
-        out += static_cast<int64_t>(shape.width) * shape.channels;
+            for (int c = 0; c < C; ++c) *at(out, c, shape.channels) = from_float<T>(sums[c]);
+        } else {
+#pragma unroll
+            for (int c = 0; c < C; ++c)
+                if (c < columns) *at(out, c, shape.channels) = from_float<T>(sums[c]);
+        }
+        out = at(out, shape.width, shape.channels);
     };
 
     // After input row r, sums[i] belong to output row r - PAD + i.
@@ -187,7 +210,7 @@ __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
         __pipeline_wait_prior(STAGES - 2);
         __syncthreads();
         const int free = now == 0 ? STAGES - 1 : now - 1;
-        if (r + STAGES - 1 < last) loader.load(r + STAGES - 1, true, stages + free * STAGE);
+        if (r + STAGES - 1 < last) loader.load(stages + free * STAGE);
         __pipeline_commit();
 
         const T* row = stages + now * STAGE + group * (C + 1) * DEPTHWISE_LANES + lane;

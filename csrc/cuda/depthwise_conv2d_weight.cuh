@@ -61,18 +61,16 @@ __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
         const int row_begin = tile / tiles.column_tiles * tiles.rows;
         const int row_end = min(row_begin + tiles.rows, shape.height);
         const int first = max(row_begin - PAD, 0), last = min(row_end + PAD, shape.height);
-        const XLoader x_loader(x, image, column, channel, shape);
-        const DyLoader dy_loader(dy, image, column, channel, shape);
+        __syncthreads();
+        clear(stages, STAGES * STAGE);
+        __syncthreads();
+        XLoader x_loader(x, image, first, column, channel, shape);
+        DyLoader dy_loader(dy, image, first + PAD, column, channel, shape);
         const auto load = [&](int r, T* to) {
-            if (r < last) {
-                const int h = r + PAD;
-                x_loader.load(r, true, to);
-                dy_loader.load(h, h >= row_begin && h < row_end, to + X_STAGE);
-            }
+            if (r < last) x_loader.load(to);
+            if (r + PAD < row_end) dy_loader.load(to + X_STAGE);
             __pipeline_commit();
         };
-
-        __syncthreads();
         for (int i = 0; i < STAGES - 1; ++i) load(first + i, stages + i * STAGE);
 
         // Row h of dy is at (h - first - PAD) mod K. Those that the first input row meets beside
@@ -102,11 +100,17 @@ __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
 
             const T* x_row = stages + now * STAGE + group * (C + 1) * DEPTHWISE_LANES + lane;
             const T* dy_row = x_row + X_STAGE;
-            const auto fill = [&](float (&at)[C]) {
+            const bool has_dy = r + PAD < row_end;
+            const auto fill = [&](float (&pixels)[C]) {
+                if (has_dy) {
 #pragma unroll
-                for (int c = 0; c < C; ++c) {
-                    at[c] = to_float(dy_row[c * DEPTHWISE_LANES]);
-                    dy_sum += at[c];
+                    for (int c = 0; c < C; ++c) {
+                        pixels[c] = to_float(dy_row[c * DEPTHWISE_LANES]);
+                        dy_sum += pixels[c];
+                    }
+                } else {
+#pragma unroll
+                    for (int c = 0; c < C; ++c) pixels[c] = 0.f;
                 }
             };
 #pragma unroll
