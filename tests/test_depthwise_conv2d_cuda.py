@@ -1,20 +1,13 @@
-"""The CUDA kernels of `depthwise_conv2d`: emulated on the host, as compiled, and on a GPU."""
+"""The CUDA kernels of `depthwise_conv2d`, emulated on the host and as compiled."""
 
-import os
-import shutil
-import subprocess
-from pathlib import Path
-
-import numpy as np
+import cuda_resources
 import pytest
 import torch
+from cuda_resources import ARCHITECTURES, DTYPES, LIBRARY, TILED, count
+from emulation import Emulation, Unavailable, build
 from oracle import assert_as_accurate
 
-from dimr_fast import reference
-
-ROOT = Path(__file__).parent.parent
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-H100 = 132  # multiprocessors
+from dimr_fast import _extension, reference
 
 
 def reference_fwd(x, weight, bias, residual):
@@ -29,82 +22,12 @@ def reference_bwd(dy, x, weight, residual):
     return torch.autograd.grad(reference_fwd(*leaves, residual), leaves, dy)
 
 
-class Emulation:
-    """The launches of csrc/cuda/, run on the host under the sanitizers."""
-
-    def __init__(self, program, processors=H100):
-        self.program, self.processors = program, processors
-
-    def fwd(self, x, weight, bias, residual):
-        (y,) = self._run("fwd", x, x, [_storage(x), weight, bias], weight, bias, residual)
-        return _tensor(y, x.dtype, x.shape)
-
-    def bwd(self, dy, x, weight, residual):
-        inputs = [_storage(dy), _storage(x), weight]
-        dx, dweight, dbias = self._run("bwd", x, dy, inputs, weight, None, residual)
-        return (
-            _tensor(dx, x.dtype, x.shape),
-            _tensor(dweight, torch.float32, weight.shape),
-            _tensor(dbias, torch.float32, weight.shape[:1]),
-        )
-
-    def _run(self, operation, x, dy, tensors, weight, bias, residual):
-        numbers = [*x.shape, weight.shape[-1], residual, bias is not None, self.processors]
-        for features in (x, dy):
-            numbers += [features.storage_offset(), *features.stride()[:3]]
-        dtype = str(x.dtype).removeprefix("torch.")
-        arguments = [str(int(n)) for n in numbers]
-        result = subprocess.run(
-            [self.program, operation, dtype, *arguments],
-            input=b"".join(_framed(t) for t in tensors),
-            capture_output=True,
-            env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
-        )
-        assert result.returncode == 0, result.stderr.decode()
-        outputs, data = [], result.stdout
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            outputs.append(data[8 : 8 + size])
-            data = data[8 + size :]
-        return outputs
-
-
-def _storage(view):
-    """All that lies in memory from the view's storage's start to the view's last element."""
-    last = sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
-    return torch.as_strided(view, (view.storage_offset() + last + 1,), (1,), 0)
-
-
-def _framed(tensor):
-    if tensor is None:
-        return (0).to_bytes(8, "little")
-    data = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
-    return len(data).to_bytes(8, "little") + data
-
-
-def _tensor(data, dtype, shape):
-    return torch.from_numpy(np.frombuffer(data, np.uint8).copy()).view(dtype).view(shape)
-
-
 @pytest.fixture(scope="session")
 def program(tmp_path_factory):
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no C++ compiler: {compiler}")
-    here = Path(__file__).parent / "cuda_emulation"
-    output = tmp_path_factory.mktemp("cuda_emulation") / "depthwise_conv2d"
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    options = ["-std=c++20", "-O1", "-g1", *sanitizers, *warnings, "-I", here, "-I", ROOT / "csrc"]
-    result = subprocess.run(
-        [compiler, *options, here / "depthwise_conv2d.cpp", "-o", output],
-        capture_output=True,
-        text=True,
-    )
-    if "cannot find" in result.stderr and "san" in result.stderr:
-        pytest.skip("the compiler comes without its sanitizers")
-    assert result.returncode == 0, result.stderr
-    return output
+    try:
+        return build(tmp_path_factory.mktemp("cuda_emulation"))
+    except Unavailable as reason:
+        pytest.skip(str(reason))
 
 
 def contiguous(x):
@@ -182,8 +105,157 @@ def check(emulation, shape, dtype, layout=contiguous, residual=True, has_bias=Tr
     )
 
 
+NO_SASS = cuda_resources.why_not()
+compiled = pytest.mark.skipif(NO_SASS is not None, reason=str(NO_SASS))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 3, 5, 7, 9, 11, 13])
 @pytest.mark.parametrize(("h", "w", "d"), [(1, 1, 1), (9, 13, 24), (4, 2, 17)])
 def test_every_kernel_and_dtype(program, h, w, d, k, dtype):
     check(Emulation(program), (2, h, w, d, k), dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("d", "k"), [(24, 7), (40, 5), (7, 7), (8, 13)])
+def test_every_layout(program, d, k, dtype, layout):
+    check(Emulation(program), (2, 6, 11, d, k), dtype, layout, residual=False)
+
+
+@pytest.mark.parametrize(
+    ("b", "h", "w", "d", "k"),
+    [
+        (1, 32, 32, 32, 7),  # whole tiles
+        (2, 8, 33, 16, 7),  # a column more than the tiles
+        (1, 3, 70, 8, 7),  # lower than the kernel, several tiles wide
+        (1, 30, 2, 48, 7),  # narrower than the kernel
+        (1, 40, 5, 33, 3),  # a channel more than the lanes
+        (1, 12, 19, 20, 9),
+        (1, 25, 17, 12, 11),
+    ],
+)
+def test_edges_of_tiles(program, b, h, w, d, k):
+    check(Emulation(program), (b, h, w, d, k), torch.bfloat16)
+
+
+@pytest.mark.parametrize("processors", [1, 3, 1000])
+@pytest.mark.parametrize("k", [7, 13])
+def test_any_number_of_processors(program, processors, k):
+    """Few: each block sums many segments and strides far. Many: segments of a row or two."""
+    check(Emulation(program, processors), (5, 20, 9, 9, k), torch.float32)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("k", [7, 13])
+def test_bias_and_residual(program, k, has_bias, residual):
+    check(Emulation(program), (1, 5, 6, 8, k), torch.float16, has_bias=has_bias, residual=residual)
+
+
+def test_one_image_for_all(program):
+    """A stride of zero."""
+    dy, x, weight, _ = make(3, 5, 6, 8, 7)
+    shared = x[:1].expand(x.shape)
+    for a, b in zip(
+        Emulation(program).bwd(dy, shared, weight, False),
+        Emulation(program).bwd(dy, shared.contiguous(), weight, False),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_of_nothing_the_gradients_are_zero(program):
+    dy, x, weight, bias = make(0, 4, 5, 6, 7)
+    assert Emulation(program).fwd(x, weight, bias, True).shape == x.shape
+    dx, dweight, dbias = Emulation(program).bwd(dy, x, weight, True)
+    assert dx.shape == x.shape
+    assert dweight.shape == weight.shape
+    assert not dweight.any()
+    assert not dbias.any()
+
+
+def test_infinities_reach_only_their_neighbours(program):
+    """No product with a zero that stands for what is outside, or that another segment owns."""
+    _, x, weight, bias = make(1, 24, 12, 8, 7)
+    x[0, 10, 4, 3] = torch.inf
+    y = Emulation(program, processors=64).fwd(x, weight, bias, False)
+    hit = torch.zeros_like(x, dtype=torch.bool)
+    hit[0, 7:14, 1:8, 3] = True
+    assert torch.equal(~y.isfinite(), hit)
+
+
+def test_gradients_are_the_same_each_time(program):
+    dy, x, weight, _ = make(3, 9, 10, 16, 7)
+    first, second = (Emulation(program).bwd(dy, x, weight, True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_small_batches_are_cut_into_more_blocks(program):
+    """A single image keeps most of an H100 busy; many images are not cut, which would cost rows."""
+
+    def blocks(batch, h, w, d):
+        emulation = Emulation(program)
+        _, x, weight, bias = make(batch, h, w, d, 7)
+        emulation.fwd(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), True)
+        return emulation.launches[0].blocks
+
+    assert blocks(1, 32, 32, 480) >= 100
+    assert blocks(1, 8, 8, 480) >= 60
+    assert blocks(40, 16, 4, 480) == 40 * 15
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", TILED)
+def test_shared_memory_is_as_recorded(program, k, dtype):
+    recorded = cuda_resources.recorded()["shared"]
+    assert cuda_resources.shared_memory(program, k, dtype) == recorded[f"{_name(dtype)} {k}"]
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+@compiled
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_is_spilled(architecture):
+    """No stack; registers leave room for three blocks on a multiprocessor, two with kernel 11."""
+    kernels = examine(architecture)
+    assert len(kernels) == 2 * len(DTYPES) * (len(TILED) + 1) + 1
+    for name, kernel in kernels.items():
+        assert kernel.stack == 0, name
+        assert kernel.registers <= (255 if name.endswith(" 11") else 168), name
+        if name.endswith(tuple(f" {k}" for k in TILED)):
+            assert kernel.opcodes["LDGSTS.E.BYPASS.128"] > 0, name
+    if _extension.build_facts()["cuda"] == cuda_resources.recorded()["nvcc"]:
+        found = {name: kernel.registers for name, kernel in kernels.items()}
+        assert found == cuda_resources.recorded()["registers"][architecture]
+
+
+@compiled
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_nearly_all_multiplication(architecture, dtype):
+    """Of the presets' kernels; the loops counted hold the slow paths too, which take no part."""
+    fwd, weight = (examine(architecture)[f"{op} {_name(dtype)} 7"] for op in ("fwd", "weight"))
+    products = 7 * 7 * 8
+    for kernel in (fwd, weight):
+        assert count(kernel.loop, "FFMA") == products
+        # Sums move from row to row in the registers of the products: 48 moves or more otherwise.
+        assert count(kernel.loop, "MOV") < 24
+    assert products / fwd.loads > 18
+    assert products / fwd.loop.total() > 0.62
+    # Each of 7 places of dy has its own 8 loads, of which a row takes one set.
+    assert products / (weight.loads - 6 * 8) > 12
+
+
+def examine(architecture):
+    if architecture not in _sass_architectures():
+        pytest.skip(f"the library is compiled for {' '.join(_sass_architectures())}")
+    return cuda_resources.examine(LIBRARY, architecture)
+
+
+def _sass_architectures():
+    built = _extension.build_facts()["cuda_architectures"].split()
+    return ["sm_" + a.removesuffix("+PTX").replace(".", "") for a in built]

@@ -67,7 +67,6 @@ Tensor depthwise_conv2d_fwd(const Tensor& x, const Tensor& weight,
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     Tensor y = torch::stable::new_empty(x, x.sizes());
     with_dtype(x.scalar_type(), [&]<typename T>() {
-        if (sizes.numel() == 0) return;
         STD_CUDA_CHECK(launch_fwd<T>(current_queue(x), features_of<T>(x, shape), data_of<T>(weight),
                                      bias ? data_of<T>(*bias) : nullptr,
                                      static_cast<T*>(y.mutable_data_ptr()), shape, residual,
@@ -92,11 +91,6 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(const Tensor& dy, const 
         needs_dweight ? floats({sizes.channels, 1, sizes.kernel, sizes.kernel}) : floats({0});
     Tensor dbias = needs_dbias ? floats({sizes.channels}) : floats({0});
     with_dtype(x.scalar_type(), [&]<typename T>() {
-        if (sizes.numel() == 0) {
-            torch::stable::zero_(dweight);
-            torch::stable::zero_(dbias);
-            return;
-        }
         const Queue queue = current_queue(x);
         const Features<T> incoming = features_of<T>(dy, shape);
         if (needs_dx)

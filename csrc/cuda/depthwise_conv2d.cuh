@@ -97,6 +97,7 @@ class RowLoader {
             for (int i = 0; i < COPIES; ++i)
                 if (to_[i] >= 0) __pipeline_memcpy_async(shared + to_[i], next_ + from_[i], 16);
         } else if (has_channel_) {
+#pragma unroll 1
             for (int at = threadIdx.y; at < columns(); at += blockDim.y) {
                 const int w = column_ + at;
                 if (w >= 0 && w < width_)

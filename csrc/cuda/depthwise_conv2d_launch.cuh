@@ -79,6 +79,8 @@ cudaError_t with_kernel(int kernel, const Run& run) {
 template <typename T>
 cudaError_t launch_fwd(const Queue& queue, const Features<T>& x, const T* weight, const T* bias,
                        T* y, const DepthwiseShape& shape, bool residual, bool flip) {
+    const int64_t numel = shape.batch * shape.height * shape.width * shape.channels;
+    if (numel == 0) return cudaSuccess;
     const DepthwiseTiles tiles = depthwise_fwd_tiles(shape, queue.processors);
     const int64_t blocks = shape.batch * tiles.per_image() * tiles.channel_tiles;
     if (is_tiled(x, shape) && blocks <= MAX_GRID)
@@ -88,13 +90,12 @@ cudaError_t launch_fwd(const Queue& queue, const Features<T>& x, const T* weight
                           dim3(tiles.lanes, tiles.groups), depthwise_conv2d_fwd_shared<T, K, C>(),
                           x, weight, bias, y, shape, tiles, residual, flip);
         });
-    const int64_t numel = shape.batch * shape.height * shape.width * shape.channels;
     return launch(queue, depthwise_conv2d_fwd_any_kernel<T>, striding_blocks(queue, numel),
                   dim3(256), 0, x, weight, bias, y, shape, residual, flip);
 }
 
 // How the weight gradient is summed: the caller gives memory for splits * (k * k + 1) * channels
-// floats.
+// floats. Of nothing there are no splits, and the sum is zero.
 struct WeightSplits {
     bool tiled;
     DepthwiseTiles tiles;
@@ -104,14 +105,17 @@ struct WeightSplits {
 template <typename T>
 WeightSplits weight_splits(const Queue& queue, const Features<T>& x, const Features<T>& dy,
                            const DepthwiseShape& shape) {
+    const int64_t pixels = shape.batch * shape.height * shape.width;
+    if (pixels == 0 || shape.channels == 0) return {};
     const DepthwiseTiles tiles = depthwise_weight_tiles(shape, queue.processors);
     const int64_t splits = depthwise_splits(shape, tiles, queue.processors);
     if (is_tiled(x, shape) && is_tiled(dy, shape) && splits * tiles.channel_tiles <= MAX_GRID)
         return {true, tiles, splits};
-    const int64_t pixels = shape.batch * shape.height * shape.width;
     const int64_t taps = int64_t{shape.kernel} * shape.kernel + 1;
-    const int64_t wanted = int64_t{queue.processors} * 2048 / (taps * shape.channels);
-    return {false, tiles, std::clamp<int64_t>(wanted, 1, std::min<int64_t>(pixels, 1024))};
+    // At least a few, for short sums round less.
+    const int64_t wanted =
+        std::max<int64_t>(int64_t{queue.processors} * 2048 / (taps * shape.channels), 32);
+    return {false, tiles, std::min<int64_t>({wanted, pixels, 1024})};
 }
 
 // dweight [channels, 1, k, k] and dbias [channels] in float, either null where not wanted.
@@ -122,7 +126,8 @@ cudaError_t launch_weight(const Queue& queue, const Features<T>& x, const Featur
     const DepthwiseTiles& tiles = plan.tiles;
     const int64_t taps = int64_t{shape.kernel} * shape.kernel;
     const int64_t sums = (taps + 1) * shape.channels;
-    cudaError_t error;
+    if (sums == 0) return cudaSuccess;
+    cudaError_t error = cudaSuccess;
     if (plan.tiled)
         error = with_kernel(shape.kernel, [&]<int K>() {
             constexpr int C = depthwise_columns(K);
@@ -130,7 +135,7 @@ cudaError_t launch_weight(const Queue& queue, const Features<T>& x, const Featur
                           plan.splits * tiles.channel_tiles, dim3(tiles.lanes, tiles.groups),
                           depthwise_conv2d_weight_shared<T, K, C>(), x, dy, partial, shape, tiles);
         });
-    else
+    else if (plan.splits > 0)
         error = launch(queue, depthwise_conv2d_weight_any_kernel<T>,
                        striding_blocks(queue, plan.splits * sums), dim3(256), 0, x, dy, partial,
                        shape, plan.splits);

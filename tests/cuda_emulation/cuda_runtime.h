@@ -135,6 +135,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     if (size == 0 || size > 1024 || config->gridDim.x == 0 || config->gridDim.x > INT32_MAX ||
         config->dynamicSmemBytes > dimr_fast::SHARED_BYTES)
         return cudaErrorInvalidConfiguration;
+    std::fprintf(stderr, "launch %u %zu %zu\n", config->gridDim.x, size, config->dynamicSmemBytes);
     gridDim = config->gridDim;
     blockDim = config->blockDim;
     const std::function<void()> call = [&] { kernel(arguments...); };
