@@ -43,15 +43,18 @@ def build(folder: Path) -> Path:
 
 
 class Emulation:
-    """The operators' launches for a GPU of so many multiprocessors; `launches` are the last's."""
+    """The operators' launches for a GPU of so many multiprocessors; `launches` are the last's.
 
-    def __init__(self, program: Path, processors: int = H100) -> None:
-        self.program, self.processors = program, processors
+    The weights lie `weight_offset` elements behind a multiple of 16 bytes.
+    """
+
+    def __init__(self, program: Path, processors: int = H100, weight_offset: int = 0) -> None:
+        self.program, self.processors, self.weight_offset = program, processors, weight_offset
         self.launches: list[Launch] = []
 
     def fwd(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
         """y; the arguments are those of the registered operator."""
-        tensors = [_storage(x), weight, bias]
+        tensors = [_storage(x), self._shifted(weight), bias]
         (y,) = self._run("fwd", x, x, tensors, weight.shape[-1], bias is not None, residual)
         return _tensor(y, x.dtype, x.shape)
 
@@ -59,13 +62,16 @@ class Emulation:
         self, dy: Tensor, x: Tensor, weight: Tensor, residual: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dx, dweight and dbias."""
-        tensors = [_storage(dy), _storage(x), weight]
+        tensors = [_storage(dy), _storage(x), self._shifted(weight)]
         dx, dweight, dbias = self._run("bwd", x, dy, tensors, weight.shape[-1], False, residual)
         return (
             _tensor(dx, x.dtype, x.shape),
             _tensor(dweight, torch.float32, weight.shape),
             _tensor(dbias, torch.float32, weight.shape[:1]),
         )
+
+    def _shifted(self, weight: Tensor) -> Tensor:
+        return torch.nn.functional.pad(weight.flatten(), (self.weight_offset, 0), value=torch.nan)
 
     def _run(
         self,
@@ -80,6 +86,7 @@ class Emulation:
         numbers = [*x.shape, k, residual, has_bias, self.processors]
         for features in (x, dy):
             numbers += [features.storage_offset(), *features.stride()[:3]]
+        numbers.append(self.weight_offset)
         dtype = str(x.dtype).removeprefix("torch.")
         result = subprocess.run(
             [self.program, operation, dtype, *(str(int(n)) for n in numbers)],

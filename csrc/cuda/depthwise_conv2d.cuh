@@ -57,6 +57,18 @@ __device__ inline void clear(T* shared, int elements) {
         reinterpret_cast<Vector*>(shared)[i] = Vector{};
 }
 
+// Starts to copy the filters of a block's channels; the caller commits and waits.
+template <typename T>
+__device__ inline void copy_filters(T* shared, const T* weight, int elements) {
+    constexpr int VECTOR = sizeof(Vector) / sizeof(T);
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+    if (reinterpret_cast<uintptr_t>(weight) % sizeof(Vector) == 0 && elements % VECTOR == 0)
+        for (int i = thread * VECTOR; i < elements; i += threads * VECTOR)
+            __pipeline_memcpy_async(shared + i, weight + i, sizeof(Vector));
+    else
+        for (int i = thread; i < elements; i += threads) shared[i] = weight[i];
+}
+
 // Copies rows of a block's columns, and HALO more on either side, to shared memory, top down.
 template <typename T, int C, int HALO>
 class RowLoader {
@@ -123,20 +135,12 @@ class RowLoader {
     int from_[COPIES], to_[COPIES];
 };
 
-// The c-th pixel from `out`, in one multiplication of 32 bits.
-template <typename T>
-__device__ inline T* at(T* out, int c, int pixel_stride) {
-    const int bytes = pixel_stride * static_cast<int>(sizeof(T));
-    return reinterpret_cast<T*>(reinterpret_cast<char*>(out) + int64_t{c} * bytes);
-}
-
 // Blocks on a processor, for whose registers the compiler is held to account.
 constexpr int depthwise_blocks(int kernel) { return kernel <= 9 ? 3 : 2; }
 
 template <typename T, int K, int C>
 constexpr int depthwise_conv2d_fwd_shared() {
-    return STAGES * RowLoader<T, C, K / 2>::ELEMENTS * sizeof(T) +
-           DEPTHWISE_LANES * K * K * sizeof(float);
+    return (STAGES * RowLoader<T, C, K / 2>::ELEMENTS + DEPTHWISE_LANES * K * K) * sizeof(T);
 }
 
 //   weight [channels, 1, K, K]; bias [channels] or null; y [batch, height, width, channels]
@@ -152,7 +156,7 @@ __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
     const int lane = threadIdx.x, group = threadIdx.y;
     T* stages = reinterpret_cast<T*>(shared);
     constexpr int STAGE = RowLoader<T, C, PAD>::ELEMENTS;
-    float* filters = reinterpret_cast<float*>(stages + STAGES * STAGE);
+    T* filters = stages + STAGES * STAGE;
 
     int block = blockIdx.x;
     const int channel = block % tiles.channel_tiles * lanes;
@@ -164,6 +168,8 @@ __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
     const int64_t image = block / tiles.segments;
     const int first = max(row_begin - PAD, 0), last = min(row_end + PAD, shape.height);
 
+    copy_filters(filters, weight + int64_t{channel} * K * K,
+                 min(lanes, shape.channels - channel) * K * K);
     clear(stages, STAGES * STAGE);
     __syncthreads();
     RowLoader<T, C, PAD> loader(x, image, first, column, channel, shape);
@@ -171,35 +177,31 @@ __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
         if (first + i < last) loader.load(stages + i * STAGE);
         __pipeline_commit();
     }
-
-    const int filter_elements = min(lanes, shape.channels - channel) * K * K;
-    for (int i = group * lanes + lane; i < filter_elements; i += lanes * groups)
-        filters[i] = to_float(weight[int64_t{channel} * K * K + i]);
+    __pipeline_wait_prior(STAGES - 2);
     __syncthreads();
     const bool has_channel = channel + lane < shape.channels;
     float filter[K][K];
 #pragma unroll
     for (int i = 0; i < K * K; ++i)
         filter[i / K][i % K] =
-            has_channel ? filters[lane * K * K + (flip ? K * K - 1 - i : i)] : 0.f;
+            has_channel ? to_float(filters[lane * K * K + (flip ? K * K - 1 - i : i)]) : 0.f;
     if (residual) filter[PAD][PAD] += 1.f;
     const float start = bias && has_channel ? to_float(bias[channel + lane]) : 0.f;
 
     const int columns = has_channel ? min(C, shape.width - column - group * C) : 0;
-    T* out = y +
-             ((image * shape.height + row_begin) * shape.width + column + group * C) *
-                 static_cast<int64_t>(shape.channels) +
-             channel + lane;
+    // Where a row goes is the same for the whole block, and where in a row fits in 32 bits.
+    T* out = y + (image * shape.height + row_begin) * (int64_t{shape.width} * shape.channels);
+    const unsigned offset = (column + group * C) * shape.channels + channel + lane;
     const auto store = [&](const float (&sums)[C]) {
         if (columns == C) {
 #pragma unroll
-            for (int c = 0; c < C; ++c) *at(out, c, shape.channels) = from_float<T>(sums[c]);
+            for (int c = 0; c < C; ++c) out[offset + c * shape.channels] = from_float<T>(sums[c]);
         } else {
 #pragma unroll
             for (int c = 0; c < C; ++c)
-                if (c < columns) *at(out, c, shape.channels) = from_float<T>(sums[c]);
+                if (c < columns) out[offset + c * shape.channels] = from_float<T>(sums[c]);
         }
-        out = at(out, shape.width, shape.channels);
+        out += int64_t{shape.width} * shape.channels;
     };
 
     // After input row r, sums[i] belong to output row r - PAD + i.

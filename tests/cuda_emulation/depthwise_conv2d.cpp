@@ -40,6 +40,12 @@ struct Arguments {
     struct {
         int64_t offset, batch, row, pixel;
     } x, dy;
+    int64_t weight_offset;
+
+    template <typename T>
+    const T* weight(const Bytes& storage) const {
+        return reinterpret_cast<const T*>(storage.get()) + weight_offset;
+    }
 };
 
 template <typename T>
@@ -55,7 +61,7 @@ cudaError_t forward(const Arguments& a) {
         a.shape.batch * a.shape.height * a.shape.width * a.shape.channels * sizeof(T);
     const Bytes y = poisoned(bytes);
     const cudaError_t error =
-        launch_fwd<T>(a.queue, view<T>(x, a.shape, a.x), reinterpret_cast<const T*>(weight.get()),
+        launch_fwd<T>(a.queue, view<T>(x, a.shape, a.x), a.weight<T>(weight),
                       a.has_bias ? reinterpret_cast<const T*>(bias.get()) : nullptr,
                       reinterpret_cast<T*>(y.get()), a.shape, a.residual, false);
     write_tensor(y, bytes);
@@ -71,8 +77,8 @@ cudaError_t backward(const Arguments& a) {
     const Bytes dx = poisoned(bytes), dweight = poisoned(channels * taps * 4);
     const Bytes dbias = poisoned(channels * 4);
     const cudaError_t error =
-        launch_fwd<T>(a.queue, dy, reinterpret_cast<const T*>(weight.get()), nullptr,
-                      reinterpret_cast<T*>(dx.get()), a.shape, a.residual, true);
+        launch_fwd<T>(a.queue, dy, a.weight<T>(weight), nullptr, reinterpret_cast<T*>(dx.get()),
+                      a.shape, a.residual, true);
     if (error != cudaSuccess) return error;
     const WeightSplits plan = weight_splits(a.queue, x, dy, a.shape);
     const Bytes partial = poisoned(plan.splits * (taps + 1) * channels * 4);
@@ -93,7 +99,7 @@ cudaError_t run(const std::string& operation, const Arguments& a) {
 }  // namespace
 
 int main(int count, char** values) {
-    emulation::require(count == 19, "18 arguments wanted");
+    emulation::require(count == 20, "19 arguments wanted");
     const std::string operation = values[1], dtype = values[2];
     int next = 3;
     const auto number = [&] { return std::stoll(values[next++]); };
@@ -107,6 +113,7 @@ int main(int count, char** values) {
     a.queue = {nullptr, side()};
     a.x = {number(), number(), number(), number()};
     a.dy = {number(), number(), number(), number()};
+    a.weight_offset = number();
     const cudaError_t error = dtype == "float32"    ? run<float>(operation, a)
                               : dtype == "bfloat16" ? run<__nv_bfloat16>(operation, a)
                                                     : run<__half>(operation, a);
