@@ -24,6 +24,15 @@ def reference_bwd(dy, x, weight, residual):
     return torch.autograd.grad(reference_fwd(*leaves, residual), leaves, dy)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The reference's tensors are small: its threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def program(tmp_path_factory):
     try:
@@ -81,6 +90,11 @@ def make(b, h, w, d, k, seed=0):
     return dy, x, weight, bias
 
 
+def emulate(program, k):
+    """An H100, or for the plain kernels, whose every thread costs as much, a smaller GPU."""
+    return Emulation(program, H100 if k in TILED else 4)
+
+
 def check(emulation, shape, dtype, layout=contiguous, residual=True, has_bias=True):
     dy, x, weight, bias = make(*shape)
     bias = bias if has_bias else None
@@ -121,14 +135,14 @@ compiled = pytest.mark.skipif(NO_SASS is not None, reason=str(NO_SASS))
 @pytest.mark.parametrize("k", [1, 3, 5, 7, 9, 11, 13])
 @pytest.mark.parametrize(("h", "w", "d"), [(1, 1, 1), (9, 13, 24), (4, 2, 17)])
 def test_every_kernel_and_dtype(program, h, w, d, k, dtype):
-    check(Emulation(program), (2, h, w, d, k), dtype)
+    check(emulate(program, k), (2, h, w, d, k), dtype)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("d", "k"), [(24, 7), (40, 5), (8, 13)])
 def test_every_layout(program, d, k, dtype, layout):
-    check(Emulation(program), (2, 6, 11, d, k), dtype, layout, residual=False)
+    check(emulate(program, k), (2, 6, 11, d, k), dtype, layout, residual=False)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +170,7 @@ def test_any_number_of_processors(program, k, processors):
     assert k != 7 or (blocks < 31 if processors < 3 else blocks >= 31)
 
 
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(
     st.tuples(st.integers(1, 4), st.integers(1, 20), st.integers(1, 20), st.integers(1, 40)),
     st.sampled_from(TILED),
@@ -171,7 +185,7 @@ def test_any_shape(program, shape, k, dtype, processors):
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("k", [7, 13])
 def test_bias_and_residual(program, k, has_bias, residual):
-    check(Emulation(program), (1, 5, 6, 8, k), torch.float16, has_bias=has_bias, residual=residual)
+    check(emulate(program, k), (1, 5, 6, 8, k), torch.float16, has_bias=has_bias, residual=residual)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
