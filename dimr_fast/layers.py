@@ -134,7 +134,7 @@ class Attention(Operation):
 
 
 class DepthwiseConv2d(Operation):
-    """`ops.depthwise_conv2d` of a branch's image `[B, H·W, D]`, without the residual add."""
+    """`ops.depthwise_conv2d` of a branch's image `[B, H·W, D]`, which may be added to the result."""
 
     operator = "depthwise_conv2d"
 
@@ -145,18 +145,19 @@ class DepthwiseConv2d(Operation):
         # The published name of the convolution inside its block; it also initialises the weights.
         self.add_module("1", nn.Conv2d(config.dim, config.dim, k, groups=config.dim))
 
-    def forward(self, x: Tensor, td: TDValues) -> Tensor:
+    def forward(self, x: Tensor, td: TDValues, residual: bool = False) -> Tensor:
         conv = cast(nn.Conv2d, self.get_submodule("1"))
         image = x.unflatten(1, self.size)
         return ops.depthwise_conv2d(
-            image, conv.weight, conv.bias, implementation=self.implementation
+            image, conv.weight, conv.bias, residual=residual, implementation=self.implementation
         ).flatten(1, 2)
 
 
 class GatedMLP(Operation):
-    """Pre-norm `w2(gelu(w0(x)) · w1(x))` (paper section 3.3) of `x = residual + increment`.
+    """Pre-norm `w2(gelu(w0(x)) · w1(x))` (paper section 3.3).
 
-    The add before the norm is fused with it; the sum is returned beside the MLP's output.
+    With a `residual` it is that of `residual + x`: the add is fused with the norm. What it is of is
+    returned beside the MLP's output.
     """
 
     operator = "gated_gelu"
@@ -168,8 +169,13 @@ class GatedMLP(Operation):
         self.w1 = Linear(config.dim, config.hidden_dim)
         self.w2 = Linear(config.hidden_dim, config.dim)
 
-    def forward(self, increment: Tensor, td: TDValues, residual: Tensor) -> tuple[Tensor, Tensor]:
-        x, normed = self.norm(increment, td, residual)
+    def forward(
+        self, x: Tensor, td: TDValues, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            normed = self.norm(x, td)
+        else:
+            x, normed = self.norm(x, td, residual)
         weight = torch.cat([self.w0.weight, self.w1.weight])
         bias = torch.cat([self.w0.bias, self.w1.bias])
         hidden = F.linear(normed, weight, bias)
@@ -187,7 +193,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout_prob)
 
     def forward(self, x: Tensor, td: TDValues) -> Tensor:
-        x, increment = self.block2(self.dropout(self.block1(x, td)), td, x)
+        if isinstance(self.block1, DepthwiseConv2d) and not self.dropout.p:
+            x, increment = self.block2(self.block1(x, td, residual=True), td)
+        else:
+            x, increment = self.block2(self.dropout(self.block1(x, td)), td, x)
         return x + self.dropout(increment)
 
 

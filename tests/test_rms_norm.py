@@ -8,14 +8,22 @@ from oracle import assert_as_accurate, seeded, with_gradients
 
 from dimr_fast import ops, reference
 
-pytest.importorskip("triton", reason="triton is not installed")
+
+@pytest.fixture(scope="module", params=["triton", "cpu", "reference"])
+def implementation(request: pytest.FixtureRequest) -> str:
+    reason = ops.OPERATORS["rms_norm"].why_not(request.param, seeded(1))
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(2, 17, 960), (3, 2, 2, 13), (2, 8), (0, 3, 8)], ids=str)
-def test_forward_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_forward_and_gradients(
+    implementation: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     assert_as_accurate(
-        with_gradients(lambda x, scale: ops.rms_norm(x, scale, implementation="triton")),
+        with_gradients(lambda x, scale: ops.rms_norm(x, scale, implementation=implementation)),
         with_gradients(reference.rms_norm),
         seeded(*shape),
         seeded(shape[-1]),
@@ -23,7 +31,6 @@ def test_forward_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> No
     )
 
 
-@pytest.mark.parametrize("implementation", ["triton", "reference"])
 def test_residual(implementation: str) -> None:
     x, scale, residual = seeded(2, 3, 8), seeded(8), seeded(2, 3, 8).flip(0)
 
@@ -38,9 +45,11 @@ def test_residual(implementation: str) -> None:
     )
 
 
-def test_fullgraph() -> None:
+def test_fullgraph(implementation: str) -> None:
     x, scale = seeded(2, 3, 8), seeded(8)
-    graph = torch.compile(lambda x, s: ops.rms_norm(x, s, implementation="triton"), fullgraph=True)
+    graph = torch.compile(
+        lambda x, s: ops.rms_norm(x, s, implementation=implementation), fullgraph=True
+    )
     for a, b in zip(
         with_gradients(graph)(x, scale), with_gradients(reference.rms_norm)(x, scale), strict=True
     ):

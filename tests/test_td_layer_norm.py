@@ -1,5 +1,7 @@
-"""`td_layer_norm` by Triton, interpreted where there is no GPU, against the reference."""
+"""`td_layer_norm` by Triton, interpreted where there is no GPU, and by the compiled CPU library."""
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -8,22 +10,24 @@ import torch
 from aot import TARGETS, Launch, compiled, meta
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DEVICE, assert_as_accurate, seeded, with_gradients
+from oracle import DEVICE, Function, assert_as_accurate, seeded, with_gradients
 
 from dimr_fast import ops
-
-pytest.importorskip("triton", reason="triton is not installed")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def ours(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None = None,
-) -> Any:
-    return ops.td_layer_norm(x, weight, bias, residual, implementation="triton")
+@pytest.fixture(scope="module", params=["triton", "cpu"])
+def implementation(request: pytest.FixtureRequest) -> str:
+    reason = ops.OPERATORS["td_layer_norm"].why_not(request.param, seeded(1))
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def ours(implementation: str) -> Function:
+    return functools.partial(ops.td_layer_norm, implementation=implementation)
 
 
 def plain(
@@ -46,7 +50,9 @@ def values(times: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     [(2, 33, 960), (2, 4, 4, 480), (1, 9, 1152), (3, 1, 7), (5, 66), (1, 3, 9000)],
     ids=str,
 )
-def test_forward_and_gradients(shape: tuple[int, ...], times: str, dtype: torch.dtype) -> None:
+def test_forward_and_gradients(
+    ours: Function, shape: tuple[int, ...], times: str, dtype: torch.dtype
+) -> None:
     x, residual = 3 * seeded(*shape) + 1, seeded(*shape).flip(0)
     inputs = x, *values(shape[0] if times == "per image" else 1, shape[-1])
     assert_as_accurate(with_gradients(ours), with_gradients(plain), *inputs, dtype=dtype)
@@ -55,20 +61,20 @@ def test_forward_and_gradients(shape: tuple[int, ...], times: str, dtype: torch.
 
 @pytest.mark.parametrize("mean", [100, -1000])
 @pytest.mark.parametrize("width", [40, 960, 9000])
-def test_a_mean_far_above_the_deviation(width: int, mean: float) -> None:
+def test_a_mean_far_above_the_deviation(ours: Function, width: int, mean: float) -> None:
     """Half precision cannot even hold such rows; fp32 must lose no more than the reference."""
     inputs = seeded(2, 3, width) + mean, *values(2, width)
     assert_as_accurate(with_gradients(ours), with_gradients(plain), *inputs, dtype=torch.float32)
 
 
-def test_a_first_block_unlike_the_rest() -> None:
+def test_a_first_block_unlike_the_rest(ours: Function) -> None:
     x = seeded(1, 2, 9000)
     x[..., 2048:] += 1000
     inputs = x, *values(1, 9000)
     assert_as_accurate(with_gradients(ours), with_gradients(plain), *inputs, dtype=torch.float32)
 
 
-def test_times_of_weight_and_bias_may_differ() -> None:
+def test_times_of_weight_and_bias_may_differ(ours: Function) -> None:
     x, weight, bias = seeded(3, 4, 24), seeded(3, 24), seeded(1, 24)
     for inputs in ((x, weight, bias), (x, bias, weight)):
         assert_as_accurate(
@@ -88,7 +94,7 @@ def test_times_of_weight_and_bias_may_differ() -> None:
         pytest.param(torch.linspace(-1, 1, 120).view(3, 40) * 1e-7, id="tiny"),
     ],
 )
-def test_adversarial_rows(rows: torch.Tensor, dtype: torch.dtype) -> None:
+def test_adversarial_rows(ours: Function, rows: torch.Tensor, dtype: torch.dtype) -> None:
     x, (weight, bias) = rows[None].to(DEVICE), values(1, 40)
     result = with_gradients(ours)(x.to(dtype), weight.to(dtype), bias.to(dtype))
     finite = with_gradients(plain)(x.to(dtype), weight.to(dtype), bias.to(dtype))
@@ -101,7 +107,7 @@ def test_adversarial_rows(rows: torch.Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def test_rows_of_one_are_the_bias() -> None:
+def test_rows_of_one_are_the_bias(ours: Function) -> None:
     x, (weight, bias) = seeded(2, 5, 1), values(1, 1)
     y, dx, *_ = with_gradients(ours)(x, weight, bias)
     assert torch.equal(y, bias.expand(2, 5, 1))
@@ -116,7 +122,9 @@ def test_rows_of_one_are_the_bias() -> None:
     shared=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_shape(images: int, rows: int, width: int, shared: bool, dtype: torch.dtype) -> None:
+def test_any_shape(
+    ours: Function, images: int, rows: int, width: int, shared: bool, dtype: torch.dtype
+) -> None:
     inputs = seeded(images, rows, width), *values(1 if shared else images, width)
     assert_as_accurate(with_gradients(ours), with_gradients(plain), *inputs, dtype=dtype)
 
@@ -131,7 +139,7 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strided_inputs(layout: str) -> None:
+def test_strided_inputs(ours: Function, layout: str) -> None:
     whole = seeded(3, 6, 48)
     x = LAYOUTS[layout](whole)
     weight, bias = values(x.shape[0], x.shape[-1])
@@ -141,13 +149,13 @@ def test_strided_inputs(layout: str) -> None:
 
 
 @pytest.mark.parametrize("width", [96, 3000])
-def test_gradients_are_deterministic(width: int) -> None:
+def test_gradients_are_deterministic(ours: Function, width: int) -> None:
     inputs = seeded(2, 20, width), *values(1, width)
     first, second = (with_gradients(ours)(*inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_each_output_alone_has_a_gradient() -> None:
+def test_each_output_alone_has_a_gradient(ours: Function) -> None:
     x, residual, weight, bias = (seeded(2, 3, 8).requires_grad_() for _ in range(4))
     inputs = x, weight[0, :1], bias[0, :1], residual
     for i in range(2):
@@ -157,7 +165,7 @@ def test_each_output_alone_has_a_gradient() -> None:
             torch.testing.assert_close(actual, truth)
 
 
-def test_fp32_stream_with_a_bf16_increment_under_autocast() -> None:
+def test_fp32_stream_with_a_bf16_increment_under_autocast(ours: Function) -> None:
     x, residual = seeded(2, 3, 64).bfloat16(), seeded(2, 3, 64).flip(0)
     weight, bias = values(2, 64)
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -167,7 +175,7 @@ def test_fp32_stream_with_a_bf16_increment_under_autocast() -> None:
     torch.testing.assert_close(y, plain(x, weight, bias, residual)[1].bfloat16())
 
 
-def test_fullgraph_forward_and_backward_equal_eager() -> None:
+def test_fullgraph_forward_and_backward_equal_eager(ours: Function) -> None:
     inputs = seeded(2, 5, 24), *values(2, 24), seeded(2, 5, 24).flip(1)
     eager = with_gradients(ours)(*inputs)
     for backend in ("aot_eager", "inductor"):
@@ -176,13 +184,12 @@ def test_fullgraph_forward_and_backward_equal_eager() -> None:
             torch.testing.assert_close(actual, truth)
 
 
-def test_operators_pass_opcheck() -> None:
+def test_operators_pass_opcheck(implementation: str) -> None:
     x, (weight, bias) = seeded(2, 5, 24), values(2, 24)
     mean, rstd, dy = seeded(2, 5), seeded(2, 5).abs(), seeded(2, 5, 48)
-    fwd, bwd = (
-        torch.ops.dimr_fast.td_layer_norm_fwd.triton,
-        torch.ops.dimr_fast.td_layer_norm_bwd.triton,
-    )
+    overload = "default" if implementation == "cpu" else implementation
+    fwd = getattr(torch.ops.dimr_fast.td_layer_norm_fwd, overload)
+    bwd = getattr(torch.ops.dimr_fast.td_layer_norm_bwd, overload)
     torch.library.opcheck(fwd, (weight, bias, [x], None, torch.float32))
     torch.library.opcheck(fwd, (weight, bias, [x], x.flip(0).bfloat16(), torch.bfloat16))
     torch.library.opcheck(bwd, (x, None, [x], weight, bias, mean, rstd, True, False))
@@ -195,7 +202,7 @@ def test_operators_pass_opcheck() -> None:
 
 
 @pytest.mark.parametrize("width", [300, 3000])
-def test_no_output_is_left_unwritten(width: int, poisoned_memory: None) -> None:
+def test_no_output_is_left_unwritten(ours: Function, width: int, poisoned_memory: None) -> None:
     x = seeded(2, 11, width)
     for result in with_gradients(ours)(x, *values(1, width), x.flip(0)):
         assert result.isfinite().all()
@@ -203,22 +210,30 @@ def test_no_output_is_left_unwritten(width: int, poisoned_memory: None) -> None:
 
 X, VALUES = seeded(2, 3, 4), values(1, 4)
 
-BAD: list[tuple[Callable[[], Any], str]] = [
-    (lambda: ours(X, *VALUES, seeded(2, 3, 5)), r"residual: got shape \(2, 3"),
-    (lambda: ours(X, *VALUES, torch.ones(2, 3, 4, device="meta")), "residual: got device meta"),
-    (lambda: ours(X.double(), *VALUES), "x is float64"),
-    (lambda: ours(torch.ones(2, 3, 4, dtype=torch.int32), *VALUES), "x: got dtype torch.int32"),
-    (lambda: ours(X, VALUES[0], seeded(1, 5)), "bias: got width 5"),
+BAD: list[tuple[Callable[[Function], Any], str]] = [
+    (lambda ours: ours(X, *VALUES, seeded(2, 3, 5)), r"residual: got shape \(2, 3"),
+    (
+        lambda ours: ours(X, *VALUES, torch.ones(2, 3, 4, device="meta")),
+        "residual: got device meta",
+    ),
+    (lambda ours: ours(X.double(), *VALUES), "x is float64"),
+    (
+        lambda ours: ours(torch.ones(2, 3, 4, dtype=torch.int32), *VALUES),
+        "x: got dtype torch.int32",
+    ),
+    (lambda ours: ours(X, VALUES[0], seeded(1, 5)), "bias: got width 5"),
 ]
 
 
 @pytest.mark.parametrize(("call", "message"), BAD)
-def test_bad_input_names_the_argument(call: Callable[[], Any], message: str) -> None:
+def test_bad_input_names_the_argument(
+    ours: Function, call: Callable[[Function], Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        call()
+        call(ours)
 
 
-def test_addresses_past_32_bits() -> None:
+def test_addresses_past_32_bits(ours: Function) -> None:
     """Rows a long way apart: the last begins past 2³¹ elements of a buffer that is mostly unused.
 
     The buffer is 4 GiB of address space in fp16; only the pages that rows lie on are ever touched.
@@ -232,6 +247,10 @@ def test_addresses_past_32_bits() -> None:
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
 
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
 
 WIDTHS = {960: TARGETS, 1152: ("sm_90",), 480: ("sm_90",), 240: ("sm_90",), 66816: ("sm_90",)}
 
@@ -263,12 +282,14 @@ def aot_launches() -> list[Launch]:
     return launches
 
 
+@needs_triton
 def test_compiled_kernels_do_not_spill() -> None:
     for kernel in compiled("test_td_layer_norm"):
         assert kernel.spilled == 0, kernel
         assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
 
 
+@needs_triton
 def test_rows_move_in_16_byte_pieces() -> None:
     """Every load and store of features; statistics, one number a row, are the only smaller ones."""
     for kernel in compiled("test_td_layer_norm"):

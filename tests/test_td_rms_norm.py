@@ -1,5 +1,7 @@
-"""`td_rms_norm` by Triton, interpreted where there is no GPU, against the reference."""
+"""`td_rms_norm` by Triton, interpreted where there is no GPU, and by the compiled CPU library."""
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -8,17 +10,24 @@ import torch
 from aot import TARGETS, Launch, compiled, meta
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DEVICE, assert_as_accurate, seeded, with_gradients
+from oracle import DEVICE, Function, assert_as_accurate, seeded, with_gradients
 
 from dimr_fast import ops
-
-pytest.importorskip("triton", reason="triton is not installed")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def ours(x: torch.Tensor, scale: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-    return ops.td_rms_norm(x, scale, residual, implementation="triton")
+@pytest.fixture(scope="module", params=["triton", "cpu"])
+def implementation(request: pytest.FixtureRequest) -> str:
+    reason = ops.OPERATORS["td_rms_norm"].why_not(request.param, seeded(1))
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def ours(implementation: str) -> Function:
+    return functools.partial(ops.td_rms_norm, implementation=implementation)
 
 
 def plain(x: torch.Tensor, scale: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
@@ -32,7 +41,9 @@ def plain(x: torch.Tensor, scale: torch.Tensor, residual: torch.Tensor | None = 
     [(2, 33, 960), (2, 4, 4, 480), (1, 9, 1152), (3, 1, 7), (5, 66), (1, 3, 9000)],
     ids=str,
 )
-def test_forward_and_gradients(shape: tuple[int, ...], times: str, dtype: torch.dtype) -> None:
+def test_forward_and_gradients(
+    ours: Function, shape: tuple[int, ...], times: str, dtype: torch.dtype
+) -> None:
     x, residual = 3 * seeded(*shape) + 1, seeded(*shape).flip(0)
     scale = seeded(shape[0] if times == "per image" else 1, shape[-1])
     assert_as_accurate(with_gradients(ours), with_gradients(plain), x, scale, dtype=dtype)
@@ -51,7 +62,7 @@ def test_forward_and_gradients(shape: tuple[int, ...], times: str, dtype: torch.
         pytest.param(torch.linspace(-1, 1, 120).view(3, 40) * 1e-7, id="tiny"),
     ],
 )
-def test_adversarial_rows(rows: torch.Tensor, dtype: torch.dtype) -> None:
+def test_adversarial_rows(ours: Function, rows: torch.Tensor, dtype: torch.dtype) -> None:
     x, scale = rows[None].to(DEVICE), seeded(1, 40)
     result = with_gradients(ours)(x.to(dtype), scale.to(dtype))
     finite = with_gradients(plain)(x.to(dtype), scale.to(dtype))
@@ -63,7 +74,7 @@ def test_adversarial_rows(rows: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_one(dtype: torch.dtype) -> None:
+def test_rows_of_one(ours: Function, dtype: torch.dtype) -> None:
     """The gradient is the difference of two equal terms: zero, but for their rounding."""
     x, scale = seeded(2, 5, 1).to(dtype), seeded(1, 1).to(dtype)
     assert_as_accurate(ours, plain, x, scale, dtype=dtype)
@@ -80,7 +91,9 @@ def test_rows_of_one(dtype: torch.dtype) -> None:
     shared=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_shape(images: int, rows: int, width: int, shared: bool, dtype: torch.dtype) -> None:
+def test_any_shape(
+    ours: Function, images: int, rows: int, width: int, shared: bool, dtype: torch.dtype
+) -> None:
     x, scale = seeded(images, rows, width), seeded(1 if shared else images, width)
     assert_as_accurate(with_gradients(ours), with_gradients(plain), x, scale, dtype=dtype)
 
@@ -95,7 +108,7 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strided_inputs(layout: str) -> None:
+def test_strided_inputs(ours: Function, layout: str) -> None:
     whole = seeded(3, 6, 48)
     x = LAYOUTS[layout](whole)
     scale = seeded(x.shape[0], x.shape[-1])
@@ -104,7 +117,7 @@ def test_strided_inputs(layout: str) -> None:
         torch.testing.assert_close(actual, truth)
 
 
-def test_scales_that_are_views_of_a_buffer() -> None:
+def test_scales_that_are_views_of_a_buffer(ours: Function) -> None:
     values = seeded(3, 100)
     for scale in (values[:, 10:58], values[:1, 10:58], seeded(48, 3).T):
         for actual, truth in zip(
@@ -115,13 +128,13 @@ def test_scales_that_are_views_of_a_buffer() -> None:
             torch.testing.assert_close(actual, truth)
 
 
-def test_gradients_are_deterministic() -> None:
+def test_gradients_are_deterministic(ours: Function) -> None:
     x, scale = seeded(2, 70, 96), seeded(1, 96)
     first, second = (with_gradients(ours)(x, scale) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_each_output_alone_has_a_gradient() -> None:
+def test_each_output_alone_has_a_gradient(ours: Function) -> None:
     x, scale, residual = (seeded(2, 3, 8).requires_grad_() for _ in range(3))
     for i in range(2):
         ours_i = torch.autograd.grad(ours(x, scale[0, :1], residual)[i].sum(), (x, residual))
@@ -130,7 +143,7 @@ def test_each_output_alone_has_a_gradient() -> None:
             torch.testing.assert_close(actual, truth)
 
 
-def test_fp32_stream_with_a_bf16_increment_under_autocast() -> None:
+def test_fp32_stream_with_a_bf16_increment_under_autocast(ours: Function) -> None:
     x, scale, residual = seeded(2, 3, 64).bfloat16(), seeded(2, 64), seeded(2, 3, 64).flip(0)
     with torch.autocast(DEVICE, torch.bfloat16):
         summed, y = ours(x, scale, residual)
@@ -139,7 +152,7 @@ def test_fp32_stream_with_a_bf16_increment_under_autocast() -> None:
     torch.testing.assert_close(y, plain(x, scale, residual)[1].bfloat16())
 
 
-def test_fullgraph_forward_and_backward_equal_eager() -> None:
+def test_fullgraph_forward_and_backward_equal_eager(ours: Function) -> None:
     x, scale, residual = seeded(2, 5, 24), seeded(2, 24), seeded(2, 5, 24).flip(1)
     eager = with_gradients(ours)(x, scale, residual)
     for backend in ("aot_eager", "inductor"):
@@ -148,45 +161,49 @@ def test_fullgraph_forward_and_backward_equal_eager() -> None:
             torch.testing.assert_close(actual, truth)
 
 
-def test_operators_pass_opcheck() -> None:
+def test_operators_pass_opcheck(implementation: str) -> None:
     x, scale, rms = seeded(2, 5, 24), seeded(2, 24), seeded(2, 5).abs()
-    fwd, bwd = (
-        torch.ops.dimr_fast.td_rms_norm_fwd.triton,
-        torch.ops.dimr_fast.td_rms_norm_bwd.triton,
-    )
+    overload = "default" if implementation == "cpu" else implementation
+    fwd = getattr(torch.ops.dimr_fast.td_rms_norm_fwd, overload)
+    bwd = getattr(torch.ops.dimr_fast.td_rms_norm_bwd, overload)
     torch.library.opcheck(fwd, (x, None, scale, torch.float32))
     torch.library.opcheck(fwd, (x, x.flip(0).bfloat16(), scale, torch.bfloat16))
     torch.library.opcheck(bwd, (x, None, x, scale, rms))
     torch.library.opcheck(bwd, (x, x, x, scale, rms))
 
 
-def test_no_output_is_left_unwritten(poisoned_memory: None) -> None:
+def test_no_output_is_left_unwritten(ours: Function, poisoned_memory: None) -> None:
     x, scale = seeded(2, 11, 300), seeded(1, 300)
     for result in with_gradients(ours)(x, scale, x.flip(0)):
         assert result.isfinite().all()
 
 
-BAD: list[tuple[Callable[[], Any], str]] = [
-    (lambda: ours(seeded(2, 3, 4), seeded(1, 4), seeded(2, 3, 5)), r"residual: got shape \(2, 3"),
+BAD: list[tuple[Callable[[Function], Any], str]] = [
     (
-        lambda: ours(seeded(2, 3, 4), seeded(1, 4), torch.ones(2, 3, 4, device="meta")),
+        lambda ours: ours(seeded(2, 3, 4), seeded(1, 4), seeded(2, 3, 5)),
+        r"residual: got shape \(2, 3",
+    ),
+    (
+        lambda ours: ours(seeded(2, 3, 4), seeded(1, 4), torch.ones(2, 3, 4, device="meta")),
         "residual: got device meta",
     ),
-    (lambda: ours(seeded(2, 3, 4).double(), seeded(1, 4)), "x is float64"),
+    (lambda ours: ours(seeded(2, 3, 4).double(), seeded(1, 4)), "x is float64"),
     (
-        lambda: ours(torch.ones(2, 3, 4, dtype=torch.int32), seeded(1, 4)),
+        lambda ours: ours(torch.ones(2, 3, 4, dtype=torch.int32), seeded(1, 4)),
         "x: got dtype torch.int32",
     ),
 ]
 
 
 @pytest.mark.parametrize(("call", "message"), BAD)
-def test_bad_input_names_the_argument(call: Callable[[], Any], message: str) -> None:
+def test_bad_input_names_the_argument(
+    ours: Function, call: Callable[[Function], Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        call()
+        call(ours)
 
 
-def test_addresses_past_32_bits() -> None:
+def test_addresses_past_32_bits(ours: Function) -> None:
     """Rows a long way apart: the last begins past 2³¹ elements of a buffer that is mostly unused.
 
     The buffer is 4 GiB of address space in fp16; only the pages that rows lie on are ever touched.
@@ -197,6 +214,10 @@ def test_addresses_past_32_bits() -> None:
     rows.copy_(seeded(1, 3, 8))
     torch.testing.assert_close(ours(rows, seeded(1, 8)), plain(rows.clone(), seeded(1, 8)))
 
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
 
 WIDTHS = {960: TARGETS, 1152: ("sm_90",), 480: ("sm_90",), 240: ("sm_90",), 66816: ("sm_90",)}
 
@@ -224,12 +245,14 @@ def aot_launches() -> list[Launch]:
     return launches
 
 
+@needs_triton
 def test_compiled_kernels_do_not_spill() -> None:
     for kernel in compiled("test_td_rms_norm"):
         assert kernel.spilled == 0, kernel
         assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
 
 
+@needs_triton
 def test_rows_move_in_16_byte_pieces() -> None:
     """Every load and store of features; statistics, one number a row, are the only smaller ones."""
     for kernel in compiled("test_td_rms_norm"):

@@ -38,8 +38,16 @@ DepthwiseConv2d describe(const DepthwiseConv2dShape& s, const Tensor& x, const T
     return p;
 }
 
+// The instructions to use: of a width that leaves most of the longer vectors' lanes empty, shorter.
+InstructionSet instructions(const DepthwiseConv2d& p) {
+    const int64_t rest = p.channels % 16;
+    const bool half_empty = p.weight_dtype != DType::BFLOAT16 && rest > 0 && rest <= 8;
+    return half_empty ? std::min(instruction_set(), InstructionSet::AVX2) : instruction_set();
+}
+#define CHOOSE(function) DIMR_FAST_CHOOSE_FOR(instructions(p), function)
+
 int64_t blocks(const DepthwiseConv2d& p) {
-    const int64_t lanes = DIMR_FAST_CHOOSE(depthwise_conv2d_lanes)();
+    const int64_t lanes = CHOOSE(depthwise_conv2d_lanes)();
     return (p.channels + lanes - 1) / lanes;
 }
 
@@ -47,23 +55,22 @@ int64_t groups(const DepthwiseConv2d& p) { return (blocks(p) + p.group - 1) / p.
 
 int64_t cost(const DepthwiseConv2d& p) { return p.group * p.band * p.width * p.kernel * p.kernel; }
 
-// Tasks are to keep a handful of threads busy: smaller groups where images and channels are few.
-void choose_group(DepthwiseConv2d& p) {
-    p.group = DIMR_FAST_CHOOSE(depthwise_conv2d_group)(p);
-    while (p.group > 1 && p.batch * groups(p) < ENOUGH_TASKS) --p.group;
-}
-
 void convolve(DepthwiseConv2d p) {
-    choose_group(p);
-    // Bands repeat the rows around them: only where groups are still too few.
-    const int64_t tasks = p.batch * groups(p);
+    p.group = std::min(blocks(p), CHOOSE(depthwise_conv2d_group)(p));
+    // Tasks are to keep a handful of threads busy. Bands repeat the rows around them, so they are
+    // not to be low; where there are still too few, smaller groups.
     const int64_t most = std::max<int64_t>(1, p.height / 8);
-    const int64_t bands = std::clamp<int64_t>(ENOUGH_TASKS / tasks, 1, most);
+    const int64_t bands = std::clamp<int64_t>(ENOUGH_TASKS / (p.batch * groups(p)), 1, most);
     p.band = (p.height + bands - 1) / bands;
-    const int64_t bytes = DIMR_FAST_CHOOSE(depthwise_conv2d_scratch)(p);
-    parallel(tasks * p.bands(), cost(p), [&](int64_t begin, int64_t end) {
+    while (p.group > 1 && p.batch * groups(p) * p.bands() < ENOUGH_TASKS) --p.group;
+    const Scratch packed(CHOOSE(depthwise_conv2d_packed)(p));
+    p.packed = packed.data();
+    parallel(blocks(p), 16 * p.kernel * p.kernel,
+             [&](int64_t begin, int64_t end) { CHOOSE(depthwise_conv2d_pack)(p, begin, end); });
+    const int64_t bytes = CHOOSE(depthwise_conv2d_scratch)(p);
+    parallel(p.batch * groups(p) * p.bands(), cost(p), [&](int64_t begin, int64_t end) {
         const Scratch scratch(bytes);
-        DIMR_FAST_CHOOSE(depthwise_conv2d)(p, begin, end, scratch.data());
+        CHOOSE(depthwise_conv2d)(p, begin, end, scratch.data());
     });
 }
 
@@ -79,23 +86,22 @@ Tensor depthwise_conv2d_fwd(const Tensor& x, const Tensor& weight,
     return y;
 }
 
-void weight_gradients(DepthwiseConv2d p, const Tensor& dy, const Tensor& dweight,
-                      const Tensor& dbias) {
-    const int64_t lanes = DIMR_FAST_CHOOSE(depthwise_conv2d_lanes)();
+void weight_gradients(DepthwiseConv2d p, const Tensor& dweight, const Tensor& dbias) {
+    const int64_t lanes = CHOOSE(depthwise_conv2d_lanes)();
     const int64_t sums = p.kernel * p.kernel + 1;
-    const Tensor partial =
-        torch::stable::new_empty(dy, {p.batch * blocks(p) * sums * lanes}, ScalarType::Float);
-    p.partial = partial.mutable_data_ptr<float>();
+    const Scratch partial(p.batch * blocks(p) * sums * lanes * sizeof(float));
+    p.partial = static_cast<float*>(partial.data());
     p.weight_grad = dweight.mutable_data_ptr<float>();
     p.bias_grad = dbias.mutable_data_ptr<float>();
-    choose_group(p);
-    const int64_t bytes = DIMR_FAST_CHOOSE(depthwise_conv2d_scratch)(p);
+    p.group = std::min(blocks(p), CHOOSE(depthwise_conv2d_group)(p));
+    while (p.group > 1 && p.batch * groups(p) < ENOUGH_TASKS) --p.group;
+    const int64_t bytes = CHOOSE(depthwise_conv2d_scratch)(p);
     parallel(p.batch * groups(p), cost(p), [&](int64_t begin, int64_t end) {
         const Scratch scratch(bytes);
-        DIMR_FAST_CHOOSE(depthwise_conv2d_weight_grad)(p, begin, end, scratch.data());
+        CHOOSE(depthwise_conv2d_weight_grad)(p, begin, end, scratch.data());
     });
     parallel(blocks(p), p.batch * sums, [&](int64_t begin, int64_t end) {
-        DIMR_FAST_CHOOSE(depthwise_conv2d_weight_sum)(p, begin, end);
+        CHOOSE(depthwise_conv2d_weight_sum)(p, begin, end);
     });
 }
 
@@ -119,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(const Tensor& dy, const 
         convolve(p);
     }
     if (shape.numel() > 0 && parameters)
-        weight_gradients(describe(shape, x, weight, dy), dy, dweight, dbias);
+        weight_gradients(describe(shape, x, weight, dy), dweight, dbias);
     return {dx, needs_dweight ? dweight : none, needs_dbias ? dbias : none};
 }
 

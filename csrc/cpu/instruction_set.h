@@ -25,20 +25,22 @@ InstructionSet instruction_set();
     namespace avx512bf16 {     \
     __VA_ARGS__;               \
     }
-#define DIMR_FAST_CHOOSE(function)                                             \
-    (::dimr_fast::choose(portable::function, avx2::function, avx512::function, \
+#define DIMR_FAST_CHOOSE_FOR(set, function)                                         \
+    (::dimr_fast::choose(set, portable::function, avx2::function, avx512::function, \
                          avx512bf16::function))
 #else
 #define DIMR_FAST_DECLARE(...) \
     namespace portable {       \
     __VA_ARGS__;               \
     }
-#define DIMR_FAST_CHOOSE(function) (portable::function)
+#define DIMR_FAST_CHOOSE_FOR(set, function) ((void)(set), portable::function)
 #endif
+#define DIMR_FAST_CHOOSE(function) DIMR_FAST_CHOOSE_FOR(::dimr_fast::instruction_set(), function)
 
 template <typename Function>
-Function* choose(Function* portable, Function* avx2, Function* avx512, Function* avx512bf16) {
-    switch (instruction_set()) {
+Function* choose(InstructionSet set, Function* portable, Function* avx2, Function* avx512,
+                 Function* avx512bf16) {
+    switch (set) {
         case InstructionSet::AVX512BF16:
             return avx512bf16;
         case InstructionSet::AVX512:

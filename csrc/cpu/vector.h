@@ -50,9 +50,19 @@ inline void write(void* to, From from) {
 
 inline Vector load(const float* from) { return read<Vector>(from); }
 
+// GCC's own conversion of vectors takes two halves of them apart and puts them together again.
+inline Bits widened(HalfBits from) {
+#if defined(__AVX512F__)
+    return (Bits)_mm512_cvtepu16_epi32((__m256i)from);
+#elif defined(__AVX2__)
+    return (Bits)_mm256_cvtepu16_epi32((__m128i)from);
+#else
+    return __builtin_convertvector(from, Bits);
+#endif
+}
+
 inline Vector load(const BFloat16* from) {
-    const Bits wide = __builtin_convertvector(read<HalfBits>(from), Bits);
-    return bits_as<Vector>(wide << 16);
+    return bits_as<Vector>(widened(read<HalfBits>(from)) << 16);
 }
 
 inline Vector load(const Half* from) {
@@ -134,25 +144,47 @@ inline void store(float* to, Vector from, int64_t count) {
 }
 
 inline Vector load(const BFloat16* from, int64_t count) {
-    const __m256i lanes = _mm256_maskz_loadu_epi16(first(count), from);
-    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(lanes), 16);
+    const HalfBits lanes = (HalfBits)_mm256_maskz_loadu_epi16(first(count), from);
+    return bits_as<Vector>(__builtin_convertvector(lanes, Bits) << 16);
 }
 
-inline void store(BFloat16* to, Vector from, int64_t count) {
+inline Vector load(const Half* from, int64_t count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), from));
+}
+
+template <typename T>
+inline void store_halves(T* to, Vector from, int64_t count) {
     HalfBits lanes;
-    store(reinterpret_cast<BFloat16*>(&lanes), from);
+    store(reinterpret_cast<T*>(&lanes), from);
     if (count == LANES)
         write(to, lanes);
     else
         _mm256_mask_storeu_epi16(to, first(count), (__m256i)lanes);
 }
+
+inline void store(BFloat16* to, Vector from, int64_t count) { store_halves(to, from, count); }
+
+inline void store(Half* to, Vector from, int64_t count) { store_halves(to, from, count); }
 #endif
 
+// As a number of type T, once stored, reads.
+template <typename T>
+inline Vector rounded(Vector from) {
+    T lanes[LANES];
+    store(lanes, from);
+    return load(lanes);
+}
+
 inline float sum(Vector v) {
-    float lanes[LANES], total = 0;
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(v);
+#else
+    float lanes[LANES];
     store(lanes, v);
-    for (float lane : lanes) total += lane;
-    return total;
+    for (int n = LANES / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+    return lanes[0];
+#endif
 }
 
 }  // namespace

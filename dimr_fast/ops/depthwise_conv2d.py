@@ -62,8 +62,10 @@ def depthwise_conv2d(
     elif chosen == "cuda" or x.dtype != torch.float32:
         # Products are taken in the dtype of the weights, in a narrower one than x on a CPU only.
         dtype = x.dtype
-    bias = None if bias is None else bias.to(dtype)
-    return _DepthwiseConv2d.apply(x, weight.to(dtype), bias, residual)
+    x, weight = _last_contiguous(x), weight.to(dtype).contiguous()
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    run = _DepthwiseConv2d.apply if torch.is_grad_enabled() else _fwd
+    return run(x, weight, bias, residual)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -85,7 +87,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             continue
         if value.device != x.device:
             raise ValueError(f"{name}: got device {value.device}, expected that of x, {x.device}")
-        if compute_dtype(value) != compute_dtype(x):
+        if value.dtype != x.dtype and compute_dtype(value) != compute_dtype(x):
             raise TypeError(
                 f"{name}: got dtype {_name(value.dtype)}, expected that of x, {_name(x.dtype)}"
             )
@@ -136,10 +138,9 @@ def _last_contiguous(x: Tensor) -> Tensor:
 class _DepthwiseConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
-        x, weight = _last_contiguous(x), weight.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.residual = residual
-        return _fwd(x, weight, None if bias is None else bias.contiguous(), residual)
+        return _fwd(x, weight, bias, residual)
 
     @staticmethod
     @once_differentiable

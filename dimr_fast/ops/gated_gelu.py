@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
-from dimr_fast.ops import _triton
+from dimr_fast.ops import _compiled, _triton
 from dimr_fast.ops._checks import check_floating
 from dimr_fast.ops.implementations import Implementations
 
@@ -15,6 +15,7 @@ implementations = Implementations(
     "gated_gelu",
     example=(4, 257, 3840),
     triton=_triton.why_not,
+    cpu=_compiled.why_not_cpu,
     slower={"triton": _triton.slower},
 )
 
@@ -29,32 +30,32 @@ def gated_gelu(x: Tensor, *, implementation: str = "auto") -> Tensor:
     if x.dim() < 1 or x.shape[-1] % 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected an even last axis, 2·hidden")
     check_floating(x=x)
-    if implementations.select(implementation, x) == "triton":
-        return _GatedGELU.apply(x)
-    return reference.gated_gelu(x)
+    chosen = implementations.select(implementation, x)
+    return reference.gated_gelu(x) if chosen == "reference" else _GatedGELU.apply(x, chosen)
 
 
-_fwd = _triton.register(
-    "gated_gelu",
-    "fwd",
-    "(Tensor x) -> Tensor",
-    lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
-)
-_bwd = _triton.register(
-    "gated_gelu",
-    "bwd",
-    "(Tensor dy, Tensor x) -> Tensor",
-    lambda dy, x: x.new_empty(x.shape),
-)
+def _fwd_shapes(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+def _bwd_shapes(dy: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_FWD = "gated_gelu", "fwd", "(Tensor x) -> Tensor", _fwd_shapes
+_BWD = "gated_gelu", "bwd", "(Tensor dy, Tensor x) -> Tensor", _bwd_shapes
+_fwd = {"triton": _triton.register(*_FWD), "cpu": _compiled.declare(*_FWD)}
+_bwd = {"triton": _triton.register(*_BWD), "cpu": _compiled.declare(*_BWD)}
 
 
 class _GatedGELU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, implementation: str) -> Tensor:
         ctx.save_for_backward(x)
-        return _fwd(x)
+        ctx.implementation = implementation
+        return _fwd[implementation](x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return _bwd(dy, *ctx.saved_tensors)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return _bwd[ctx.implementation](dy, *ctx.saved_tensors), None

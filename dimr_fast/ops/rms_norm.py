@@ -4,7 +4,7 @@ from typing import overload
 
 from torch import Tensor
 
-from dimr_fast.ops import _triton
+from dimr_fast.ops import _compiled, _triton
 from dimr_fast.ops._checks import check_width
 from dimr_fast.ops.implementations import Implementations
 from dimr_fast.ops.td_rms_norm import td_rms_norm
@@ -13,6 +13,7 @@ implementations = Implementations(
     "rms_norm",
     example=(4, 257, 960),
     triton=_triton.why_not,
+    cpu=_compiled.why_not_cpu,
     slower={"triton": _triton.slower},
 )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
-from dimr_fast.ops import _triton
+from dimr_fast.ops import _compiled, _triton
 from dimr_fast.ops._checks import check_residual, check_time_values, compute_dtype
 from dimr_fast.ops.implementations import Implementations
 
@@ -17,6 +17,7 @@ implementations = Implementations(
     "td_layer_norm",
     example=(4, 257, 960),
     triton=_triton.why_not,
+    cpu=_compiled.why_not_cpu,
     slower={"triton": _triton.slower},
 )
 
@@ -47,8 +48,9 @@ def td_layer_norm(
     """
     check_time_values(x, weight=weight, bias=bias)
     check_residual(x, residual)
-    if implementations.select(implementation, x) == "triton":
-        return _TDLayerNorm.apply(x, residual, weight, bias, compute_dtype(x))
+    chosen = implementations.select(implementation, x)
+    if chosen != "reference":
+        return _TDLayerNorm.apply(x, residual, weight, bias, compute_dtype(x), chosen)
     summed = x if residual is None else residual + x
     y = reference.td_layer_norm(summed, weight, bias).to(compute_dtype(x))
     return y if residual is None else (summed, y)
@@ -90,20 +92,22 @@ def _bwd_shapes(
     return dx, parameters, dy.new_empty(dy.shape if needs_y else (0,))
 
 
-fwd = _triton.register(
-    "td_layer_norm",
-    "fwd",
+_FWD = (
     "(Tensor weight, Tensor bias, Tensor[] pieces, Tensor? residual, ScalarType? dtype)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _fwd_shapes,
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
-bwd = _triton.register(
-    "td_layer_norm",
-    "bwd",
+_BWD = (
     "(Tensor dy, Tensor? dsum, Tensor[] pieces, Tensor weight, Tensor bias, Tensor mean,"
-    " Tensor rstd, bool needs_dx, bool needs_y) -> (Tensor, Tensor, Tensor)",
-    _bwd_shapes,
+    " Tensor rstd, bool needs_dx, bool needs_y) -> (Tensor, Tensor, Tensor)"
 )
+fwd = {
+    "triton": _triton.register("td_layer_norm", "fwd", _FWD, _fwd_shapes),
+    "cpu": _compiled.declare("td_layer_norm", "fwd", _FWD, _fwd_shapes),
+}
+bwd = {
+    "triton": _triton.register("td_layer_norm", "bwd", _BWD, _bwd_shapes),
+    "cpu": _compiled.declare("td_layer_norm", "bwd", _BWD, _bwd_shapes),
+}
 
 
 def parameter_gradients(both: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,9 +128,11 @@ class _TDLayerNorm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         dtype: torch.dtype,
+        implementation: str,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        summed, y, mean, rstd = fwd(weight, bias, [x], residual, dtype)
+        summed, y, mean, rstd = fwd[implementation](weight, bias, [x], residual, dtype)
         ctx.save_for_backward(x if residual is None else summed, weight, bias, mean, rstd)
+        ctx.implementation = implementation
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)
         return y if residual is None else (summed, y)
@@ -140,10 +146,12 @@ class _TDLayerNorm(torch.autograd.Function):
         if dy is None:
             dx, dweight, dbias = dsum, None, None
         else:
-            dx, both, _ = bwd(dy, dsum, [summed], weight, bias, mean, rstd, True, False)
+            dx, both, _ = bwd[ctx.implementation](
+                dy, dsum, [summed], weight, bias, mean, rstd, True, False
+            )
             dx = dx[0]
             dweight, dbias = parameter_gradients(both, weight, bias)
         if dx is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         dresidual = None if residual_dtype is None else dx.to(residual_dtype)
-        return dx.to(x_dtype), dresidual, dweight, dbias, None
+        return dx.to(x_dtype), dresidual, dweight, dbias, None, None

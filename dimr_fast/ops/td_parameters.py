@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
-from dimr_fast.ops import _triton
+from dimr_fast.ops import _compiled, _triton
 from dimr_fast.ops._checks import check_floating
 from dimr_fast.ops.implementations import Implementations
 
@@ -19,6 +19,7 @@ implementations = Implementations(
     "td_parameters",
     example=(4,),
     triton=_triton.why_not,
+    cpu=_compiled.why_not_cpu,
     slower={"triton": _triton.slower},
 )
 
@@ -38,21 +39,23 @@ def td_parameters(
     if tau.dim() != 1:
         raise ValueError(f"tau: got shape {tuple(tau.shape)}, expected [T]")
     check_floating(tau=tau)
-    selected = implementations.select(implementation, tau)
+    chosen = implementations.select(implementation, tau)
     if not parameters:
         return ()
     _check(tau, parameters)
-    if selected == "triton":
-        reason = _why_not_triton(tau, parameters[0][0])
-        if reason is not None and implementation == "triton":
-            raise ValueError(f"implementation: 'triton' of td_parameters cannot run here: {reason}")
-        selected = "triton" if reason is None else "reference"
+    reason = None if chosen == "reference" else _why_not(tau, parameters[0][0])
+    if reason is not None:
+        if implementation == chosen:
+            raise ValueError(
+                f"implementation: {chosen!r} of td_parameters cannot run here: {reason}"
+            )
+        chosen = "reference"
     widths = [p[0].shape[0] for p in parameters]
     kinds = zip(*parameters, strict=True)
-    if selected == "triton":
-        values = _TDParameters.apply(tau, *(v for kind in kinds for v in kind))
-    else:
+    if chosen == "reference":
         values = reference.td_parameter(tau, *(torch.cat(kind) for kind in kinds))
+    else:
+        values = _TDParameters.apply(chosen, tau, *(v for kind in kinds for v in kind))
     return values.split(widths, -1)
 
 
@@ -76,7 +79,7 @@ def _check(tau: Tensor, parameters: Sequence[Vectors]) -> None:
                 )
 
 
-def _why_not_triton(tau: Tensor, vector: Tensor) -> str | None:
+def _why_not(tau: Tensor, vector: Tensor) -> str | None:
     """What forbids it beside `tau` itself: kernels that see only `tau` cannot know."""
     if tau.requires_grad and torch.is_grad_enabled():
         return "it has no gradient with respect to tau"
@@ -108,20 +111,16 @@ def _bwd_shapes(
     return dvalues.new_empty((4, dvalues.shape[-1]), dtype=param0[0].dtype)
 
 
-_fwd = _triton.register(
-    "td_parameters",
-    "fwd",
-    "(Tensor tau, Tensor[] param0, Tensor[] param1, Tensor[] nodecay_weight, "
-    "Tensor[] nodecay_bias) -> Tensor",
-    _fwd_shapes,
-)
-_bwd = _triton.register(
+_VECTORS = "Tensor[] param0, Tensor[] param1, Tensor[] nodecay_weight, Tensor[] nodecay_bias"
+_FWD = "td_parameters", "fwd", f"(Tensor tau, {_VECTORS}) -> Tensor", _fwd_shapes
+_BWD = (
     "td_parameters",
     "bwd",
-    "(Tensor dvalues, Tensor tau, Tensor[] param0, Tensor[] param1, Tensor[] nodecay_weight, "
-    "Tensor[] nodecay_bias) -> Tensor",
+    f"(Tensor dvalues, Tensor tau, {_VECTORS}) -> Tensor",
     _bwd_shapes,
 )
+_fwd = {"triton": _triton.register(*_FWD), "cpu": _compiled.declare(*_FWD)}
+_bwd = {"triton": _triton.register(*_BWD), "cpu": _compiled.declare(*_BWD)}
 
 
 def _by_kind(vectors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -131,15 +130,16 @@ def _by_kind(vectors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 class _TDParameters(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tau: Tensor, *vectors: Tensor) -> Tensor:
+    def forward(ctx: Any, implementation: str, tau: Tensor, *vectors: Tensor) -> Tensor:
         ctx.save_for_backward(tau, *vectors)
-        return _fwd(tau, *_by_kind(vectors))
+        ctx.implementation = implementation
+        return _fwd[implementation](tau, *_by_kind(vectors))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
         tau, *vectors = ctx.saved_tensors
         kinds = _by_kind(vectors)
-        grads = _bwd(dvalues, tau, *kinds)
+        grads = _bwd[ctx.implementation](dvalues, tau, *kinds)
         widths = [v.shape[0] for v in kinds[0]]
-        return None, *(grad for kind in grads for grad in kind.split(widths))
+        return None, None, *(grad for kind in grads for grad in kind.split(widths))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
-from dimr_fast.ops import _triton
+from dimr_fast.ops import _compiled, _triton
 from dimr_fast.ops._checks import check_residual, check_time_values, compute_dtype
 from dimr_fast.ops.implementations import Implementations
 
@@ -16,6 +16,7 @@ implementations = Implementations(
     "td_rms_norm",
     example=(4, 257, 960),
     triton=_triton.why_not,
+    cpu=_compiled.why_not_cpu,
     slower={"triton": _triton.slower},
 )
 
@@ -40,8 +41,9 @@ def td_rms_norm(
     """
     check_time_values(x, scale=scale)
     check_residual(x, residual)
-    if implementations.select(implementation, x) == "triton":
-        return _TDRMSNorm.apply(x, residual, scale, compute_dtype(x))
+    chosen = implementations.select(implementation, x)
+    if chosen != "reference":
+        return _TDRMSNorm.apply(x, residual, scale, compute_dtype(x), chosen)
     summed = x if residual is None else residual + x
     y = reference.td_rms_norm(summed, scale).to(compute_dtype(x))
     return y if residual is None else (summed, y)
@@ -64,27 +66,31 @@ def _bwd_shapes(
     return dy.new_empty(x.shape, dtype=x.dtype), dy.new_empty(scale.shape, dtype=torch.float32)
 
 
-_fwd = _triton.register(
-    "td_rms_norm",
-    "fwd",
-    "(Tensor x, Tensor? residual, Tensor scale, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
-    _fwd_shapes,
-)
-_bwd = _triton.register(
-    "td_rms_norm",
-    "bwd",
-    "(Tensor dy, Tensor? dsum, Tensor x, Tensor scale, Tensor rms) -> (Tensor, Tensor)",
-    _bwd_shapes,
-)
+_FWD = "(Tensor x, Tensor? residual, Tensor scale, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
+_BWD = "(Tensor dy, Tensor? dsum, Tensor x, Tensor scale, Tensor rms) -> (Tensor, Tensor)"
+_fwd = {
+    "triton": _triton.register("td_rms_norm", "fwd", _FWD, _fwd_shapes),
+    "cpu": _compiled.declare("td_rms_norm", "fwd", _FWD, _fwd_shapes),
+}
+_bwd = {
+    "triton": _triton.register("td_rms_norm", "bwd", _BWD, _bwd_shapes),
+    "cpu": _compiled.declare("td_rms_norm", "bwd", _BWD, _bwd_shapes),
+}
 
 
 class _TDRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, scale: Tensor, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        scale: Tensor,
+        dtype: torch.dtype,
+        implementation: str,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        summed, y, rms = _fwd(x, residual, scale, dtype)
+        summed, y, rms = _fwd[implementation](x, residual, scale, dtype)
         ctx.save_for_backward(x if residual is None else summed, scale, rms)
+        ctx.implementation = implementation
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)
         return y if residual is None else (summed, y)
@@ -98,9 +104,9 @@ class _TDRMSNorm(torch.autograd.Function):
         if dy is None:
             dx, dscale = dsum, None
         else:
-            dx, dscale = _bwd(dy, dsum, summed, scale, rms)
+            dx, dscale = _bwd[ctx.implementation](dy, dsum, summed, scale, rms)
             dscale = dscale.to(scale.dtype)
         if dx is None:
-            return None, None, None, None
+            return None, None, None, None, None
         dresidual = None if residual_dtype is None else dx.to(residual_dtype)
-        return dx.to(x_dtype), dresidual, dscale, None
+        return dx.to(x_dtype), dresidual, dscale, None, None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
-from dimr_fast.ops import _triton
+from dimr_fast.ops import _compiled, _triton
 from dimr_fast.ops._checks import check_device, check_floating, check_times, compute_dtype
 from dimr_fast.ops.implementations import Implementations
 from dimr_fast.ops.td_layer_norm import bwd as norm_in_bwd
@@ -21,6 +21,7 @@ implementations = Implementations(
     "upsample_add",
     example=(4, 32, 32, 480),
     triton=_triton.why_not,
+    cpu=_compiled.why_not_cpu,
     slower={"triton": _triton.slower},
 )
 
@@ -63,19 +64,21 @@ def upsample_add(
     slots = [f.to(dtype) for f in slots]
     _check_parameters(x, slots, norm_in, weight, bias, norm_out)
     chosen = implementations.select(implementation, x)
-    if chosen == "triton" and dtype not in _triton.DTYPES:
-        raise ValueError(f"features: got dtype {dtype}, expected one of {_triton.DTYPES}")
+    if chosen != "reference" and dtype not in _triton.DTYPES:
+        if implementation != "auto":
+            raise ValueError(f"features: got dtype {dtype}, expected one of {_triton.DTYPES}")
+        chosen = "reference"
     if norm_behind_projection:
         tensors = (x, *slots, *norm_in, weight, bias, *norm_out)
         buffer = _check_norm_behind(features, norm_in, tensors).flatten(-2)
         return _norm_behind(chosen, x, buffer, norm_in, weight, bias, norm_out)
-    if chosen != "triton":
+    if chosen == "reference":
         return reference.upsample_add(x, slots, norm_in, weight, bias, norm_out)
     pieces = slots
     if isinstance(features, Tensor) and features.stride(-2) == features.shape[-1]:
         pieces = [features.flatten(-2)]
     return _UpsampleAdd.apply(
-        x, *norm_in, weight, bias, *norm_out, compute_dtype(pieces[0]), *pieces
+        x, *norm_in, weight, bias, *norm_out, compute_dtype(pieces[0]), chosen, *pieces
     )
 
 
@@ -163,9 +166,10 @@ def _norm_behind(
     row_sums = folded.sum(1, dtype=wide)
     constant = (weight.to(wide) * shift).sum(1) + bias.to(wide)
     projected = F.linear(features, folded)
-    if implementation == "triton":
-        _, _, mean, rstd = norm_in_fwd(scale, shift, [features], None, None)
-        return _fwd(x, projected, *norm_out, [mean, rstd, row_sums, constant])[0]
+    if implementation != "reference":
+        _, _, mean, rstd = norm_in_fwd[implementation](scale, shift, [features], None, None)
+        behind = [mean, rstd, row_sums, constant]
+        return _fwd[implementation](x, projected, *norm_out, behind)[0]
     variance, mean = torch.var_mean(features.to(wide), -1, correction=0, keepdim=True)
     y = torch.rsqrt(variance + 1e-5) * (projected - mean * row_sums) + constant
     q = x.shape[1] // features.shape[1]
@@ -194,20 +198,22 @@ def _bwd_shapes(
     )
 
 
-_fwd = _triton.register(
+_FWD = (
     "upsample_add",
     "fwd",
     "(Tensor x, Tensor projected, Tensor weight, Tensor bias, Tensor[] behind)"
     " -> (Tensor, Tensor, Tensor)",
     _fwd_shapes,
 )
-_bwd = _triton.register(
+_BWD = (
     "upsample_add",
     "bwd",
     "(Tensor dout, Tensor projected, Tensor weight, Tensor mean, Tensor rstd, int times)"
     " -> (Tensor, Tensor, Tensor)",
     _bwd_shapes,
 )
+_fwd = {"triton": _triton.register(*_FWD), "cpu": _compiled.declare(*_FWD)}
+_bwd = {"triton": _triton.register(*_BWD), "cpu": _compiled.declare(*_BWD)}
 
 
 class _UpsampleAdd(torch.autograd.Function):
@@ -222,11 +228,13 @@ class _UpsampleAdd(torch.autograd.Function):
         scale_out: Tensor,
         shift_out: Tensor,
         dtype: torch.dtype,
+        implementation: str,
         *pieces: Tensor,
     ) -> Tensor:
-        _, normed, *statistics_in = norm_in_fwd(scale_in, shift_in, pieces, None, dtype)
+        norm_in = norm_in_fwd[implementation]
+        _, normed, *statistics_in = norm_in(scale_in, shift_in, pieces, None, dtype)
         projected = F.linear(normed, weight.to(dtype), bias.to(dtype))
-        out, *statistics_out = _fwd(x, projected, scale_out, shift_out, [])
+        out, *statistics_out = _fwd[implementation](x, projected, scale_out, shift_out, [])
         # The normed features, as large as all features together, are computed again in backward.
         ctx.save_for_backward(
             scale_in,
@@ -240,6 +248,7 @@ class _UpsampleAdd(torch.autograd.Function):
             *pieces,
         )
         ctx.dtypes = x.dtype, bias.dtype
+        ctx.implementation = implementation
         return out
 
     @staticmethod
@@ -249,10 +258,12 @@ class _UpsampleAdd(torch.autograd.Function):
         scale_out, shift_out, mean_out, rstd_out, *pieces = rest
         x_dtype, bias_dtype = ctx.dtypes
         times = max(scale_out.shape[0], shift_out.shape[0])
-        dprojected, dnorm_out, dbias = _bwd(dout, projected, scale_out, mean_out, rstd_out, times)
+        dprojected, dnorm_out, dbias = _bwd[ctx.implementation](
+            dout, projected, scale_out, mean_out, rstd_out, times
+        )
         dnormed = dprojected @ weight.to(dprojected.dtype)
-        needs_pieces = any(ctx.needs_input_grad[8:])
-        dpieces, dnorm_in, normed = norm_in_bwd(
+        needs_pieces = any(ctx.needs_input_grad[9:])
+        dpieces, dnorm_in, normed = norm_in_bwd[ctx.implementation](
             dnormed, None, pieces, scale_in, shift_in, mean_in, rstd_in, needs_pieces, True
         )
         dweight = dprojected.flatten(0, -2).mT @ normed.flatten(0, -2)
@@ -262,6 +273,7 @@ class _UpsampleAdd(torch.autograd.Function):
             dweight.to(weight.dtype),
             dbias.to(bias_dtype),
             *parameter_gradients(dnorm_out, scale_out, shift_out),
+            None,
             None,
             *(dpieces if needs_pieces else [None] * len(pieces)),
         )

@@ -28,20 +28,22 @@ inline void convolve(const Rows& rows, const typename Product::Operand* weights,
         for (int64_t i = i0; i < i1; ++i)
             for (int64_t j = 0; j < taps; ++j) {
                 const Operand weight = weights[i * taps + j];
+                auto x = rows.cursor(i, w + STEP * j);
 #pragma GCC unroll 16
-                for (int n = 0; n < SIZE; ++n)
-                    sum[n] = Product::multiply_add(sum[n], weight, rows.at(i, w + STEP * j + n));
+                for (int n = 0; n < SIZE; ++n, x.advance())
+                    sum[n] = Product::multiply_add(sum[n], weight, x.value());
             }
     } else {
 #pragma GCC unroll 1
         for (int64_t i = i0; i < i1; ++i) {
+            auto x = rows.cursor(i, w);
             Operand weight[TAPS];
 #pragma GCC unroll 8
             for (int j = 0; j < TAPS; ++j) weight[j] = weights[i * TAPS + j];
 #pragma GCC unroll 32
-            for (int q = 0; q < SIZE + STEP * (TAPS - 1); ++q) {
+            for (int q = 0; q < SIZE + STEP * (TAPS - 1); ++q, x.advance()) {
                 if ((LEFT && q < K / 2) || (RIGHT && q >= SIZE + K / 2)) continue;
-                const Operand input = rows.at(i, w + q);
+                const Operand input = in_register(x.value());
 #pragma GCC unroll 8
                 for (int j = 0; j < TAPS; ++j) {
                     const int n = q - STEP * j;
@@ -57,23 +59,41 @@ inline void convolve(const Rows& rows, const typename Product::Operand* weights,
 template <int SIZE, typename T>
 inline void finish(const DepthwiseConv2d& p, Vector (&sum)[SIZE], int64_t count, int64_t lanes,
                    const T* x, T* y) {
+    // Copies, because a store could change p as far as the compiler knows.
+    const int64_t x_stride = p.x.pixel_stride, y_stride = p.y.pixel_stride;
+    if (p.residual) {
 #pragma GCC unroll 16
-    for (int n = 0; n < SIZE; ++n) {
+        for (int n = 0; n < SIZE; ++n, x += x_stride) {
+            if (n >= count) break;
+            sum[n] += load(x, lanes);
+        }
+    }
+#pragma GCC unroll 16
+    for (int n = 0; n < SIZE; ++n, y += y_stride) {
         if (n >= count) break;
-        if (p.residual) sum[n] += load(x + n * p.x.pixel_stride, lanes);
-        store(y + n * p.y.pixel_stride, sum[n], lanes);
+        store(y, sum[n], lanes);
     }
 }
 
-// The group's weights to scratch, each block's [channels, kernel, kernel] as [kernel, taps].
+// Operands of a block's packed weights, [kernel, taps] and the bias.
 template <typename Product>
-void copy_weights(const DepthwiseConv2d& p, Task<Product>& task, Vector* bias) {
-    const int64_t k = p.kernel, size = k * k, taps = (k + Product::STEP - 1) / Product::STEP;
+int64_t packed_size(int64_t k) {
+    return k * ((k + Product::STEP - 1) / Product::STEP) + 1;
+}
+
+template <typename Product>
+const typename Product::Operand* packed(const DepthwiseConv2d& p, int64_t block) {
+    return static_cast<const typename Product::Operand*>(p.packed) +
+           block * packed_size<Product>(p.kernel);
+}
+
+template <typename Product>
+void pack(const DepthwiseConv2d& p, int64_t begin, int64_t end) {
+    const int64_t k = p.kernel, size = k * k;
     with_type(p.weight_dtype, [&]<typename T>(T*) {
-        for (int64_t block = 0; block < task.blocks; ++block) {
-            const int64_t c0 = task.c0 + block * LANES, lanes = task.lanes(p, block);
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t c0 = block * LANES, lanes = min(LANES, p.channels - c0);
             const T* from = static_cast<const T*>(p.weight) + c0 * size;
-            bias[block] = p.bias ? load(static_cast<const T*>(p.bias) + c0, lanes) : Vector{};
             const auto column = [&](int64_t i, int64_t j) {
                 T values[LANES] = {};
                 const int64_t at = p.flipped ? size - 1 - (i * k + j) : i * k + j;
@@ -81,25 +101,28 @@ void copy_weights(const DepthwiseConv2d& p, Task<Product>& task, Vector* bias) {
                     for (int64_t c = 0; c < lanes; ++c) values[c] = from[c * size + at];
                 return Product::input(load(values));
             };
+            auto* to = const_cast<typename Product::Operand*>(packed<Product>(p, block));
             for (int64_t i = 0; i < k; ++i)
                 for (int64_t j = 0; j < k; j += Product::STEP)
-                    task.weight(block)[i * taps + j / Product::STEP] =
-                        Product::pair(column(i, j), column(i, j + 1));
+                    *to++ = Product::pair(column(i, j), column(i, j + 1));
+            const Vector bias = p.bias ? load(static_cast<const T*>(p.bias) + c0, lanes) : Vector{};
+            write(to, bias);
         }
     });
 }
 
 // One block of one row, from scratch.
 template <typename Product, int K, typename T>
-void convolve_row(const DepthwiseConv2d& p, const Task<Product>& task, int64_t block, Vector bias,
-                  const T* x, T* y) {
+void convolve_row(const DepthwiseConv2d& p, const Task<Product>& task, int64_t block, const T* x,
+                  T* y) {
     const int64_t lanes = task.lanes(p, block);
+    const auto* weights = packed<Product>(p, task.first_block + block);
+    const Vector bias = read<Vector>(weights + packed_size<Product>(p.kernel) - 1);
     const ScratchRows<Product> rows{task, block};
     const auto columns = [&]<int SIZE>(int64_t w) {
         Vector sum[SIZE];
         for (int n = 0; n < SIZE; ++n) sum[n] = bias;
-        convolve<Product, K, SIZE, false, false>(rows, task.weight(block), p.kernel, 0, p.kernel, w,
-                                                 sum);
+        convolve<Product, K, SIZE, false, false>(rows, weights, p.kernel, 0, p.kernel, w, sum);
         finish<SIZE>(p, sum, p.width - w, lanes, x + w * p.x.pixel_stride,
                      y + w * p.y.pixel_stride);
     };
@@ -110,18 +133,15 @@ void convolve_row(const DepthwiseConv2d& p, const Task<Product>& task, int64_t b
 
 // One block of row h, from where the image lies.
 template <int K>
-void convolve_row_in_place(const DepthwiseConv2d& p, const Vector* weights, int64_t h, Vector bias,
-                           const float* x, float* y) {
+void convolve_row_in_place(const DepthwiseConv2d& p, int64_t block, int64_t h, const float* x,
+                           float* y) {
     constexpr int64_t PAD = K / 2;
+    const Vector* weights = packed<Single>(p, block);
+    const Vector bias = weights[K * K];
     const ImageRows rows{x - PAD * (p.x.row_stride + p.x.pixel_stride), p.x.row_stride,
                          p.x.pixel_stride};
     const int64_t i0 = h < PAD ? PAD - h : 0, i1 = min(K, p.height + PAD - h);
-    const float* next = x + (PAD + 1) * p.x.row_stride;
-    const bool more = h + PAD + 1 < p.height;
     for_columns<TILE>(p.width, [&]<bool LEFT, bool RIGHT>(int64_t w) {
-        if (more)
-            for (int64_t n = 0; n < TILE; ++n)
-                __builtin_prefetch(next + (w + n) * p.x.pixel_stride);
         Vector sum[TILE];
         for (int n = 0; n < TILE; ++n) sum[n] = bias;
         convolve<Single, K, TILE, LEFT, RIGHT>(rows, weights, K, i0, i1, w, sum);
@@ -131,12 +151,10 @@ void convolve_row_in_place(const DepthwiseConv2d& p, const Vector* weights, int6
 
 template <typename Product, int K, typename T>
 void convolve_tasks(const DepthwiseConv2d& p, int64_t begin, int64_t end, void* scratch) {
-    const bool direct = in_place<Product, K, T>(p);
+    const bool direct = in_place(p);
     Task<Product> task(p, scratch);
     for (int64_t number = begin; number < end; ++number) {
         task.select(p, number, p.band);
-        Vector bias[GROUP];
-        copy_weights(p, task, bias);
         const T* x = static_cast<const T*>(p.x.data) + task.image * p.x.batch_stride + task.c0;
         T* y = static_cast<T*>(p.y.data) + task.image * p.y.batch_stride + task.c0;
         if (!direct) task.start(p, x);
@@ -145,12 +163,12 @@ void convolve_tasks(const DepthwiseConv2d& p, int64_t begin, int64_t end, void* 
             for (int64_t block = 0; block < task.blocks; ++block) {
                 const T* from = x + h * p.x.row_stride + block * LANES;
                 T* to = y + h * p.y.row_stride + block * LANES;
-                if constexpr (Product::STEP == 1 && K > 0 && __is_same(T, float))
+                if constexpr (MAY_BE_IN_PLACE<Product, K, T>)
                     if (direct) {
-                        convolve_row_in_place<K>(p, task.weight(block), h, bias[block], from, to);
+                        convolve_row_in_place<K>(p, task.first_block + block, h, from, to);
                         continue;
                     }
-                convolve_row<Product, K>(p, task, block, bias[block], from, to);
+                convolve_row<Product, K>(p, task, block, from, to);
             }
         }
     }
@@ -161,15 +179,26 @@ void convolve_tasks(const DepthwiseConv2d& p, int64_t begin, int64_t end, void* 
 int64_t depthwise_conv2d_lanes() { return LANES; }
 
 int64_t depthwise_conv2d_group(const DepthwiseConv2d& p) {
-    constexpr int64_t L1 = 24 << 10;
-    const int64_t row = scratch_pixels(p) * static_cast<int64_t>(sizeof(Vector));
-    const int64_t fitting = L1 / (p.kernel * row);
-    return fitting < 1 ? 1 : min(fitting, GROUP);
+    const int64_t cache = in_place(p) ? 512 << 10 : 24 << 10;
+    const int64_t block = p.kernel * scratch_pixels(p) * sizeof(Vector);
+    return cache < block ? 1 : min(cache / block, in_place(p) ? p.channels : 4);
 }
 
 int64_t depthwise_conv2d_scratch(const DepthwiseConv2d& p) {
-    const int64_t k = p.kernel, pixels = scratch_pixels(p);
-    return (GROUP * k * (k + 1 + pixels) + pixels) * sizeof(Vector) + k * sizeof(int64_t);
+    const int64_t rows = in_place(p) ? 0 : p.group * p.kernel, pixels = scratch_pixels(p);
+    return (1 + rows) * pixels * sizeof(Vector) +
+           round_up(p.kernel * sizeof(int64_t), sizeof(Vector));
+}
+
+int64_t depthwise_conv2d_packed(const DepthwiseConv2d& p) {
+    return round_up(p.channels, LANES) / LANES * packed_size<Single>(p.kernel) * sizeof(Vector);
+}
+
+void depthwise_conv2d_pack(const DepthwiseConv2d& p, int64_t begin, int64_t end) {
+#if defined(__AVX512BF16__)
+    if (pairs(p)) return pack<Pairs>(p, begin, end);
+#endif
+    pack<Single>(p, begin, end);
 }
 
 void depthwise_conv2d(const DepthwiseConv2d& p, int64_t begin, int64_t end, void* scratch) {

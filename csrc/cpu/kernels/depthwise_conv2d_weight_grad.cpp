@@ -19,10 +19,11 @@ template <typename Product, int K, int SIZE, bool LEFT, bool RIGHT, typename Row
 inline void correlate(const Rows& rows, int64_t i, int64_t w,
                       const typename Product::Operand (&grads)[SIZE], Vector (&sum)[SETS<K>][K]) {
     constexpr int STEP = Product::STEP;
+    auto x = rows.cursor(i, w);
 #pragma GCC unroll 32
-    for (int q = 0; q < STEP * (SIZE - 1) + K; ++q) {
+    for (int q = 0; q < STEP * (SIZE - 1) + K; ++q, x.advance()) {
         if ((LEFT && q < K / 2) || (RIGHT && q >= SIZE + K / 2)) continue;
-        const typename Product::Operand input = rows.at(i, w + q);
+        const typename Product::Operand input = in_register(x.value());
 #pragma GCC unroll 16
         for (int u = 0; u < SIZE; ++u) {
             const int j = q - STEP * u;
@@ -79,9 +80,6 @@ void correlate_row_in_place(const DepthwiseConv2d& p, int64_t h, const float* x,
     const ImageRows rows{x - PAD * (p.x.row_stride + p.x.pixel_stride), p.x.row_stride,
                          p.x.pixel_stride};
     const int64_t i0 = h < PAD ? PAD - h : 0, i1 = min(K, p.height + PAD - h);
-    const float* next = x + (PAD + 1) * p.x.row_stride;
-    if (h + PAD + 1 < p.height)
-        for (int64_t w = 0; w < p.width; ++w) __builtin_prefetch(next + w * p.x.pixel_stride);
     for (int64_t i = i0; i < i1; ++i)
         with_sums<K>(total + i * K, [&](auto& sum) {
             for_columns<SIZE>(p.width, [&]<bool LEFT, bool RIGHT>(int64_t w) {
@@ -93,13 +91,13 @@ void correlate_row_in_place(const DepthwiseConv2d& p, int64_t h, const float* x,
         });
 }
 
-// A row of gradients to scratch, where `to` is not null; their sums, the bias's gradient, stay
-// fp32.
+// A row of gradients to scratch, where `to` is not null. Returns their sum, which stays fp32.
 template <typename Product, typename T>
-void copy_grads(const DepthwiseConv2d& p, const T* from, bool more, int64_t lanes,
-                typename Product::Operand* to, Vector (&sum)[4]) {
+Vector copy_grads(const DepthwiseConv2d& p, const T* from, bool more, int64_t lanes,
+                  typename Product::Operand* to) {
     constexpr int STEP = Product::STEP;
     const int64_t stride = p.y.pixel_stride;
+    Vector sum[4] = {};
     for (int64_t w = 0; w < p.width; w += STEP) {
         if (more) __builtin_prefetch(from + p.y.row_stride + w * stride);
         const Vector left = load(from + w * stride, lanes);
@@ -109,11 +107,12 @@ void copy_grads(const DepthwiseConv2d& p, const T* from, bool more, int64_t lane
         if constexpr (STEP == 2) sum[w % 4 + 1] += right;
         if (to) to[w / STEP] = Product::pair(Product::input(left), Product::input(right));
     }
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 template <typename Product, int K, typename T>
 void correlate_tasks(const DepthwiseConv2d& p, int64_t begin, int64_t end, void* scratch) {
-    const bool direct = in_place<Product, K, T>(p);
+    const bool direct = in_place(p);
     const int64_t k = p.kernel, sums = k * k + 1;
     const int64_t all = round_up(p.channels, LANES) / LANES;
     Task<Product> task(p, scratch);
@@ -124,16 +123,15 @@ void correlate_tasks(const DepthwiseConv2d& p, int64_t begin, int64_t end, void*
         auto* totals =
             reinterpret_cast<Vector*>(p.partial) + (task.image * all + task.first_block) * sums;
         for (int64_t i = 0; i < task.blocks * sums; ++i) totals[i] = Vector{};
-        Vector bias[GROUP][4] = {};
         if (!direct) task.start(p, x);
         for (int64_t h = 0; h < p.height; ++h) {
             if (!direct) task.fetch(p, x, h + k / 2);
             for (int64_t block = 0; block < task.blocks; ++block) {
                 const T* from = dy + h * p.y.row_stride + block * LANES;
-                copy_grads<Product>(p, from, h + 1 < p.height, task.lanes(p, block),
-                                    direct ? nullptr : task.grads, bias[block]);
                 Vector* total = totals + block * sums;
-                if constexpr (Product::STEP == 1 && K > 0 && __is_same(T, float))
+                total[k * k] += copy_grads<Product>(p, from, h + 1 < p.height, task.lanes(p, block),
+                                                    direct ? nullptr : task.grads);
+                if constexpr (MAY_BE_IN_PLACE<Product, K, T>)
                     if (direct) {
                         const T* under = x + h * p.x.row_stride + block * LANES;
                         correlate_row_in_place<K>(p, h, under, from, total);
@@ -141,10 +139,6 @@ void correlate_tasks(const DepthwiseConv2d& p, int64_t begin, int64_t end, void*
                     }
                 correlate_row<Product, K>(task, block, p.width, total);
             }
-        }
-        for (int64_t block = 0; block < task.blocks; ++block) {
-            const Vector(&sum)[4] = bias[block];
-            totals[block * sums + k * k] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
         }
     }
 }

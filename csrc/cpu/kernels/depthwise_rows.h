@@ -9,7 +9,6 @@ namespace {
 
 // Sums, weights and an input have to fit in the registers: 32 of AVX-512, 16 of the others.
 constexpr int TILE = LANES == 16 ? 16 : 8;
-constexpr int64_t GROUP = 4;
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -54,8 +53,9 @@ struct Pairs {
 
 // The channels, rows and image of a task, and its scratch.
 //
-// A task takes up to GROUP neighbouring blocks of channels row by row, so that what it reads of a
-// pixel is several whole cache lines: as many blocks as leave the rows under the filter in L1.
+// A task takes a group of neighbouring blocks of channels row by row, so that what it reads of a
+// pixel is several whole cache lines: as many blocks as leave the rows under the filter in the
+// cache, L1 where they are copied to scratch and L2 where they are read in place.
 template <typename Product>
 struct Task {
     using Operand = typename Product::Operand;
@@ -63,21 +63,22 @@ struct Task {
     int64_t kernel, pixels;              // pixels of a scratch row
     int64_t image, first_block, blocks;  // blocks of this group
     int64_t c0, h0, h1;
-    Operand* space;  // [GROUP, k·(k + 1) weights and k rows of pixels]
+    Operand* space;  // [group, k rows of pixels]
     Operand* grads;
     int64_t* rows;  // where the filter's rows begin, the uppermost first
 
     Task(const DepthwiseConv2d& p, void* scratch) : kernel(p.kernel) {
         pixels = scratch_pixels(p);
-        space = static_cast<Operand*>(scratch);
-        grads = space + GROUP * stride();
+        grads = static_cast<Operand*>(scratch);
         rows = reinterpret_cast<int64_t*>(grads + pixels);
+        space =
+            grads + pixels + round_up(kernel * sizeof(int64_t), sizeof(Operand)) / sizeof(Operand);
         for (int64_t w = 0; w < pixels; ++w) grads[w] = Operand{};
     }
 
-    int64_t stride() const { return kernel * (kernel + 1 + pixels); }
-    Operand* weight(int64_t block) const { return space + block * stride(); }
-    Operand* row(int64_t block, int64_t i) const { return space + block * stride() + rows[i]; }
+    Operand* row(int64_t block, int64_t i) const {
+        return space + block * kernel * pixels + rows[i];
+    }
     int64_t lanes(const DepthwiseConv2d& p, int64_t block) const {
         return min(LANES, p.channels - c0 - block * LANES);
     }
@@ -97,7 +98,7 @@ struct Task {
     // Fills the ring with the rows above row h0 of the image, which is fetched next.
     template <typename T>
     void start(const DepthwiseConv2d& p, const T* x) {
-        for (int64_t i = 0; i < kernel; ++i) rows[i] = kernel * (kernel + 1) + i * pixels;
+        for (int64_t i = 0; i < kernel; ++i) rows[i] = i * pixels;
         for (int64_t block = 0; block < blocks; ++block)
             for (int64_t i = 0; i < kernel * pixels; ++i) row(block, 0)[i] = Operand{};
         for (int64_t h = h0 - kernel / 2; h < h0 + kernel / 2; ++h) fetch(p, x, h);
@@ -137,34 +138,73 @@ struct Task {
     }
 };
 
+// A value that the compiler is to load once, and not again with each product.
+template <typename V>
+inline V in_register(V value) {
+#if defined(__x86_64__)
+    asm("" : "+v"(value));
+#endif
+    return value;
+}
+
 // The rows under the filter, in scratch: columns begin k/2 to the left of the image.
 template <typename Product>
 struct ScratchRows {
+    struct Cursor {
+        const typename Product::Operand* x;
+
+        typename Product::Operand value() const { return *x; }
+        void advance() { ++x; }
+    };
+
     const Task<Product>& task;
     int64_t block;
 
-    typename Product::Operand at(int64_t i, int64_t column) const {
-        return task.row(block, i)[column];
-    }
+    Cursor cursor(int64_t i, int64_t column) const { return {task.row(block, i) + column}; }
 };
 
 // The same where they lie, in fp32: what is outside of the image must not be asked for.
 struct ImageRows {
+    struct Cursor {
+        const float* x;
+        int64_t stride;
+
+        Vector value() const { return load(x); }
+        void advance() {
+            x += stride;
+#if defined(__x86_64__)
+            // Addresses one after the other: for all of them at once there are too few registers.
+            asm("" : "+r"(x));
+#endif
+        }
+    };
+
     const float* first;  // under the first weight of the filter, at column 0 of the outputs
     int64_t row_stride, pixel_stride;
 
-    Vector at(int64_t i, int64_t column) const {
-        return load(first + i * row_stride + column * pixel_stride);
+    Cursor cursor(int64_t i, int64_t column) const {
+        return {first + i * row_stride + column * pixel_stride, pixel_stride};
     }
 };
 
+// Whether products are taken in pairs.
+inline bool pairs(const DepthwiseConv2d& p) {
+#if defined(__AVX512BF16__)
+    return p.weight_dtype == DType::BFLOAT16;
+#else
+    return false && p.kernel;
+#endif
+}
+
 // Whether rows are read where they lie: fp32, whole blocks and tiles, a filter of known size.
 // Copying them would take longer than a small filter takes.
-template <typename Product, int K, typename T>
 inline bool in_place(const DepthwiseConv2d& p) {
-    return Product::STEP == 1 && K > 0 && __is_same(T, float) && p.channels % LANES == 0 &&
-           p.width % TILE == 0;
+    return p.x.dtype == DType::FLOAT32 && !pairs(p) && p.channels % LANES == 0 &&
+           p.width % TILE == 0 && (p.kernel == 3 || p.kernel == 5 || p.kernel == 7);
 }
+
+template <typename Product, int K, typename T>
+constexpr bool MAY_BE_IN_PLACE = Product::STEP == 1 && K > 0 && __is_same(T, float);
 
 // Calls `function<LEFT, RIGHT>(w)` for each SIZE columns of a row, and says whether they are the
 // image's first or last.
@@ -196,7 +236,7 @@ inline void specialise(const DepthwiseConv2d& p, Function function) {
     with_type(p.x.dtype, [&]<typename T>(T* type) {
 #if defined(__AVX512BF16__)
         if constexpr (__is_same(T, float) || __is_same(T, BFloat16))
-            if (p.weight_dtype == DType::BFLOAT16) return with_kernel(Pairs{}, type);
+            if (pairs(p)) return with_kernel(Pairs{}, type);
 #endif
         with_kernel(Single{}, type);
     });

@@ -1,0 +1,29 @@
+#pragma once
+
+#include "rows.h"
+
+namespace dimr_fast {
+
+struct TDRMSNorm {
+    Chunks chunks;
+    int64_t width;
+    Rows x, residual;
+    Rows sum;  // of x and the residual; x itself where there is none
+    Rows y;
+    Values scale;
+    float* rms;  // [images, rows]
+};
+
+struct TDRMSNormGrad {
+    Chunks chunks;
+    int64_t width;
+    Rows dy, dsum, x, dx;  // x is what was normed; dsum and dx have its dtype
+    Values scale;
+    const float* rms;  // [images, rows]
+    float* partial;    // [images, chunks, width], the scale's gradient
+};
+
+DIMR_FAST_DECLARE(void td_rms_norm(const TDRMSNorm& p, int64_t begin, int64_t end))
+DIMR_FAST_DECLARE(void td_rms_norm_grad(const TDRMSNormGrad& p, int64_t begin, int64_t end))
+
+}  // namespace dimr_fast

@@ -1,0 +1,143 @@
+// Tensors as kernels/rows.h sees them, and what it asks of them. The Python functions check with
+// better messages; this keeps a direct call of the operators from reading out of bounds.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "kernels/rows.h"
+#include "tensors.h"
+
+namespace dimr_fast {
+
+inline std::vector<int64_t> sizes_of(const Tensor& x) {
+    return {x.sizes().begin(), x.sizes().end()};
+}
+
+// `[B, …, D]` as rows: in place where its strides allow, or else of a contiguous copy.
+class Features {
+  public:
+    explicit Features(const Tensor& x, const char* name) : tensor_(x) {
+        STD_TORCH_CHECK(x.dim() >= 2, name, ": expected [B, …, D], got ", x.dim(), " dimensions");
+        STD_TORCH_CHECK(x.is_cpu(), name, ": not on the CPU");
+        images = x.size(0);
+        width = x.size(-1);
+        rows = 1;
+        for (int64_t i = 1; i + 1 < x.dim(); ++i) rows *= x.size(i);
+        if (!in_place()) tensor_ = torch::stable::contiguous(x);
+        view = {const_cast<void*>(tensor_.const_data_ptr()), dtype_of(x, name), tensor_.stride(0),
+                row_stride()};
+    }
+
+    bool empty() const { return images * rows * width == 0; }
+
+    void check_like(const Features& other, const char* name) const {
+        const Tensor &a = tensor_, &b = other.tensor_;
+        bool same = a.dim() == b.dim();
+        for (int64_t i = 0; same && i < a.dim(); ++i) same = a.size(i) == b.size(i);
+        STD_TORCH_CHECK(same, name, ": its shape is not that of x");
+    }
+
+    int64_t images, rows, width;
+    Rows view;
+
+  private:
+    // Of the innermost axis between the first and the last that has more than one row.
+    int64_t row_stride() const {
+        for (int64_t i = tensor_.dim() - 2; i > 0; --i)
+            if (tensor_.size(i) != 1) return tensor_.stride(i);
+        return width;
+    }
+
+    bool in_place() const {
+        if (width > 1 && tensor_.stride(-1) != 1) return false;
+        int64_t expected = row_stride();
+        for (int64_t i = tensor_.dim() - 2; i > 0; --i) {
+            if (tensor_.size(i) != 1 && tensor_.stride(i) != expected) return false;
+            expected *= tensor_.size(i);
+        }
+        return true;
+    }
+
+    Tensor tensor_;
+};
+
+// The dtype of a sum.
+inline ScalarType promoted(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
+
+// A contiguous tensor of this call's own as rows.
+inline Rows rows_in(const Tensor& out, const Features& like, int64_t width) {
+    return {out.mutable_data_ptr(), dtype_of(out, "output"), like.rows * width, width};
+}
+
+// `[T, D]`, T being the number of images or 1, in fp32.
+class TimeValues {
+  public:
+    TimeValues(const Tensor& value, int64_t images, int64_t width, const char* name)
+        : times(value.dim() == 2 ? value.size(0) : 0), tensor_(value) {
+        STD_TORCH_CHECK(
+            value.dim() == 2 && value.size(1) == width && (times == 1 || times == images), name,
+            ": expected [1 or ", images, ", ", width, "]");
+        STD_TORCH_CHECK(value.is_cpu(), name, ": not on the CPU");
+        const DType dtype = dtype_of(value, name);
+        if (width > 1 && value.stride(1) != 1) tensor_ = torch::stable::contiguous(value);
+        view = {static_cast<const float*>(tensor_.const_data_ptr()),
+                times == 1 ? 0 : tensor_.stride(0)};
+        if (dtype == DType::FLOAT32) return;
+        wide_ = std::make_unique<float[]>(times * width);
+        const char* from = static_cast<const char*>(tensor_.const_data_ptr());
+        for (int64_t t = 0; t < times; ++t) DIMR_FAST_CHOOSE(widen)
+        (dtype, from + t * tensor_.stride(0) * tensor_.element_size(), wide_.get() + t * width,
+         width);
+        view = {wide_.get(), times == 1 ? 0 : width};
+    }
+
+    Values view;
+    int64_t times;
+
+  private:
+    Tensor tensor_;
+    std::unique_ptr<float[]> wide_;
+};
+
+inline void check_statistic(const Tensor& value, const Features& x, const char* name) {
+    STD_TORCH_CHECK(value.dim() == 2 && value.size(0) == x.images && value.size(1) == x.rows &&
+                        value.is_contiguous() && value.is_cpu() &&
+                        value.scalar_type() == ScalarType::Float,
+                    name, ": expected float32 [", x.images, ", ", x.rows, "], contiguous");
+}
+
+inline Chunks chunks_of(const Features& x, int64_t count) {
+    const int64_t chunks = (x.rows + count - 1) / count;
+    // Of even lengths, or nearly.
+    return {x.images, x.rows, (x.rows + chunks - 1) / chunks, chunks};
+}
+
+// Rows that stay in the L1 cache between two passes.
+inline Chunks chunks_in_cache(const Features& x, int64_t width) {
+    constexpr int64_t COLUMNS = 2048;
+    return chunks_of(x, std::max<int64_t>(1, COLUMNS / width));
+}
+
+// Rows with a partial sum of their own: enough for every thread, not so few that the sums' traffic
+// would show.
+inline Chunks chunks_to_sum(const Features& x) {
+    return chunks_of(x, std::clamp<int64_t>(x.images * x.rows / 128, 16, 256));
+}
+
+// Runs `function(begin, end)` over the chunks of rows.
+template <typename Function>
+void each_chunk(const Chunks& p, int64_t width, const Function& function) {
+    constexpr int64_t BYTES = 16;  // that a pass moves, for a column
+    parallel(p.images * p.chunks, p.count * width * BYTES, function);
+}
+
+inline void sum_partials(const float* partial, float* total, int64_t times, int64_t count,
+                         int64_t width) {
+    const int64_t blocks = (width + SUM_COLUMNS - 1) / SUM_COLUMNS;
+    parallel(times * blocks, count * SUM_COLUMNS, [&](int64_t begin, int64_t end) {
+        DIMR_FAST_CHOOSE(sum_partials)(partial, total, count, width, begin, end);
+    });
+}
+
+}  // namespace dimr_fast
