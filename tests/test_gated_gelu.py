@@ -1,6 +1,6 @@
-"""`gated_gelu` by Triton, interpreted where there is no GPU, against the reference."""
+"""`gated_gelu` by Triton, interpreted where there is no GPU, and on the CPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,15 +10,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DEVICE, assert_as_accurate, seeded, with_gradients
 
-from dimr_fast import ops
+from dimr_fast import _extension, ops
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NO_CPU_LIBRARY = _extension.why_not("cpu") or (
+    "tensors lie on the GPU" if DEVICE != "cpu" else None
+)
+needs_cpu = pytest.mark.skipif(NO_CPU_LIBRARY is not None, reason=f"cpu: {NO_CPU_LIBRARY}")
+each_implementation = pytest.mark.parametrize(
+    "implementation", ["triton", pytest.param("cpu", marks=needs_cpu)]
+)
 
 
-def ours(x: torch.Tensor) -> torch.Tensor:
-    return ops.gated_gelu(x, implementation="triton")
+@pytest.fixture(params=_extension.INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = _extension.instruction_set()
+    if not _extension.use_instruction_set(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield
+    _extension.use_instruction_set(before)
+
+
+def on_threads(count: int, run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        return run()
+    finally:
+        torch.set_num_threads(before)
+
+
+def by(implementation: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: ops.gated_gelu(x, implementation=implementation)
+
+
+ours = by("triton")
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:
@@ -32,15 +60,18 @@ def test_reference_is_the_exact_gelu() -> None:
     torch.testing.assert_close(ops.gated_gelu(x), expected)
 
 
+@each_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape",
     [(2, 5, 3840), (1, 3, 4608), (2, 2, 2, 1920), (1, 3, 960), (3, 1, 14), (5, 66), (3840,), (2,)],
     ids=str,
 )
-def test_forward_and_gradient(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_forward_and_gradient(
+    shape: tuple[int, ...], dtype: torch.dtype, implementation: str
+) -> None:
     x = 2 * seeded(*shape)
-    assert_as_accurate(with_gradients(ours), with_gradients(plain), x, dtype=dtype)
+    assert_as_accurate(with_gradients(by(implementation)), with_gradients(plain), x, dtype=dtype)
 
 
 RANGES = {
@@ -52,41 +83,48 @@ RANGES = {
 }
 
 
+@each_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", RANGES)
-def test_adversarial_gates(name: str, dtype: torch.dtype) -> None:
+def test_adversarial_gates(name: str, dtype: torch.dtype, implementation: str) -> None:
     a = torch.linspace(*RANGES[name], 301).to(DEVICE)
     x = torch.cat([a, seeded(301).clamp(-1, 1)])
-    assert_as_accurate(with_gradients(ours), with_gradients(plain), x, dtype=dtype)
+    assert_as_accurate(with_gradients(by(implementation)), with_gradients(plain), x, dtype=dtype)
 
 
+@each_implementation
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("left", range(-6, 6))
-def test_half_precision_gates_unit_by_unit(left: int, dtype: torch.dtype) -> None:
+def test_half_precision_gates_unit_by_unit(
+    left: int, dtype: torch.dtype, implementation: str
+) -> None:
     """Each stretch by itself, so that small results do not hide behind large ones."""
     a = torch.linspace(left, left + 1, 257).to(DEVICE)
     x = torch.cat([a, torch.ones_like(a)])
-    assert_as_accurate(with_gradients(ours), with_gradients(plain), x, dtype=dtype)
+    assert_as_accurate(with_gradients(by(implementation)), with_gradients(plain), x, dtype=dtype)
 
 
+@each_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gates_of_any_size_have_a_finite_gradient(dtype: torch.dtype) -> None:
+def test_gates_of_any_size_have_a_finite_gradient(dtype: torch.dtype, implementation: str) -> None:
     largest = torch.finfo(dtype).max
     a = torch.tensor([-largest, -1e4, -20, -0.0, 0.0, 20, 1e4, largest])
     x = torch.cat([a, torch.ones(8)]).to(DEVICE, dtype)
     for actual, truth in zip(
-        with_gradients(ours)(x), with_gradients(plain)(x.double()), strict=True
+        with_gradients(by(implementation))(x), with_gradients(plain)(x.double()), strict=True
     ):
         torch.testing.assert_close(actual, truth.to(dtype))
 
 
-def test_what_is_not_finite_stays_so() -> None:
+@each_implementation
+def test_what_is_not_finite_stays_so(implementation: str) -> None:
     values = torch.tensor([float("nan"), float("inf"), float("-inf")], device=DEVICE)
     ones = torch.ones_like(values)
     for x in (torch.cat([values, ones]), torch.cat([ones, values])):
-        assert not ours(x).isfinite().any()
+        assert not by(implementation)(x).isfinite().any()
 
 
+@each_implementation
 @settings(max_examples=25, deadline=None)
 @given(
     images=st.integers(0, 3),
@@ -94,9 +132,11 @@ def test_what_is_not_finite_stays_so() -> None:
     hidden=st.integers(0, 200),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_shape(images: int, rows: int, hidden: int, dtype: torch.dtype) -> None:
+def test_any_shape(
+    images: int, rows: int, hidden: int, dtype: torch.dtype, implementation: str
+) -> None:
     x = seeded(images, rows, 2 * hidden)
-    assert_as_accurate(with_gradients(ours), with_gradients(plain), x, dtype=dtype)
+    assert_as_accurate(with_gradients(by(implementation)), with_gradients(plain), x, dtype=dtype)
 
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -110,42 +150,47 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@each_implementation
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strided_inputs(layout: str) -> None:
+def test_strided_inputs(layout: str, implementation: str) -> None:
     x = LAYOUTS[layout](seeded(3, 6, 48))
     expected = with_gradients(plain)(x.contiguous())
-    for actual, truth in zip(with_gradients(ours)(x), expected, strict=True):
+    for actual, truth in zip(with_gradients(by(implementation))(x), expected, strict=True):
         torch.testing.assert_close(actual, truth)
 
 
+@each_implementation
 @pytest.mark.parametrize("layout", ["permuted", "expanded"])
-def test_strided_gradients(layout: str) -> None:
+def test_strided_gradients(layout: str, implementation: str) -> None:
     x = seeded(4, 4, 48).requires_grad_()
     dy = LAYOUTS[layout](seeded(4, 4, 24))
-    (actual,) = torch.autograd.grad(ours(x), x, dy)
+    (actual,) = torch.autograd.grad(by(implementation)(x), x, dy)
     (expected,) = torch.autograd.grad(plain(x), x, dy)
     torch.testing.assert_close(actual, expected)
 
 
-def test_results_are_deterministic() -> None:
+@each_implementation
+def test_results_are_deterministic(implementation: str) -> None:
     x = seeded(2, 40, 96)
-    first, second = (with_gradients(ours)(x) for _ in range(2))
+    first, second = (with_gradients(by(implementation))(x) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_backward_keeps_nothing_but_the_input() -> None:
+@each_implementation
+def test_backward_keeps_nothing_but_the_input(implementation: str) -> None:
     x = seeded(2, 3, 8).requires_grad_()
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        ours(x)
+        by(implementation)(x)
     assert [t.data_ptr() for t in kept] == [x.data_ptr()]
 
 
-def test_fullgraph_forward_and_backward_equal_eager() -> None:
+@each_implementation
+def test_fullgraph_forward_and_backward_equal_eager(implementation: str) -> None:
     x = seeded(2, 5, 24)
-    eager = with_gradients(ours)(x)
+    eager = with_gradients(by(implementation))(x)
     for backend in ("aot_eager", "inductor"):
-        graph = torch.compile(ours, fullgraph=True, backend=backend)
+        graph = torch.compile(by(implementation), fullgraph=True, backend=backend)
         for actual, truth in zip(with_gradients(graph)(x), eager, strict=True):
             torch.testing.assert_close(actual, truth)
 
@@ -156,8 +201,55 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.dimr_fast.gated_gelu_bwd.triton, (dy, x))
 
 
-def test_no_output_is_left_unwritten(poisoned_memory: None) -> None:
-    for result in with_gradients(ours)(seeded(2, 11, 300)):
+@needs_cpu
+def test_compiled_operators_pass_opcheck() -> None:
+    x, dy = seeded(2, 5, 24), seeded(2, 5, 12)
+    torch.library.opcheck(torch.ops.dimr_fast.gated_gelu_fwd.default, (x[:, 1:].bfloat16(),))
+    torch.library.opcheck(torch.ops.dimr_fast.gated_gelu_bwd.default, (dy, x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(instruction_set: None, dtype: torch.dtype) -> None:
+    for hidden in (1, 7, 17, 33, 64):
+        x = 3 * seeded(3, 5, 2 * hidden)
+        assert_as_accurate(with_gradients(by("cpu")), with_gradients(plain), x, dtype=dtype)
+    for left, right in RANGES.values():
+        x = torch.cat([torch.linspace(left, right, 301), seeded(301).clamp(-1, 1)])
+        assert_as_accurate(with_gradients(by("cpu")), with_gradients(plain), x, dtype=dtype)
+
+
+def test_results_do_not_depend_on_threads(instruction_set: None) -> None:
+    x = seeded(4, 300, 190)
+    one, three = (on_threads(n, lambda: with_gradients(by("cpu"))(x)) for n in (1, 3))
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+@needs_cpu
+def test_a_cpu_takes_the_compiled_operator() -> None:
+    x = seeded(2, 3, 8)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.gated_gelu(x), by("cpu")(x))
+    assert ops.gated_gelu(x.double()).dtype == torch.float64
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("x", lambda dy, x: (dy, x[..., 1:])),
+        ("x", lambda dy, x: (dy.double(), x.double())),
+        ("dy", lambda dy, x: (dy[1:], x)),
+        ("dy", lambda dy, x: (dy.half(), x)),
+    ],
+)
+def test_the_bare_operator_refuses_what_it_cannot_read(argument: str, change: Any) -> None:
+    with pytest.raises(RuntimeError, match=f"{argument}: "):
+        torch.ops.dimr_fast.gated_gelu_bwd.default(*change(seeded(2, 5, 12), seeded(2, 5, 24)))
+
+
+@each_implementation
+def test_no_output_is_left_unwritten(poisoned_memory: None, implementation: str) -> None:
+    for result in with_gradients(by(implementation))(seeded(2, 11, 300)):
         assert result.isfinite().all()
 
 

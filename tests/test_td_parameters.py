@@ -1,6 +1,6 @@
-"""`td_parameters` by Triton, interpreted where there is no GPU, against the reference."""
+"""`td_parameters` by Triton, interpreted where there is no GPU, and on the CPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,11 +10,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DEVICE, assert_as_accurate, seeded, with_gradients
 
-from dimr_fast import DiMR, ops
+from dimr_fast import DiMR, _extension, ops
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NO_CPU_LIBRARY = _extension.why_not("cpu") or (
+    "tensors lie on the GPU" if DEVICE != "cpu" else None
+)
+needs_cpu = pytest.mark.skipif(NO_CPU_LIBRARY is not None, reason=f"cpu: {NO_CPU_LIBRARY}")
+each_implementation = pytest.mark.parametrize(
+    "implementation", ["triton", pytest.param("cpu", marks=needs_cpu)]
+)
+
+
+@pytest.fixture(params=_extension.INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = _extension.instruction_set()
+    if not _extension.use_instruction_set(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield
+    _extension.use_instruction_set(before)
+
+
+def on_threads(count: int, run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        return run()
+    finally:
+        torch.set_num_threads(before)
 
 
 def by(implementation: str, tau: torch.Tensor) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -37,9 +62,11 @@ def times(count: int) -> torch.Tensor:
     return torch.linspace(-1, 1, count, device=DEVICE)
 
 
-def check(tau: torch.Tensor, vectors: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+def check(
+    implementation: str, tau: torch.Tensor, vectors: Sequence[torch.Tensor], dtype: torch.dtype
+) -> None:
     assert_as_accurate(
-        with_gradients(by("triton", tau)),
+        with_gradients(by(implementation, tau)),
         with_gradients(by("reference", tau)),
         *vectors,
         dtype=dtype,
@@ -58,53 +85,64 @@ def test_reference_is_each_parameter_by_itself() -> None:
             torch.testing.assert_close(value[i].double(), expected, atol=1e-6, rtol=1e-6)
 
 
+@each_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 2, 4, 19])
-def test_forward_and_gradients(count: int, dtype: torch.dtype) -> None:
-    check(times(count), vectors_of(960, 480, 1, 7, 1152, 130), dtype)
+def test_forward_and_gradients(count: int, dtype: torch.dtype, implementation: str) -> None:
+    check(implementation, times(count), vectors_of(960, 480, 1, 7, 1152, 130), dtype)
 
 
-def test_the_widest_parameter_of_a_cascade() -> None:
-    check(times(3), vectors_of(38400, 960), torch.float32)
+@each_implementation
+def test_the_widest_parameter_of_a_cascade(implementation: str) -> None:
+    check(implementation, times(3), vectors_of(38400, 960), torch.float32)
 
 
-def test_parameters_of_a_model() -> None:
+@each_implementation
+def test_parameters_of_a_model(implementation: str) -> None:
     model = DiMR.from_preset("tiny").to(DEVICE)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
-    check(times(2), [v for p in model._td_parameters() for v in p.vectors], torch.float32)
+    check(
+        implementation,
+        times(2),
+        [v for p in model._td_parameters() for v in p.vectors],
+        torch.float32,
+    )
 
 
+@each_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [0.0, 1e-6, 30.0, 100.0, 1e4], ids=str)
-def test_adversarial_gates(size: float, dtype: torch.dtype) -> None:
+def test_adversarial_gates(size: float, dtype: torch.dtype, implementation: str) -> None:
     """Gates from closed to open: no infinity divides another, no difference loses its digits."""
     p0, p1 = seeded(64), seeded(64).flip(0)
     slope = torch.linspace(-size, size, 64, device=DEVICE)
     for w, b in ((slope - 1, torch.zeros_like(slope)), (slope.flip(0), slope)):
-        check(times(3), [p0, p1, w, b], dtype)
-        for result in with_gradients(by("triton", times(3)))(p0, p1, w, b):
+        check(implementation, times(3), [p0, p1, w, b], dtype)
+        for result in with_gradients(by(implementation, times(3)))(p0, p1, w, b):
             assert result.isfinite().all()
 
 
+@each_implementation
 @settings(max_examples=25, deadline=None)
 @given(
     widths=st.lists(st.integers(0, 300), min_size=1, max_size=5),
     count=st.integers(0, 9),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_shape(widths: list[int], count: int, dtype: torch.dtype) -> None:
-    check(times(count), vectors_of(*widths), dtype)
+def test_any_shape(widths: list[int], count: int, dtype: torch.dtype, implementation: str) -> None:
+    check(implementation, times(count), vectors_of(*widths), dtype)
 
 
 def test_no_parameters_have_no_values() -> None:
-    for implementation in ("triton", "reference"):
+    for implementation in ("triton", "auto", "reference"):
         assert ops.td_parameters(times(3), [], implementation=implementation) == ()
 
 
-def test_no_times_give_no_gradient() -> None:
+@each_implementation
+def test_no_times_give_no_gradient(implementation: str) -> None:
     vectors = vectors_of(5, 24)
-    *values, dp0, dp1, dw, db = with_gradients(by("triton", times(0)))(*vectors[:4])
+    *values, dp0, dp1, dw, db = with_gradients(by(implementation, times(0)))(*vectors[:4])
     assert [tuple(v.shape) for v in values] == [(0, 5)]
     assert all(torch.equal(g, torch.zeros_like(g)) for g in (dp0, dp1, dw, db))
 
@@ -130,37 +168,43 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@each_implementation
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strided_vectors(layout: str) -> None:
+def test_strided_vectors(layout: str, implementation: str) -> None:
     vectors = [LAYOUTS[layout](seeded(40, 40) + i) for i in range(4)]
     expected = with_gradients(by("reference", times(2)))(*[v.contiguous() for v in vectors])
     tau = times(4)[::3]
-    for actual, truth in zip(with_gradients(by("triton", tau))(*vectors), expected, strict=True):
+    for actual, truth in zip(
+        with_gradients(by(implementation, tau))(*vectors), expected, strict=True
+    ):
         torch.testing.assert_close(actual, truth)
 
 
-def test_a_model_that_is_partly_frozen() -> None:
+@each_implementation
+def test_a_model_that_is_partly_frozen(implementation: str) -> None:
     p0, p1, w, b = vectors_of(24)
     (actual,) = torch.autograd.grad(
-        by("triton", times(3))(p0, p1.requires_grad_(), w, b)[0].sum(), p1
+        by(implementation, times(3))(p0, p1.requires_grad_(), w, b)[0].sum(), p1
     )
     (expected,) = torch.autograd.grad(by("reference", times(3))(p0, p1, w, b)[0].sum(), p1)
     torch.testing.assert_close(actual, expected)
 
 
-def test_gradients_are_deterministic() -> None:
+@each_implementation
+def test_gradients_are_deterministic(implementation: str) -> None:
     vectors = vectors_of(130, 24)
-    first, second = (with_gradients(by("triton", times(21)))(*vectors) for _ in range(2))
+    first, second = (with_gradients(by(implementation, times(21)))(*vectors) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_gradients_may_be_changed_in_place() -> None:
+@each_implementation
+def test_gradients_may_be_changed_in_place(implementation: str) -> None:
     """They lie side by side in one buffer; clipping and accumulation write there."""
     leaves = [v.requires_grad_() for v in vectors_of(24, 8)]
     optimizer = torch.optim.AdamW(leaves, lr=0.1)
     for _ in range(2):
         for _ in range(2):
-            torch.cat(by("triton", times(3))(*leaves), -1).square().sum().backward()
+            torch.cat(by(implementation, times(3))(*leaves), -1).square().sum().backward()
         expected = [v.detach().clone().requires_grad_() for v in leaves]
         loss = torch.cat(by("reference", times(3))(*expected), -1).square().sum()
         for leaf, truth in zip(leaves, torch.autograd.grad(loss, expected), strict=True):
@@ -203,11 +247,12 @@ def test_tables_are_not_kept_without_end(tables: dict[Any, torch.Tensor]) -> Non
         assert 1 <= len(tables) <= 32
 
 
-def test_fullgraph_forward_and_backward_equal_eager() -> None:
+@each_implementation
+def test_fullgraph_forward_and_backward_equal_eager(implementation: str) -> None:
     vectors, tau = vectors_of(24, 8, 33), times(3)
-    eager = with_gradients(by("triton", tau))(*vectors)
+    eager = with_gradients(by(implementation, tau))(*vectors)
     for backend in ("aot_eager", "inductor"):
-        graph = torch.compile(by("triton", tau), fullgraph=True, backend=backend)
+        graph = torch.compile(by(implementation, tau), fullgraph=True, backend=backend)
         for actual, truth in zip(with_gradients(graph)(*vectors), eager, strict=True):
             torch.testing.assert_close(actual, truth)
 
@@ -222,8 +267,53 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(bwd, (seeded(3, 32), times(3), *kinds))
 
 
-def test_no_output_is_left_unwritten(poisoned_memory: None) -> None:
-    for result in with_gradients(by("triton", times(3)))(*vectors_of(24, 300, 7)):
+@needs_cpu
+def test_compiled_operators_pass_opcheck() -> None:
+    vectors = vectors_of(24, 8)
+    kinds = [vectors[i::4] for i in range(4)]
+    fwd = torch.ops.dimr_fast.td_parameters_fwd.default
+    bwd = torch.ops.dimr_fast.td_parameters_bwd.default
+    torch.library.opcheck(fwd, (times(3), *kinds))
+    torch.library.opcheck(fwd, (times(3), *[[v.bfloat16() for v in kind] for kind in kinds]))
+    torch.library.opcheck(bwd, (seeded(3, 32), times(3), *kinds))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(instruction_set: None, dtype: torch.dtype) -> None:
+    check("cpu", times(5), vectors_of(7, 17, 33, 300), dtype)
+    slope = torch.linspace(-100, 100, 64)
+    check("cpu", times(3), [seeded(64), seeded(64).flip(0), slope, slope.flip(0)], dtype)
+
+
+def test_results_do_not_depend_on_threads(instruction_set: None) -> None:
+    vectors = vectors_of(960, 33, 1152, 64)
+    one, three = (
+        on_threads(n, lambda: with_gradients(by("cpu", times(32)))(*vectors)) for n in (1, 3)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("tau", lambda dv, tau, kinds: (dv, tau[None], *kinds)),
+        ("dvalues", lambda dv, tau, kinds: (dv[:, 1:], tau, *kinds)),
+        ("parameters", lambda dv, tau, kinds: (dv, tau, *kinds[:3], kinds[3][:1])),
+        (r"parameters\[0\]", lambda dv, tau, kinds: (dv, tau, *kinds[:3], kinds[3][::-1])),
+        ("param0", lambda dv, tau, kinds: (dv, tau, *[[v.double() for v in k] for k in kinds])),
+    ],
+)
+def test_the_bare_operator_refuses_what_it_cannot_read(argument: str, change: Any) -> None:
+    vectors = vectors_of(24, 24, 8)
+    kinds = [vectors[i::4] for i in range(4)]
+    with pytest.raises(RuntimeError, match=f"{argument}"):
+        torch.ops.dimr_fast.td_parameters_bwd.default(*change(seeded(3, 56), times(3), kinds))
+
+
+@each_implementation
+def test_no_output_is_left_unwritten(poisoned_memory: None, implementation: str) -> None:
+    for result in with_gradients(by(implementation, times(3)))(*vectors_of(24, 300, 7)):
         assert result.isfinite().all()
 
 

@@ -1,6 +1,6 @@
-"""`upsample_add` by Triton, interpreted where there is no GPU, against the reference."""
+"""`upsample_add` by Triton, interpreted where there is no GPU, and on the CPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,11 +11,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DEVICE, Function, assert_as_accurate, seeded, with_gradients
 
-from dimr_fast import ops
+from dimr_fast import _extension, ops
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ON_A_GPU = None if DEVICE == "cpu" else "tensors lie on the GPU"
+NO_CPU_LIBRARY = _extension.why_not("cpu") or ON_A_GPU
+needs_cpu = pytest.mark.skipif(NO_CPU_LIBRARY is not None, reason=f"cpu: {NO_CPU_LIBRARY}")
+each_implementation = pytest.mark.parametrize(
+    "implementation", ["triton", pytest.param("cpu", marks=needs_cpu)]
+)
+
+
+@pytest.fixture(params=_extension.INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = _extension.instruction_set()
+    if not _extension.use_instruction_set(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield
+    _extension.use_instruction_set(before)
+
+
+def on_threads(count: int, run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        return run()
+    finally:
+        torch.set_num_threads(before)
+
+
 Inputs = tuple[torch.Tensor, ...]
 
 
@@ -93,6 +119,7 @@ FEATURES: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
+@each_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("features", ["buffer", "tokens"])
 @pytest.mark.parametrize(
@@ -107,22 +134,26 @@ FEATURES: dict[str, Callable[[torch.Tensor], Any]] = {
     ],
     ids=str,
 )
-def test_forward_and_gradients(sizes: dict[str, Any], features: str, dtype: torch.dtype) -> None:
-    ours = by("triton", FEATURES[features])
+def test_forward_and_gradients(
+    sizes: dict[str, Any], features: str, dtype: torch.dtype, implementation: str
+) -> None:
+    ours = by(implementation, FEATURES[features])
     plain = by("reference", FEATURES[features])
     assert_as_accurate(with_gradients(ours), with_gradients(plain), *inputs(**sizes), dtype=dtype)
 
 
+@each_implementation
 @pytest.mark.parametrize(
     ("features", "dtype"),
     [("buffer", torch.float32), ("tokens", torch.bfloat16), ("strided buffer", torch.float16)],
 )
-def test_the_published_width(features: str, dtype: torch.dtype) -> None:
+def test_the_published_width(features: str, dtype: torch.dtype, implementation: str) -> None:
     values = inputs(images=1, size=(1, 1), slots=40, width=960, out=8)
-    ours, plain = (by(i, FEATURES[features]) for i in ("triton", "reference"))
+    ours, plain = (by(i, FEATURES[features]) for i in (implementation, "reference"))
     assert_as_accurate(with_gradients(ours), with_gradients(plain), *values, dtype=dtype)
 
 
+@each_implementation
 @settings(max_examples=15, deadline=None)
 @given(
     images=st.integers(0, 2),
@@ -134,25 +165,28 @@ def test_the_published_width(features: str, dtype: torch.dtype) -> None:
     features=st.sampled_from(list(FEATURES)),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_shape(features: str, dtype: torch.dtype, width: int, slots: int, **sizes: Any) -> None:
+def test_any_shape(
+    implementation: str, features: str, dtype: torch.dtype, width: int, slots: int, **sizes: Any
+) -> None:
     # Norms of one or two numbers are signs: their gradients are nothing but rounding.
     width = max(width, -(-32 // slots))
-    ours, plain = (by(i, FEATURES[features]) for i in ("triton", "reference"))
+    ours, plain = (by(i, FEATURES[features]) for i in (implementation, "reference"))
     values = inputs(width=width, slots=slots, **sizes)
     assert_as_accurate(with_gradients(ours), with_gradients(plain), *values, dtype=dtype)
 
 
+@each_implementation
 @pytest.mark.parametrize("mean", [100, 1000])
 @pytest.mark.parametrize("which", ["all", "all but the first", "every other"])
 @pytest.mark.parametrize("features", ["buffer", "tokens"])
 def test_features_with_means_far_above_their_deviation(
-    features: str, which: str, mean: float
+    features: str, which: str, mean: float, implementation: str
 ) -> None:
     x, buffer, *values = inputs(slots=6, width=96)
     chosen = {"all": slice(None), "all but the first": slice(1, None)}.get(which, slice(0, None, 2))
     buffer[..., chosen, :] += mean
     assert_as_accurate(
-        with_gradients(by("triton", FEATURES[features])),
+        with_gradients(by(implementation, FEATURES[features])),
         with_gradients(by("reference", FEATURES[features])),
         x,
         buffer,
@@ -161,17 +195,19 @@ def test_features_with_means_far_above_their_deviation(
     )
 
 
+@each_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [0.0, 7.0, 6e4, 1e-7])
-def test_constant_features(value: float, dtype: torch.dtype) -> None:
+def test_constant_features(value: float, dtype: torch.dtype, implementation: str) -> None:
     x, buffer, *values = inputs()
     buffer = torch.full_like(buffer, value)
     for features in (FEATURES["buffer"], as_tokens):
-        ours, plain = by("triton", features), by("reference", features)
+        ours, plain = by(implementation, features), by("reference", features)
         assert_as_accurate(ours, plain, x, buffer, *values, dtype=dtype)
 
 
-def test_strided_x_and_projection() -> None:
+@each_implementation
+def test_strided_x_and_projection(implementation: str) -> None:
     x, buffer, *values = inputs(size=(2, 2))
     scale_in, shift_in, weight, *others = values
     x = x.permute(1, 2, 3, 0)[..., :1].permute(3, 1, 0, 2)
@@ -186,29 +222,36 @@ def test_strided_x_and_projection() -> None:
         *(o[:1] for o in others[1:]),
     )
     expected = with_gradients(by("reference"))(*(t.contiguous() for t in strided))
-    for actual, truth in zip(with_gradients(by("triton"))(*strided), expected, strict=True):
+    for actual, truth in zip(with_gradients(by(implementation))(*strided), expected, strict=True):
         torch.testing.assert_close(actual, truth)
 
 
-def test_each_norm_has_its_own_times() -> None:
+@each_implementation
+def test_each_norm_has_its_own_times(implementation: str) -> None:
     x, buffer, scale_in, shift_in, weight, bias, scale_out, shift_out = inputs(images=3)
     values = x, buffer, scale_in, shift_in[:1], weight, bias, scale_out[:1], shift_out
     assert_as_accurate(
-        with_gradients(by("triton")), with_gradients(by("reference")), *values, dtype=torch.float32
+        with_gradients(by(implementation)),
+        with_gradients(by("reference")),
+        *values,
+        dtype=torch.float32,
     )
 
 
+@each_implementation
 @pytest.mark.parametrize("features", ["buffer", "list"])
-def test_detached_features_get_no_gradient_and_change_no_other(features: str) -> None:
+def test_detached_features_get_no_gradient_and_change_no_other(
+    features: str, implementation: str
+) -> None:
     values = inputs()
     make = FEATURES[features]
 
     def detached(f: torch.Tensor) -> Any:
         return make(f.detach())
 
-    attached = with_gradients(by("triton", make))(*values)
+    attached = with_gradients(by(implementation, make))(*values)
     x, buffer, *others = (t.detach().requires_grad_() for t in values)
-    out = by("triton", detached)(x, buffer, *others)
+    out = by(implementation, detached)(x, buffer, *others)
     generator = torch.Generator().manual_seed(0)
     grad = (torch.randint(-8, 9, out.shape, generator=generator) / 4).to(out)
     dbuffer, *found = torch.autograd.grad(out, [buffer, x, *others], grad, allow_unused=True)
@@ -217,12 +260,13 @@ def test_detached_features_get_no_gradient_and_change_no_other(features: str) ->
         assert torch.equal(actual, truth)
 
 
-def test_some_features_detached() -> None:
+@each_implementation
+def test_some_features_detached(implementation: str) -> None:
     x, buffer, *values = inputs()
     first, second, third = (f.clone().requires_grad_() for f in buffer.unbind(-2))
-    out = by("triton", lambda _: [first, second.detach(), third])(x, buffer, *values)
+    out = by(implementation, lambda _: [first, second.detach(), third])(x, buffer, *values)
     dfirst, dthird = torch.autograd.grad(out.sum(), [first, third])
-    _, _, dbuffer, *_ = with_ones(by("triton"))(x, buffer, *values)
+    _, _, dbuffer, *_ = with_ones(by(implementation))(x, buffer, *values)
     torch.testing.assert_close(torch.stack([dfirst, dthird]), dbuffer.movedim(-2, 0)[::2])
 
 
@@ -235,11 +279,12 @@ def with_ones(function: Function) -> Function:
     return run
 
 
-def test_fp32_stream_with_bf16_features_under_autocast() -> None:
+@each_implementation
+def test_fp32_stream_with_bf16_features_under_autocast(implementation: str) -> None:
     x, buffer, *values = inputs()
     for features in (FEATURES["buffer"], as_tokens):
         with torch.autocast(DEVICE, torch.bfloat16):
-            ours = with_gradients(by("triton", features))(x, buffer.bfloat16(), *values)
+            ours = with_gradients(by(implementation, features))(x, buffer.bfloat16(), *values)
             plain = with_gradients(by("reference", features))(x, buffer.bfloat16(), *values)
         exact = with_gradients(by("reference", features))(
             *(t.double() for t in (x, buffer.bfloat16(), *values))
@@ -251,25 +296,32 @@ def test_fp32_stream_with_bf16_features_under_autocast() -> None:
             assert (our - truth).abs().max() <= 2 * (their - truth).abs().max() + step
 
 
+@each_implementation
 @pytest.mark.parametrize("features", ["buffer", "tokens"])
-def test_gradients_are_deterministic(features: str) -> None:
-    run = with_gradients(by("triton", FEATURES[features]))
+def test_gradients_are_deterministic(features: str, implementation: str) -> None:
+    run = with_gradients(by(implementation, FEATURES[features]))
     values = inputs(size=(3, 4), times=1)
     assert all(torch.equal(a, b) for a, b in zip(run(*values), run(*values), strict=True))
 
 
+@each_implementation
 @pytest.mark.parametrize("features", ["buffer", "tokens"])
-def test_no_output_is_left_unwritten(features: str, poisoned_memory: None) -> None:
+def test_no_output_is_left_unwritten(
+    features: str, poisoned_memory: None, implementation: str
+) -> None:
     values = inputs(size=(3, 5), width=33, times=1)
-    for result in with_gradients(by("triton", FEATURES[features]))(*values):
+    for result in with_gradients(by(implementation, FEATURES[features]))(*values):
         assert result.isfinite().all()
 
 
+@each_implementation
 @pytest.mark.parametrize(
     ("features", "backend"), [("buffer", "inductor"), ("list", "aot_eager"), ("list", "inductor")]
 )
-def test_fullgraph_forward_and_backward_equal_eager(features: str, backend: str) -> None:
-    ours = by("triton", FEATURES[features])
+def test_fullgraph_forward_and_backward_equal_eager(
+    features: str, backend: str, implementation: str
+) -> None:
+    ours = by(implementation, FEATURES[features])
     graph = torch.compile(ours, fullgraph=True, backend=backend)
     eager = with_gradients(ours)(*inputs())
     for actual, truth in zip(with_gradients(graph)(*inputs()), eager, strict=True):
@@ -291,7 +343,64 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(bwd, (x, projected.bfloat16(), shift, mean, rstd, 1))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@needs_cpu
+def test_compiled_operators_pass_opcheck() -> None:
+    fwd, bwd = (
+        torch.ops.dimr_fast.upsample_add_fwd.default,
+        torch.ops.dimr_fast.upsample_add_bwd.default,
+    )
+    x, projected = seeded(2, 4, 6, 24), seeded(2, 2, 3, 96)
+    scale, shift = seeded(2, 24), seeded(1, 24)
+    mean, rstd = seeded(2, 24), seeded(2, 24).abs()
+    behind = [seeded(2, 6), seeded(2, 6).abs(), seeded(96), seeded(96).flip(0)]
+    torch.library.opcheck(fwd, (x, projected, scale, shift, []))
+    torch.library.opcheck(fwd, (x.bfloat16(), projected, shift, scale, behind))
+    torch.library.opcheck(bwd, (x, projected, scale, mean, rstd, 2))
+    torch.library.opcheck(bwd, (x, projected.bfloat16(), shift, mean, rstd, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(instruction_set: None, dtype: torch.dtype) -> None:
+    for out in (24, 33, 64):
+        ours, plain = with_gradients(by("cpu")), with_gradients(by("reference"))
+        assert_as_accurate(ours, plain, *inputs(slots=4, width=17, out=out), dtype=dtype)
+
+
+def test_results_do_not_depend_on_threads(instruction_set: None) -> None:
+    """Of our operators: the products between them are torch's."""
+    x, projected, scale = seeded(2, 16, 18, 40), seeded(2, 8, 9, 160), seeded(2, 40)
+    packets = torch.ops.dimr_fast
+
+    def run() -> tuple[torch.Tensor, ...]:
+        out, mean, rstd = packets.upsample_add_fwd.default(x, projected, scale, scale, [])
+        grads = packets.upsample_add_bwd.default(x, projected, scale, mean, rstd, 1)
+        return (out, mean, rstd, *grads)
+
+    one, three = on_threads(1, run), on_threads(3, run)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("projected", lambda x, p, s, m: (x, p[..., 1:], s, m, m, 2)),
+        ("dout", lambda x, p, s, m: (x[0], p, s, m, m, 2)),
+        ("weight", lambda x, p, s, m: (x, p, s[:, 1:], m, m, 2)),
+        ("mean", lambda x, p, s, m: (x, p, s, m[:, 1:], m, 2)),
+        ("rstd", lambda x, p, s, m: (x, p, s, m, m.double(), 2)),
+        ("times", lambda x, p, s, m: (x, p, s, m, m, 3)),
+    ],
+)
+def test_the_bare_operator_refuses_what_it_cannot_read(argument: str, change: Any) -> None:
+    arguments = change(seeded(2, 4, 6, 24), seeded(2, 2, 3, 96), seeded(2, 24), seeded(2, 24))
+    with pytest.raises(RuntimeError, match=f"{argument}"):
+        torch.ops.dimr_fast.upsample_add_bwd.default(*arguments)
+
+
+@pytest.mark.parametrize(
+    "implementation", ["reference", "triton", pytest.param("cpu", marks=needs_cpu)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mean", [0, 1, 3, 10])
 def test_norm_behind_the_projection(mean: float, dtype: torch.dtype, implementation: str) -> None:

@@ -71,9 +71,10 @@ inline Vector normal_density(Vector a) {
     return exp2<WIDE>(a * a * (-0.5f * LOG2_E) + LOG2_AT_0);
 }
 
-// 1 / (1 + 2^x): the logistic function of −x·ln 2.
-inline Vector logistic2(Vector x) {
-    return 1.0f / (1.0f + exp2<true>(x > 127.0f ? broadcast(127.0f) : x));
+// Zero, and no number that a gradient could multiply, where the gate is closed.
+inline Vector sigmoid(Vector x) {
+    const Vector power = x * -LOG2_E;
+    return power > 127.0f ? Vector{} : 1.0f / (1.0f + exp2<true>(power));
 }
 
 }  // namespace

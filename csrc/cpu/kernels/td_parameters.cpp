@@ -6,8 +6,7 @@
 //     dp0 = Σ g·s        dp1 = Σ g·(1 − s)
 //     db = (p0 − p1) · Σ g·s·(1 − s)        dw = (p0 − p1) · Σ g·s·(1 − s)·τ
 //
-// with sums over the times, in their order. Powers are of two, so the exponent's factor is taken
-// into w and b, once for all times.
+// with sums over the times, in their order.
 
 #include "td_parameters.h"
 
@@ -25,13 +24,13 @@ struct Columns {
         const auto wide = [&](const void* vector) {
             return load(static_cast<const T*>(vector) + c, count);
         };
-        slope = (wide(block.weight) + 1.0f) * -LOG2_E;
-        offset = wide(block.bias) * -LOG2_E;
+        slope = wide(block.weight) + 1.0f;
+        offset = wide(block.bias);
         low = wide(block.param1);
         range = wide(block.param0) - low;
     }
 
-    Vector gate(float tau) const { return logistic2(slope * tau + offset); }
+    Vector gate(float tau) const { return sigmoid(slope * tau + offset); }
 };
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
