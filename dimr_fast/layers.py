@@ -134,7 +134,7 @@ class Attention(Operation):
 
 
 class DepthwiseConv2d(Operation):
-    """`ops.depthwise_conv2d` of a branch's image `[B, H·W, D]`, which may be added to the result."""
+    """`ops.depthwise_conv2d` of a branch's image `[B, H·W, D]`; `residual` adds the image."""
 
     operator = "depthwise_conv2d"
 

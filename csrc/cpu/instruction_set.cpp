@@ -11,7 +11,8 @@ constexpr const char* NAMES[] = {"portable", "AVX2", "AVX-512", "AVX-512 with BF
 InstructionSet best() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return InstructionSet::AVX512BF16;
