@@ -1,9 +1,10 @@
 """Kernels that a forward pass launches, counted without a GPU: `python benchmarks/launches.py`.
 
 The model runs on the meta device in bfloat16, at batch 1. A torch operator that computes something
-counts as one launch, a view or an allocation as none; each of our operators counts the launches its
-launcher makes. So the figures say what the code asks for, not what a profiler saw: a library
-call, such as a convolution, may be more kernels than one. Written to `results/launches.json`.
+counts as one launch, a view or an allocation as none; each of our Triton operators counts the
+launches its launcher makes. So the figures say what the code asks for, not what a profiler saw: a
+library call, such as a convolution, may be more kernels than one. Written to
+`results/launches.json`.
 """
 
 import importlib
@@ -35,7 +36,7 @@ class _Count(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.overloadpacket.__name__
-        if func.namespace == "dimr_fast":
+        if func.namespace == "dimr_fast" and func._overloadname == "triton":
             return self._launch(*name.rsplit("_", 1), args)
         result = func(*args, **(kwargs or {}))
         view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)

@@ -222,7 +222,7 @@ PRESETS: dict[str, DiMRConfig] = {
     "DiMR-XL/3R": _preset(4, 64, (960, 480, 240), (39, 20, 20), 16),
     "DiMR-M/3R": _preset(3, 64, (768, 384, 192), (15, 8, 8), 12, "LN"),
     "DiMR-L/3R": _preset(3, 64, (960, 480, 240), (21, 11, 11), 16, "LN"),
-    "demo": _preset(3, 32, (192, 64, 32), (4, 2, 2), 4, num_classes=7, kernel_size=3),
+    "demo": _preset(3, 32, (144, 64, 32), (4, 2, 2), 4, num_classes=7),
     "tiny": _preset(3, 16, (24, 16, 8), (3, 2, 2), 2, num_classes=7, kernel_size=3),
 }
 """The published models (paper table 1; sizes of the 3R models follow from their parameter counts),

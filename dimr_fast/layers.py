@@ -221,8 +221,13 @@ class PatchEmbedding(nn.Module):
         self.add_module("3", PositionEmbedding(config))
 
     def forward(self, x: Tensor) -> Tensor:
-        patches = self.get_submodule("1")(x)
-        return self.get_submodule("3")(patches.flatten(2).mT)
+        # A convolution whose stride is its size is a product with each patch; as one it leaves the
+        # channels last, as everything after it wants them.
+        conv = cast(nn.Conv2d, self.get_submodule("1"))
+        r = conv.stride[0]
+        patches = x.unflatten(3, (-1, r)).unflatten(2, (-1, r)).permute(0, 2, 4, 1, 3, 5)
+        features = F.linear(patches.flatten(3).flatten(1, 2), conv.weight.flatten(1), conv.bias)
+        return self.get_submodule("3")(features)
 
 
 class Head(nn.Module):

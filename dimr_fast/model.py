@@ -62,7 +62,9 @@ class Branch(nn.Module):
         for j, block in enumerate(self.blocks):
             if j > self.depth:
                 skip = skips.pop()
-                x = self.skip_denses[j - self.depth - 1](torch.cat([x, skip], -1))
+                dtype = ops.compute_dtype(x)
+                both = torch.cat([x.to(dtype), skip.to(dtype)], -1)
+                x = self.skip_denses[j - self.depth - 1](both)
             x = self._run(block, x, td)
             if j < self.depth:
                 skips.append(x)

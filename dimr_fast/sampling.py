@@ -12,7 +12,12 @@ from tqdm import tqdm
 
 from dimr_fast.checkpoint import TrainedModel, load_model
 from dimr_fast.config import require_fields
-from dimr_fast.device import Precision, resolve_device, resolve_precision
+from dimr_fast.device import (
+    Precision,
+    keep_freed_memory,
+    resolve_device,
+    resolve_precision,
+)
 from dimr_fast.diffusion import (
     ConstantGuidance,
     DiscreteSchedule,
@@ -135,6 +140,8 @@ def sample(config: SampleConfig) -> Path:
     config.sampler.validate()
     require_fields(config, per_class=(config.per_class > 0, "1 or more"))
     device = resolve_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     trained = load_model(config.checkpoint)
     claim(config.output, FILES)
     trained.model.to(device)

@@ -24,6 +24,7 @@ from dimr_fast.data.tiles import load_tiles
 from dimr_fast.device import (
     Precision,
     device_name,
+    keep_freed_memory,
     precision_name,
     resolve_device,
     resolve_precision,
@@ -226,6 +227,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
         raise FileExistsError(f"{path} exists already; --resume it or choose another output")
     require_matplotlib()
     device = resolve_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     images, labels, classes = _load_data(config)
     pixels = PixelScale.of(images)
     model_config = preset(config.preset, num_classes=len(classes) + 1)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from dimr_fast import _extension
+
 if not torch.cuda.is_available():
     # Read when a kernel's module is imported, so it has to be there before any test runs.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -26,3 +28,13 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=_extension.INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each of the instruction sets that the CPU library is compiled for, in use."""
+    before = _extension.instruction_set()
+    if not _extension.use_instruction_set(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    _extension.use_instruction_set(before)

@@ -1,4 +1,4 @@
-"""`attention` by Triton, interpreted where there is no GPU, and by sdpa, against the reference."""
+"""`attention` by Triton, interpreted where there is no GPU, and by PyTorch: as the reference."""
 
 import math
 import re
@@ -237,23 +237,45 @@ def test_addresses_past_32_bits() -> None:
     assert_as_accurate(from_far, from_near, packed(1, 3, 2, 4), dtype=torch.float16)
 
 
+by_pytorch = pytest.mark.parametrize("name", ["bmm", "sdpa"])
+
+
+@by_pytorch
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("images", "tokens", "heads", "head_dim"),
     [(2, 257, 16, 60), (1, 257, 16, 72), (3, 1, 2, 8), (2, 65, 5, 32), (0, 9, 2, 8)],
 )
-def test_sdpa_is_as_accurate_as_the_reference(
-    images: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype
+def test_pytorch_is_as_accurate_as_the_reference(
+    images: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, name: str
 ) -> None:
     qkv = packed(images, tokens, heads, head_dim)
-    assert_as_accurate(by("sdpa", heads), plain(heads), qkv, dtype=dtype)
+    assert_as_accurate(by(name, heads), plain(heads), qkv, dtype=dtype)
 
 
-def test_sdpa_gradient_equals_the_reference() -> None:
+@by_pytorch
+def test_gradient_by_pytorch_equals_the_reference(name: str) -> None:
     qkv, grad = packed(2, 17, 4, 12).double().requires_grad_(), seeded(2, 17, 48).double()
-    actual, expected = (
-        torch.autograd.grad(f(qkv), qkv, grad)[0] for f in (by("sdpa", 4), plain(4))
-    )
+    actual, expected = (torch.autograd.grad(f(qkv), qkv, grad)[0] for f in (by(name, 4), plain(4)))
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [lambda x: x, lambda x: x[:, 1:], lambda x: x.transpose(0, 1)])
+def test_gradient_of_batched_products_in_each_precision(
+    dtype: torch.dtype, layout: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    qkv = packed(5, 33, 4, 12)
+    ours, theirs = (with_gradients(lambda x, f=f: f(layout(x))) for f in (by("bmm", 4), plain(4)))
+    assert_as_accurate(ours, theirs, qkv, dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_batched_products_compile_as_one_graph(backend: str) -> None:
+    torch._dynamo.reset()
+    qkv = packed(2, 9, 2, 8).bfloat16()
+    run = torch.compile(by("bmm", 2), fullgraph=True, backend=backend)
+    actual, expected = with_gradients(run)(qkv), with_gradients(by("bmm", 2))(qkv)
     torch.testing.assert_close(actual, expected)
 
 
@@ -261,6 +283,9 @@ def test_auto_takes_sdpa_off_a_gpu_and_for_other_head_dims() -> None:
     implementations = ops.OPERATORS["attention"]
     assert implementations.select("auto", torch.zeros(1, 2, 24)) == "sdpa"
     assert implementations.select("auto", torch.zeros(1, 2, 3, 1, 6)) == "sdpa"
+    few, many = (torch.zeros(1, n, 3, 1, 8, dtype=torch.bfloat16) for n in (257, 258))
+    assert implementations.select("auto", few) == "bmm"
+    assert implementations.select("auto", many) == "sdpa"
     assert implementations.why_not("triton", torch.zeros(1, 2, 3, 1, 8)) is None
     torch.testing.assert_close(by("auto", 1)(packed(1, 2, 1, 6)), plain(1)(packed(1, 2, 1, 6)))
 

@@ -1,16 +1,15 @@
 import pytest
 import torch
+from cpu_library import needs_cpu, on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_as_accurate
+from oracle import assert_as_accurate, with_gradients
 
-from dimr_fast import _extension, reference
+from dimr_fast import reference
 from dimr_fast.ops import depthwise_conv2d
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NO_CPU_LIBRARY = _extension.why_not("cpu")
-compiled = pytest.mark.skipif(NO_CPU_LIBRARY is not None, reason=f"cpu library: {NO_CPU_LIBRARY}")
-IMPLEMENTATIONS = ["reference", pytest.param("cpu", marks=compiled)]
+IMPLEMENTATIONS = ["reference", pytest.param("cpu", marks=needs_cpu)]
 
 
 def make(b, h, w, d, k, *, seed=0, device="cpu"):
@@ -23,19 +22,15 @@ def cpu(x, weight, bias=None):
     return depthwise_conv2d(x, weight, bias, implementation="cpu")
 
 
-def gradients(function):
-    """`function` followed by backward of a fixed, uneven sum: the gradients of its inputs."""
-
-    def run(*inputs):
-        leaves = [t.detach().requires_grad_() for t in inputs]
-        y = function(*leaves)
-        scale = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
-        return torch.autograd.grad(y, leaves, scale)
-
-    return run
+def cpu_added(x, weight, bias=None):
+    return depthwise_conv2d(x, weight, bias, residual=True, implementation="cpu")
 
 
-@compiled
+def plainly_added(x, weight, bias=None):
+    return x + reference.depthwise_conv2d(x, weight, bias)
+
+
+@needs_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("b", "h", "w", "d", "k"),
@@ -56,7 +51,7 @@ def test_cpu_is_as_accurate_as_torch(b, h, w, d, k, dtype):
     assert_as_accurate(cpu, reference.depthwise_conv2d, x, weight, dtype=dtype)
 
 
-@compiled
+@needs_cpu
 @settings(deadline=None, max_examples=40)
 @given(
     st.integers(0, 3),
@@ -98,19 +93,63 @@ def test_strided_inputs(name, implementation):
     )
 
 
-@compiled
-def test_result_depends_neither_on_threads_nor_on_fresh_memory():
-    x, weight, bias = make(2, 19, 21, 70, 7)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = cpu(x, weight, bias)
-        torch.set_num_threads(3)
-        torch.use_deterministic_algorithms(True)  # fills fresh tensors with NaN
-        assert torch.equal(one, cpu(x, weight, bias))
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(False)
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("b", "h", "w", "d", "k"),
+    [
+        (2, 16, 32, 32, 3),  # in place: whole blocks and tiles
+        (2, 5, 16, 48, 5),
+        (1, 3, 48, 16, 7),
+        (2, 9, 8, 24, 7),  # by half a tile, half a block
+        (1, 2, 3, 8, 7),  # smaller than the filter
+        (3, 6, 7, 33, 3),
+        (2, 9, 33, 17, 9),  # any size of filter
+        (9, 4, 4, 70, 5),
+    ],
+)
+def test_every_instruction_set(instruction_set, b, h, w, d, k, dtype):
+    inputs = make(b, h, w, d, k)
+    for ours, theirs in [(cpu, reference.depthwise_conv2d), (cpu_added, plainly_added)]:
+        ours, theirs = with_gradients(ours), with_gradients(theirs)
+        assert_as_accurate(ours, theirs, *inputs, dtype=dtype)
+
+
+@needs_cpu
+@pytest.mark.parametrize("shape", [(1, 32, 32, 240, 7), (4, 32, 32, 480, 7), (8, 64, 64, 240, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_at_the_presets_sizes(shape, dtype):
+    theirs = with_gradients(plainly_added)
+    assert_as_accurate(with_gradients(cpu_added), theirs, *make(*shape), dtype=dtype)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 19, 21, 70, 7), (1, 32, 32, 48, 3)])
+def test_result_depends_neither_on_threads_nor_on_fresh_memory(shape, dtype, poisoned_memory):
+    inputs = [t.to(dtype) for t in make(*shape)]
+    one, three = (on_threads(n, lambda: with_gradients(cpu_added)(*inputs)) for n in (1, 3))
+    assert all(map(torch.equal, one, three))
+
+
+@needs_cpu
+def test_autocast_does_not_round_the_residual():
+    x, weight, bias = make(2, 6, 16, 32, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = cpu_added(x, weight, bias), plainly_added(x, weight, bias)
+    assert ours.dtype == theirs.dtype == torch.float32
+    exact = plainly_added(x.double(), weight.double(), bias.double())
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+    # the convolution's share is that of bf16: its own rounding is there
+    assert (ours - exact).abs().max() > 1e-4
+
+
+@needs_cpu
+def test_inference_mode():
+    inputs = make(2, 6, 5, 9, 3)
+    with torch.inference_mode():
+        y = cpu_added(*inputs)
+    assert torch.equal(y, cpu_added(*inputs))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -125,11 +164,13 @@ def test_empty_batch(implementation):
     assert not bias.grad.any()
 
 
-@compiled
+@needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_as_accurate_as_torch(dtype):
     inputs = make(2, 9, 7, 21, 7)
-    assert_as_accurate(gradients(cpu), gradients(reference.depthwise_conv2d), *inputs, dtype=dtype)
+    assert_as_accurate(
+        with_gradients(cpu), with_gradients(reference.depthwise_conv2d), *inputs, dtype=dtype
+    )
 
 
 def test_reference_gradient_is_the_derivative():
@@ -137,7 +178,7 @@ def test_reference_gradient_is_the_derivative():
     assert torch.autograd.gradcheck(depthwise_conv2d, inputs)
 
 
-@compiled
+@needs_cpu
 @pytest.mark.parametrize(
     "wanted", [(True, False, False), (False, True, False), (False, False, True)]
 )
@@ -147,7 +188,7 @@ def test_only_the_wanted_gradients(wanted):
     assert tuple(t.grad is not None for t in inputs) == wanted
 
 
-@compiled
+@needs_cpu
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_opcheck(with_bias):
     x, weight, bias = make(2, 6, 5, 9, 3)
@@ -169,7 +210,7 @@ def test_compiles_as_one_graph_forward_and_backward(implementation, dtype):
 
     torch._dynamo.reset()
     compiled_run = torch.compile(run, fullgraph=True, backend="aot_eager")
-    expected, actual = gradients(run)(*inputs), gradients(compiled_run)(*inputs)
+    expected, actual = with_gradients(run)(*inputs), with_gradients(compiled_run)(*inputs)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     torch.testing.assert_close(compiled_run(*inputs), run(*inputs), rtol=0, atol=0)
 
@@ -191,7 +232,7 @@ def test_meta_tensors_have_only_a_shape():
     assert depthwise_conv2d(x, weight, bias).shape == x.shape
 
 
-@compiled
+@needs_cpu
 def test_one_graph_serves_every_size():
     graphs = []
 
@@ -242,7 +283,7 @@ def test_an_implementation_that_cannot_run_says_why():
         depthwise_conv2d(x, weight, bias, implementation="fast")
 
 
-@compiled
+@needs_cpu
 @pytest.mark.parametrize(
     "change",
     [
@@ -263,7 +304,7 @@ def test_the_bare_operator_refuses_what_it_cannot_read(change):
         torch.ops.dimr_fast.depthwise_conv2d_fwd(*arguments, False)
 
 
-@compiled
+@needs_cpu
 @pytest.mark.parametrize(
     ("argument", "change"),
     [
@@ -279,19 +320,3 @@ def test_the_bare_gradient_refuses_what_it_cannot_read(argument, change):
     x, weight, _ = make(1, 4, 5, 6, 3)
     with pytest.raises(RuntimeError, match=rf"{argument}: "):
         torch.ops.dimr_fast.depthwise_conv2d_bwd(*change(x, x, weight), False, True, True, True)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_cuda_is_as_accurate_as_torch(dtype):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if _extension.why_not("cuda"):
-        pytest.skip(f"cuda library: {_extension.why_not('cuda')}")
-
-    def cuda(x, weight, bias):
-        return depthwise_conv2d(x, weight, bias, implementation="cuda")
-
-    for shape in [(2, 32, 32, 480, 7), (1, 1, 1, 17, 7), (2, 9, 13, 50, 3), (0, 4, 4, 8, 3)]:
-        inputs = make(*shape, device="cuda")
-        assert_as_accurate(cuda, reference.depthwise_conv2d, *inputs, dtype=dtype)

@@ -1,10 +1,11 @@
 """The norms of the compiled CPU library: what is its own, beside the tests of each operator."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from cpu_library import on_threads
 from oracle import Function, assert_as_accurate, with_gradients
 
 from dimr_fast import _extension, ops
@@ -47,15 +48,6 @@ def by(operator: str, implementation: str) -> Function:
 def values(operator: str, times: int, width: int) -> list[torch.Tensor]:
     scale = seeded(times, width)
     return [scale] if operator == "td_rms_norm" else [scale, seeded(times, width).flip(1)]
-
-
-@pytest.fixture(params=_extension.INSTRUCTION_SETS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _extension.instruction_set()
-    if not _extension.use_instruction_set(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    _extension.use_instruction_set(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,14 +106,7 @@ def test_mixed_dtypes(
 
 def test_the_number_of_threads_changes_no_bit(operator: str, ours: Function) -> None:
     inputs = seeded(3, 700, 80), seeded(3, 700, 80).flip(0), *values(operator, 3, 80)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            results.append(with_gradients(ours)(*inputs))
-    finally:
-        torch.set_num_threads(threads)
+    results = [on_threads(count, lambda: with_gradients(ours)(*inputs)) for count in (1, 2, 5)]
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -1,45 +1,22 @@
 """`upsample_add` by Triton, interpreted where there is no GPU, and on the CPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from aot import TARGETS, Launch, compiled, meta
+from cpu_library import each_implementation, needs_cpu, on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DEVICE, Function, assert_as_accurate, seeded, with_gradients
 
-from dimr_fast import _extension, ops
+from dimr_fast import ops
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ON_A_GPU = None if DEVICE == "cpu" else "tensors lie on the GPU"
-NO_CPU_LIBRARY = _extension.why_not("cpu") or ON_A_GPU
-needs_cpu = pytest.mark.skipif(NO_CPU_LIBRARY is not None, reason=f"cpu: {NO_CPU_LIBRARY}")
-each_implementation = pytest.mark.parametrize(
-    "implementation", ["triton", pytest.param("cpu", marks=needs_cpu)]
-)
-
-
-@pytest.fixture(params=_extension.INSTRUCTION_SETS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = _extension.instruction_set()
-    if not _extension.use_instruction_set(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield
-    _extension.use_instruction_set(before)
-
-
-def on_threads(count: int, run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(count)
-        return run()
-    finally:
-        torch.set_num_threads(before)
 
 
 Inputs = tuple[torch.Tensor, ...]

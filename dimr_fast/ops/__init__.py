@@ -1,5 +1,6 @@
 """The operators: public functions, each with a choice of implementation."""
 
+from dimr_fast.ops._checks import compute_dtype
 from dimr_fast.ops.attention import attention
 from dimr_fast.ops.depthwise_conv2d import depthwise_conv2d
 from dimr_fast.ops.gated_gelu import gated_gelu
@@ -14,6 +15,7 @@ __all__ = [
     "OPERATORS",
     "Implementations",
     "attention",
+    "compute_dtype",
     "depthwise_conv2d",
     "gated_gelu",
     "rms_norm",

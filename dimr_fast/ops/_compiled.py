@@ -17,17 +17,26 @@ def why_not_cpu(x: torch.Tensor) -> str | None:
 
 
 def why_not_cuda(x: torch.Tensor) -> str | None:
-    """The reason why the CUDA library cannot run on `x`, or None where it can."""
+    """The reason why the CUDA library cannot run on `x`, or None where it can.
+
+    It runs on a GPU and on the meta device (shapes only).
+    """
+    if x.device.type == "meta":
+        return _why_not_dtype(x)
     return _why_not(x, "cuda") or _extension.why_not_gpu(x.device.index)
 
 
 def _why_not(x: torch.Tensor, library: str) -> str | None:
     if x.device.type != library:
         return f"it runs on {library}, x is on {x.device.type}"
-    if x.dtype not in DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        return f"it takes {names}, x is {str(x.dtype).removeprefix('torch.')}"
-    return _extension.why_not(library)
+    return _why_not_dtype(x) or _extension.why_not(library)
+
+
+def _why_not_dtype(x: torch.Tensor) -> str | None:
+    if x.dtype in DTYPES:
+        return None
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    return f"it takes {names}, x is {str(x.dtype).removeprefix('torch.')}"
 
 
 def declare(operator: str, direction: str, schema: str, shapes: Callable[..., Any]) -> Any:

@@ -25,13 +25,19 @@ def _triton_why_not(qkv: Tensor) -> str | None:
 _MEASURED = 257
 
 
-def _sdpa_slower(qkv: Tensor) -> str | None:
+def _few_tokens(qkv: Tensor) -> bool:
     # PyTorch's CPU kernel is made for long sequences. In bfloat16 plain matrix products beat it on
     # those measured: several times at 65 tokens, at 257 by their backward pass
     # (benchmarks/bench_attention.py).
-    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and qkv.shape[1] <= _MEASURED:
-        return f"slower on a CPU in bfloat16 up to {_MEASURED} tokens"
-    return None
+    return qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and qkv.shape[1] <= _MEASURED
+
+
+def _bmm_slower(qkv: Tensor) -> str | None:
+    return None if _few_tokens(qkv) else "it writes all scores to memory"
+
+
+def _sdpa_slower(qkv: Tensor) -> str | None:
+    return f"slower on a CPU in bfloat16 up to {_MEASURED} tokens" if _few_tokens(qkv) else None
 
 
 def _unmeasured(qkv: Tensor) -> str | None:
@@ -44,11 +50,13 @@ implementations = Implementations(
     "attention",
     example=(4, 257, 2880),
     triton=_triton_why_not,
+    bmm=backends.bmm_why_not,
     sdpa=backends.sdpa_why_not,
     flash_attn=backends.flash_attn_why_not,
     xformers=backends.xformers_why_not,
     slower={
         "triton": _triton.slower,
+        "bmm": _bmm_slower,
         "sdpa": _sdpa_slower,
         "flash_attn": _unmeasured,
         "xformers": _unmeasured,
@@ -56,6 +64,7 @@ implementations = Implementations(
 )
 
 _BACKENDS = {
+    "bmm": backends.bmm,
     "sdpa": backends.sdpa,
     "flash_attn": backends.flash_attn,
     "xformers": backends.xformers,
@@ -66,9 +75,9 @@ def attention(qkv: Tensor, num_heads: int, *, implementation: str = "auto") -> T
     """Attention of every token to every token, with scale `head_dim^-½`.
 
     `qkv` is `[B, N, 3·heads·head_dim]`, packed as `[3, heads, head_dim]`; the result
-    `[B, N, heads·head_dim]`. Implementations: "triton", "sdpa" (PyTorch's
-    scaled_dot_product_attention), "flash_attn" and "xformers" (the packages, where installed) and
-    "reference".
+    `[B, N, heads·head_dim]`. Implementations: "triton", "bmm" (PyTorch's batched products), "sdpa"
+    (its scaled_dot_product_attention), "flash_attn" and "xformers" (the packages, where installed)
+    and "reference".
     Raises ValueError where the width does not fit the heads or the implementation is unusable.
     """
     if qkv.dim() != 3 or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):

@@ -7,10 +7,12 @@ package needs another layout or padding, that happens here.
 import functools
 import importlib
 from importlib import metadata
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dimr_fast.ops import _triton
 
@@ -18,6 +20,47 @@ from dimr_fast.ops import _triton
 def head_dim(qkv: Tensor) -> int | None:
     """head_dim of a packed projection that is viewed by heads, else unknown."""
     return qkv.shape[-1] if qkv.dim() == 5 else None
+
+
+def bmm_why_not(qkv: Tensor) -> str | None:
+    """None: batched products run wherever tensors do."""
+    return None
+
+
+def bmm(packed: Tensor) -> Tensor:
+    """By `torch.bmm`: all scores are kept, and few copies made."""
+    return _BatchedProducts.apply(packed)
+
+
+class _BatchedProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor) -> Tensor:
+        images, count, _, heads, width = packed.shape
+        q, k, v = packed.permute(2, 0, 3, 1, 4).reshape(3, images * heads, count, width)
+        # Scaled within the product: in half precision the scores are rounded once.
+        scores = torch.baddbmm(q.new_empty((1, 1, 1)), q, k.mT, beta=0, alpha=width**-0.5)
+        weights = scores.softmax(-1)
+        ctx.save_for_backward(q, k, v, weights)
+        return weights.bmm(v).unflatten(0, (images, heads)).transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
+        q, k, v, weights = ctx.saved_tensors
+        images, count, heads, width = dout.shape
+        dout = dout.transpose(1, 2).reshape(images * heads, count, width)
+        dweights = dout.bmm(v.mT)
+        dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+        scale, start = width**-0.5, q.new_empty((1, 1, 1))
+        grads = (
+            torch.baddbmm(start, dscores, k, beta=0, alpha=scale),
+            torch.baddbmm(start, dscores.mT, q, beta=0, alpha=scale),
+            weights.mT.bmm(dout),
+        )
+        dpacked = q.new_empty((images, count, 3, heads, width))
+        for i, grad in enumerate(grads):
+            dpacked[:, :, i] = grad.unflatten(0, (images, heads)).transpose(1, 2)
+        return dpacked
 
 
 def sdpa_why_not(qkv: Tensor) -> str | None:

@@ -14,17 +14,11 @@ from dimr_fast.ops import _compiled
 from dimr_fast.ops._checks import compute_dtype
 from dimr_fast.ops.implementations import Implementations
 
-
-def _slower_on_cuda(x: Tensor) -> str | None:
-    return "not yet measured against torch on a GPU"
-
-
 implementations = Implementations(
     "depthwise_conv2d",
     example=(4, 32, 32, 480),
     cpu=_compiled.why_not_cpu,
     cuda=_compiled.why_not_cuda,
-    slower={"cuda": _slower_on_cuda},
 )
 
 

@@ -1,0 +1,27 @@
+"""What tests of the compiled CPU library share."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracle import DEVICE
+
+from dimr_fast import _extension
+
+NO_CPU_LIBRARY = _extension.why_not("cpu") or (
+    None if DEVICE == "cpu" else "tensors lie on the GPU"
+)
+needs_cpu = pytest.mark.skipif(NO_CPU_LIBRARY is not None, reason=f"cpu: {NO_CPU_LIBRARY}")
+each_implementation = pytest.mark.parametrize(
+    "implementation", ["triton", pytest.param("cpu", marks=needs_cpu)]
+)
+
+
+def on_threads(count: int, run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """What `run` returns on so many threads."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        return run()
+    finally:
+        torch.set_num_threads(before)
