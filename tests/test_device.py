@@ -1,5 +1,9 @@
 """The choice of device and precision."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -30,3 +34,33 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_device_has_a_name() -> None:
     assert device.device_name(torch.device("cpu")).startswith("CPU, ")
+
+
+FAULTS = """
+import resource
+import torch
+from dimr_fast.device import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back = faults()
+keep_freed_memory()
+print(given_back, min(faults() for _ in range(3)))
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc"
+    or tuple(map(int, platform.libc_ver()[1].split("."))) < (2, 35),
+    reason="only glibc 2.35 or later keeps blocks of any size",
+)
+def test_freed_memory_is_kept() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
+    )
+    given_back, kept = map(int, done.stdout.split())
+    assert kept < given_back / 10

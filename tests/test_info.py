@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from dimr_fast import _extension, info
@@ -14,8 +15,20 @@ def test_report_tells_versions_libraries_and_operators(capsys):
         assert line in text
     for library in _extension.LIBRARIES:
         assert (_extension.why_not(library) or "loaded") in text
+    if _extension.why_not("cpu") is None:
+        assert f"uses {_extension.instruction_set()}\n" in text
     for operator in OPERATORS:
         assert f"\n  {operator} [" in text
+
+
+@pytest.mark.skipif(
+    _extension.why_not("cpu") is not None, reason=f"cpu library: {_extension.why_not('cpu')}"
+)
+def test_instructions_that_the_processor_lacks_are_not_used():
+    before = _extension.instruction_set()
+    assert before in _extension.INSTRUCTION_SETS
+    assert not _extension.use_instruction_set("AVX-1024")
+    assert _extension.instruction_set() == before
 
 
 def test_report_agrees_with_the_choice_at_its_example():
