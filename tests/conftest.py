@@ -7,14 +7,15 @@ import pytest
 import torch
 from hypothesis import settings
 
-from dimr_fast import _extension
-
 if not torch.cuda.is_available():
     # Read when a kernel's module is imported, so it has to be there before any test runs.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Inductor's cache does not notice that an operator's shape rule has changed since.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+
+# Importing it may import Triton, which reads the environment.
+from dimr_fast import _extension  # noqa: E402
 
 # The same examples each time: errors are compared with another rounding error, which by chance can
 # be nearly nothing, and the same code should get the same verdict.

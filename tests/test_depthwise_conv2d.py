@@ -51,8 +51,16 @@ def test_cpu_is_as_accurate_as_torch(b, h, w, d, k, dtype):
     assert_as_accurate(cpu, reference.depthwise_conv2d, x, weight, dtype=dtype)
 
 
+STRIDED = {
+    "sliced channels": lambda x: x[..., ::2],
+    "sliced rows": lambda x: x[:, 1::3],
+    "permuted": lambda x: x.permute(0, 2, 1, 3),
+    "one image, expanded": lambda x: x[:1].expand(3, -1, -1, -1),
+}
+
+
 @needs_cpu
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=60)
 @given(
     st.integers(0, 3),
     st.integers(1, 20),
@@ -60,19 +68,20 @@ def test_cpu_is_as_accurate_as_torch(b, h, w, d, k, dtype):
     st.integers(1, 40),
     st.sampled_from([1, 3, 5, 7, 9, 11]),
     st.sampled_from(DTYPES),
+    st.sampled_from([None, *STRIDED]),
+    st.booleans(),
     st.integers(0, 2**16),
 )
-def test_cpu_on_any_shape(b, h, w, d, k, dtype, seed):
-    inputs = make(b, h, w, d, k, seed=seed)
-    assert_as_accurate(cpu, reference.depthwise_conv2d, *inputs, dtype=dtype)
+def test_cpu_on_any_shape(b, h, w, d, k, dtype, layout, residual, seed):
+    x, *_ = make(b, h, w, d, k, seed=seed)
+    view = STRIDED[layout] if layout else lambda x: x
+    _, weight, bias = make(1, 1, 1, view(x).shape[-1], k, seed=seed)
+    ours, theirs = (cpu_added, plainly_added) if residual else (cpu, reference.depthwise_conv2d)
 
+    def laid_out(function):
+        return with_gradients(lambda x, weight, bias: function(view(x), weight, bias))
 
-STRIDED = {
-    "sliced channels": lambda x: x[..., ::2],
-    "sliced rows": lambda x: x[:, 1::3],
-    "permuted": lambda x: x.permute(0, 2, 1, 3),
-    "one image, expanded": lambda x: x[:1].expand(3, -1, -1, -1),
-}
+    assert_as_accurate(laid_out(ours), laid_out(theirs), x, weight, bias, dtype=dtype)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,4 +1,4 @@
-"""The whole model by Triton's kernels, interpreted where there is no GPU."""
+"""The whole model by Triton's kernels, interpreted where there is no GPU, and by the CPU's."""
 
 import copy
 import importlib
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from aot import Launch, compiled
+from cpu_library import each_implementation, needs_cpu
 from golden import CASES, Golden, relative_error
 from oracle import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,25 +33,31 @@ def inputs(golden: Golden, *names: str) -> list[torch.Tensor]:
     return [golden[f"in/{name}"].to(DEVICE) for name in names]
 
 
+@each_implementation
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     ("mode", "time"), [("mixed_time", "time"), ("uniform_time", "time_uniform")]
 )
-def test_outputs_equal_the_published_model(case: str, mode: str, time: str) -> None:
+def test_outputs_equal_the_published_model(
+    case: str, mode: str, time: str, implementation: str
+) -> None:
     golden = Golden(case)
-    model = DiMR(golden.config).set_implementation("triton").to(DEVICE)
+    model = DiMR(golden.config).set_implementation(implementation).to(DEVICE)
     model.load_state_dict(golden.under("param/"), strict=True)
     x, log_snr, y = inputs(golden, "x", time, "y")
     for i, output in enumerate(model(x, log_snr=log_snr, y=y)):
         assert relative_error(output.cpu(), golden[f"{mode}/out/{i}"]) < TOLERANCE
 
 
+@each_implementation
 @pytest.mark.parametrize(
     ("case", "compiled"), [*((case, False) for case in CASES), ("two_branch_tdrms", True)]
 )
-def test_every_gradient_equals_the_published_model(case: str, compiled: bool) -> None:
+def test_every_gradient_equals_the_published_model(
+    case: str, compiled: bool, implementation: str
+) -> None:
     golden = Golden(case)
-    model = DiMR(golden.config).set_implementation("triton").to(DEVICE)
+    model = DiMR(golden.config).set_implementation(implementation).to(DEVICE)
     model.load_state_dict(golden.under("param/"), strict=True)
     x, log_snr, y, noise = inputs(golden, "x", "time", "y", "noise")
     run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
@@ -63,8 +70,9 @@ def test_every_gradient_equals_the_published_model(case: str, compiled: bool) ->
         assert relative_error(parameter.grad.cpu(), expected[name]) < TOLERANCE, name
 
 
+@each_implementation
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_as_accurate_as_the_reference(dtype: torch.dtype) -> None:
+def test_autocast_is_as_accurate_as_the_reference(dtype: torch.dtype, implementation: str) -> None:
     """Against fp32, not worse than twice the reference under the same autocast."""
     torch.manual_seed(0)
     config = PRESETS["tiny"]
@@ -82,13 +90,17 @@ def test_autocast_is_as_accurate_as_the_reference(dtype: torch.dtype) -> None:
             return [o.float() for o in model(x, log_snr=log_snr, y=y)]
 
     exact = run("reference", False)
-    for ours, plain, truth in zip(run("triton", True), run("reference", True), exact, strict=True):
+    found = run(implementation, True)
+    for ours, plain, truth in zip(found, run("reference", True), exact, strict=True):
         assert relative_error(ours, truth) <= 2 * relative_error(plain, truth)
 
 
+@each_implementation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("preset", ["DiMR-XL/2R", "DiMR-G/2R", "DiMR-M/3R"])
-def test_presets_widths_at_reduced_depth_and_size(preset: str, dtype: torch.dtype) -> None:
+def test_presets_widths_at_reduced_depth_and_size(
+    preset: str, dtype: torch.dtype, implementation: str
+) -> None:
     """Outputs and every gradient against fp64: in fp32 as the golden numbers are met, in bf16 not
     worse than twice the reference."""
     torch.manual_seed(0)
@@ -117,12 +129,34 @@ def test_presets_widths_at_reduced_depth_and_size(preset: str, dtype: torch.dtyp
         return found | {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
 
     exact = run("reference", torch.float64)
-    plain, ours = run("reference", dtype), run("triton", dtype)
+    plain, ours = run("reference", dtype), run(implementation, dtype)
     assert ours.keys() == plain.keys() == exact.keys()
     for name, truth in exact.items():
         rounded = 2 * relative_error(plain[name], truth) + torch.finfo(dtype).eps
         allowed = TOLERANCE if dtype == torch.float32 else rounded
         assert relative_error(ours[name], truth) <= allowed, name
+
+
+@needs_cpu
+def test_a_cpu_takes_its_own_kernels_unasked() -> None:
+    """All operators but attention, whose matrix products are PyTorch's; and none by mistake."""
+    called: set[str] = set()
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            if func.namespace == "dimr_fast":
+                called.add(f"{func.overloadpacket.__name__}.{func._overloadname}")
+            return func(*args, **(kwargs or {}))
+
+    model = DiMR.from_preset("tiny")
+    x, y = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
+    with Spy():
+        multi_scale_loss(model(x, log_snr=torch.zeros(2), y=y), x).mean().backward()
+    operators = ("depthwise_conv2d", "gated_gelu", "td_layer_norm", "td_parameters")
+    operators += ("td_rms_norm", "upsample_add")
+    assert called == {f"{o}_{way}.default" for o in operators for way in ("fwd", "bwd")}
 
 
 class _Launchers(TorchDispatchMode):
@@ -131,7 +165,7 @@ class _Launchers(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.namespace != "dimr_fast":
+        if func.namespace != "dimr_fast" or func._overloadname != "triton":
             return func(*args, **(kwargs or {}))
         operator, direction = func.overloadpacket.__name__.rsplit("_", 1)
         kernels = importlib.import_module(f"dimr_fast.kernels.{operator}")
@@ -154,7 +188,7 @@ def aot_launches() -> list[Launch]:
 
 def test_all_that_a_training_step_launches_compiles_without_spills() -> None:
     """With the strides, offsets and dtypes that the model itself hands to the launchers."""
-    kernels = compiled("test_model_triton")
+    kernels = compiled("test_model_kernels")
     assert {kernel.launch for kernel in kernels} >= {"DiMR-XL/2R", "tiny"}
     for kernel in kernels:
         assert kernel.spilled == 0, kernel
@@ -175,5 +209,10 @@ def test_launches_of_a_forward() -> None:
             for b in PRESETS[preset].stage_configs
         )
         assert ours["gated_gelu"] == blocks
+        assert ours["depthwise_conv2d_fwd"] == sum(
+            2 * (b.num_blocks // 2) + 1
+            for b in PRESETS[preset].stage_configs
+            if b.block_type == "ConvNeXtBlock"
+        )
         assert ours["td_parameters"] == 1
         assert sum(ours.values()) < counts["published"] / 2
