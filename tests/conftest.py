@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 # Importing it may import Triton, which reads the environment.
-from dimr_fast import _extension  # noqa: E402
+from dimr_fast import _extension
 
 # The same examples each time: errors are compared with another rounding error, which by chance can
 # be nearly nothing, and the same code should get the same verdict.

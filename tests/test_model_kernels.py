@@ -132,7 +132,9 @@ def test_presets_widths_at_reduced_depth_and_size(
     plain, ours = run("reference", dtype), run(implementation, dtype)
     assert ours.keys() == plain.keys() == exact.keys()
     for name, truth in exact.items():
-        rounded = 2 * relative_error(plain[name], truth) + torch.finfo(dtype).eps
+        # Triton's interpreter truncates where it casts to bf16: errors twice those of rounding.
+        factor = 4 if implementation == "triton" and DEVICE == "cpu" else 2
+        rounded = factor * relative_error(plain[name], truth) + torch.finfo(dtype).eps
         allowed = TOLERANCE if dtype == torch.float32 else rounded
         assert relative_error(ours[name], truth) <= allowed, name
 
