@@ -257,8 +257,12 @@ def _record() -> list[Any]:
 
 
 def _requiring_grad(call: calls.Call) -> calls.Call:
-    leaf = tree_map(lambda t: t.requires_grad_() if isinstance(t, Tensor) else t, call.args)
-    return calls.Call(call.operator, leaf, call.kwargs)
+    # The times of td_parameters have no gradient by a compiled implementation.
+    times = call.args[:1] if call.operator == "td_parameters" else ()
+    leaves = tree_map(
+        lambda t: t.requires_grad_() if isinstance(t, Tensor) else t, call.args[len(times) :]
+    )
+    return calls.Call(call.operator, (*times, *leaves), call.kwargs)
 
 
 def run(count: int, only: int | None = None) -> None:

@@ -128,7 +128,9 @@ def test_the_demo_ends_with_what_it_wrote(
     status, out, _ = run(capsys, "demo", "--output", tmp_path, "--minutes", 0.01)
     assert status == 0
     report = json.loads((tmp_path / "demo.json").read_text())
-    assert report["sampling"]["images"] == report["scores"]["count"] == 8
+    # whole batches, as many as the time allowed
+    assert report["sampling"]["images"] == report["scores"]["count"] >= 8
+    assert report["scores"]["count"] % 8 == 0
     assert report["scores"]["held_out_count"] == 20
     assert report["scores"]["training"] < report["scores"]["noise"]
     for name in (CHECKPOINT, "loss.png", "train.json", "grid.png", "sample.json", "demo.json"):

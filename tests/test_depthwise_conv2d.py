@@ -62,8 +62,8 @@ STRIDED = {
 @needs_cpu
 @settings(max_examples=60)
 @given(
-    st.integers(0, 3),
-    st.integers(1, 20),
+    st.integers(1, 3),
+    st.integers(2, 20),
     st.integers(1, 20),
     st.integers(1, 40),
     st.sampled_from([1, 3, 5, 7, 9, 11]),

@@ -64,7 +64,8 @@ def test_a_model_on_a_gpu_runs_on_triton_under_auto(monkeypatch: pytest.MonkeyPa
         log_snr, y = torch.empty(2), torch.zeros(2, dtype=torch.int64)
         with Calls():
             model(x, log_snr=log_snr, y=y)
-    assert called == {f"dimr_fast.{o}_fwd.triton" for o in set(HAVE_TRITON) - {"rms_norm"}}
+    expected = {f"dimr_fast.{o}_fwd.triton" for o in set(HAVE_TRITON) - {"rms_norm"}}
+    assert called == expected | {"dimr_fast.depthwise_conv2d_fwd.default"}
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

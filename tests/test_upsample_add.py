@@ -134,7 +134,8 @@ def test_the_published_width(features: str, dtype: torch.dtype, implementation: 
 @settings(max_examples=15, deadline=None)
 @given(
     images=st.integers(0, 2),
-    size=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    # of too few positions the reference's own error can by chance be nearly nothing
+    size=st.tuples(st.integers(2, 3), st.integers(2, 3)),
     slots=st.integers(1, 10),
     width=st.integers(1, 20),
     out=st.integers(24, 40),
