@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, Literal, NamedTuple, NoReturn, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +181,9 @@ class _Branch(nn.Module):
         if hasattr(branch, "upsample"):
             self.upsample = _copy(branch.upsample, dtype)
         self.blocks = nn.ModuleList(_Block(cast(Block, block), dtype) for block in branch.blocks)
-        self.skip_denses = _copy(branch.skip_denses, dtype)
+        self.skip_denses = nn.ModuleList(
+            _Linear.of(cast(Linear, dense), dtype) for dense in branch.skip_denses
+        )
         self.output_layer = _copy(branch.output_layer, dtype)
 
     def allocate(self, batch: int) -> _Buffers:
@@ -244,10 +246,10 @@ class _GatedMLP(nn.Module):
         super().__init__()
         self.implementation = mlp.implementation
         self.norm = _copy(mlp.norm, dtype)
-        self.w01 = _linear(
+        self.w01 = _Linear(
             torch.cat([mlp.w0.weight, mlp.w1.weight]), torch.cat([mlp.w0.bias, mlp.w1.bias]), dtype
         )
-        self.w2 = _copy(mlp.w2, dtype)
+        self.w2 = _Linear.of(mlp.w2, dtype)
 
     def forward(
         self, x: Tensor, td: TDValues, residual: Tensor | None = None
@@ -275,23 +277,43 @@ def pad_heads(attention: Attention, head_dim: int, dtype: torch.dtype) -> Attent
     qkv = attention.query_key_value.weight.unflatten(0, (3, heads, -1))
     dense = attention.dense.weight.unflatten(1, (heads, -1))
     narrow = qkv.shape[2]
-    copied = _copy(attention, dtype)
     if head_dim != narrow:
         scale = qkv.new_tensor([(head_dim / narrow) ** 0.5, 1, 1]).view(3, 1, 1, 1)
         qkv = F.pad(qkv * scale, (0, 0, 0, head_dim - narrow))
         dense = F.pad(dense, (0, head_dim - narrow))
-        copied.query_key_value = _linear(qkv.flatten(0, 2), None, dtype)
-        copied.dense = _linear(dense.flatten(1), attention.dense.bias, dtype)
+    copied = _copy(attention, dtype)
+    copied.query_key_value = _Linear(qkv.flatten(0, 2), None, dtype)
+    copied.dense = _Linear(dense.flatten(1), attention.dense.bias, dtype)
     return copied
 
 
-def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
-    with torch.device("meta"):
-        linear = Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    linear.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
-    return linear
+class _Linear(Linear):
+    """`layers.Linear` of weights that are given, in `dtype`.
+
+    In bfloat16 on a CPU oneDNN is asked to add the bias itself: PyTorch would fill the whole result
+    with it first, and read that back.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        self.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
+        self.by_onednn = (
+            (weight.device.type, dtype) == ("cpu", torch.bfloat16)
+            and torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+
+    @classmethod
+    def of(cls, linear: nn.Linear, dtype: torch.dtype) -> Self:
+        return cls(linear.weight, linear.bias, dtype)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        if self.by_onednn:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
 
 
 def _copy(module: Module, dtype: torch.dtype) -> Module:
