@@ -187,7 +187,7 @@ class _Branch(nn.Module):
         self.output_layer = _copy(branch.output_layer, dtype)
 
     def allocate(self, batch: int) -> _Buffers:
-        positions = self.input_layer.get_submodule("3").position_embeddings.weight
+        positions = self.input_layer.get_parameter("3.position_embeddings.weight")
         count, width = positions.shape
         count += self.is_transformer
         tokens = (batch, count, width) if self.is_transformer else (batch, 0, width)

@@ -215,10 +215,39 @@ def test_wider_heads_compute_the_same(tiny: DiMR) -> None:
         torch.testing.assert_close(wide(x, td), attention(x, td))
 
 
+def test_outside_the_interval_there_is_no_null_half(tiny: DiMR) -> None:
+    optimised = optimize_for_inference(tiny, torch.float32)
+    batches: list[int] = []
+    optimised.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+
+    def predict(x: Tensor, condition: Tensor, y: Tensor) -> Tensor:
+        return optimised(x, log_snr=condition, y=y, last_only=True)[0]
+
+    x, y = inputs_of(tiny, 3)["x"], torch.arange(3)
+    always = guided(predict, y, tiny.config.null_class, ConstantGuidance(0.4))
+    never = guided(predict, y, tiny.config.null_class, ConstantGuidance(0.0))
+    inside = guided(
+        predict, y, tiny.config.null_class, ConstantGuidance(0.4), interval=(0.5, 0.875)
+    )
+    times = [0.25, 0.5, 0.75, 0.875, 1.0]
+    found = [inside(x, torch.tensor(t)) for t in times]
+    assert batches == [3, 6, 6, 6, 3]
+    for t, noise in zip(times, found, strict=True):
+        expected = (always if 0.5 <= t <= 0.875 else never)(x, torch.tensor(t))
+        assert torch.equal(noise, expected)
+    batches.clear()
+    dpm_solver_singlestep(inside, x, DiscreteSchedule(), 4)
+    assert batches == [3, 6, 6, 3]
+    with pytest.raises(ValueError, match=r"t: got shape \(3,\) on cpu, expected one time"):
+        inside(x, torch.full((3,), 0.5))
+    with pytest.raises(ValueError, match=r"interval: got \(0\.5, 0\.25\)"):
+        guided(predict, y, 0, ConstantGuidance(0.4), interval=(0.5, 0.25))
+
+
 def test_a_guided_sample_stays_close_to_float32(tiny: DiMR) -> None:
     schedule = DiscreteSchedule()
-    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    y = torch.arange(4)
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(2)
 
     def sampled(model: Callable[..., list[Tensor]]) -> Tensor:
         predict = lambda x, condition, y: model(x, log_snr=condition, y=y)[-1]  # noqa: E731
@@ -232,7 +261,7 @@ def test_a_guided_sample_stays_close_to_float32(tiny: DiMR) -> None:
         assert (found - exact).square().mean().sqrt() < distance * exact.std()
 
 
-DISTANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+DISTANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Root mean square, relative to the sample's standard deviation."""
 
 
