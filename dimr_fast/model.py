@@ -144,7 +144,12 @@ class DiMR(Operation):
         Returns a list of `[B, C, h, w]`, one a branch; the last has the size of `x`.
         Raises ValueError naming an argument that is missing or of the wrong shape or dtype.
         """
-        log_snr, y = self._check(x, log_snr, y)
+        weight = next(self.parameters())
+        log_snr, y = check_inputs(self.config, weight.device, x, log_snr, y)
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if x.dtype != weight.dtype and not autocast:
+            raise ValueError(f"x: got dtype {x.dtype}, expected {weight.dtype} as the parameters")
         td = ops.td_parameters(
             log_snr.to(torch.promote_types(log_snr.dtype, torch.float32)) / 4,
             [parameter.vectors for parameter in self._td_parameters],
@@ -159,39 +164,42 @@ class DiMR(Operation):
             predictions.append(prediction)
         return predictions
 
-    def _check(self, x: Tensor, log_snr: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        config = self.config
-        expected = (config.channels, *config.image_size)
-        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
+
+def check_inputs(
+    config: DiMRConfig,
+    device: torch.device,
+    x: Tensor,
+    log_snr: Tensor | None,
+    y: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The `log_snr` `[B]` or `[1]` and the `y` of a call of `DiMR.forward`, whose dtype of `x` is
+    not looked at; ValueError where one of the three does not fit the model."""
+    expected = (config.channels, *config.image_size)
+    if x.dim() != 4 or tuple(x.shape[1:]) != expected:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, expected [B, {', '.join(map(str, expected))}]"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"x: got dtype {x.dtype}, expected a floating-point dtype")
+    if log_snr is None:
+        raise ValueError("log_snr: got None, expected the time condition, [B] or [1]")
+    if not log_snr.is_floating_point():
+        raise ValueError(f"log_snr: got dtype {log_snr.dtype}, expected floating point")
+    if log_snr.dim() == 0:
+        log_snr = log_snr[None]
+    if log_snr.dim() != 1 or log_snr.shape[0] not in (1, x.shape[0]):
+        raise ValueError(
+            f"log_snr: got shape {tuple(log_snr.shape)}, expected [{x.shape[0]}] or [1]"
+        )
+    if y is None:
+        raise ValueError("y: got None, expected the class of each image, [B]")
+    if y.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"y: got dtype {y.dtype}, expected int64 or int32")
+    if tuple(y.shape) != (x.shape[0],):
+        raise ValueError(f"y: got shape {tuple(y.shape)}, expected [{x.shape[0]}]")
+    for name, value in (("x", x), ("log_snr", log_snr), ("y", y)):
+        if value.device != device:
             raise ValueError(
-                f"x: got shape {tuple(x.shape)}, expected [B, {', '.join(map(str, expected))}]"
+                f"{name}: got device {value.device}, expected {device} as the parameters"
             )
-        if not x.is_floating_point():
-            raise ValueError(f"x: got dtype {x.dtype}, expected a floating-point dtype")
-        weight = next(self.parameters())
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if x.dtype != weight.dtype and not autocast:
-            raise ValueError(f"x: got dtype {x.dtype}, expected {weight.dtype} as the parameters")
-        if log_snr is None:
-            raise ValueError("log_snr: got None, expected the time condition, [B] or [1]")
-        if not log_snr.is_floating_point():
-            raise ValueError(f"log_snr: got dtype {log_snr.dtype}, expected floating point")
-        if log_snr.dim() == 0:
-            log_snr = log_snr[None]
-        if log_snr.dim() != 1 or log_snr.shape[0] not in (1, x.shape[0]):
-            raise ValueError(
-                f"log_snr: got shape {tuple(log_snr.shape)}, expected [{x.shape[0]}] or [1]"
-            )
-        if y is None:
-            raise ValueError("y: got None, expected the class of each image, [B]")
-        if y.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"y: got dtype {y.dtype}, expected int64 or int32")
-        if tuple(y.shape) != (x.shape[0],):
-            raise ValueError(f"y: got shape {tuple(y.shape)}, expected [{x.shape[0]}]")
-        for name, value in (("x", x), ("log_snr", log_snr), ("y", y)):
-            if value.device != weight.device:
-                raise ValueError(
-                    f"{name}: got device {value.device}, expected {weight.device} as the parameters"
-                )
-        return log_snr, y
+    return log_snr, y

@@ -25,6 +25,7 @@ from dimr_fast.diffusion import (
     guided,
 )
 from dimr_fast.files import claim, write_json
+from dimr_fast.inference import optimize_for_inference
 from dimr_fast.pictures import image_grid
 from dimr_fast.seeds import derived_seed
 
@@ -73,20 +74,18 @@ def sample_images(
     Raises ValueError for labels or settings out of range.
     """
     sampler.validate()
-    model = trained.model
-    config = model.config
+    config = trained.model.config
     if labels.dim() != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels: got {labels.dtype} {tuple(labels.shape)}, expected int64 [N]")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < config.num_classes:
         raise ValueError(f"labels: got {labels.tolist()}, expected 0..{config.num_classes - 1}")
-    device = next(model.parameters()).device
-    dtype = resolve_precision(sampler.precision, device)
+    device = next(trained.model.parameters()).device
+    model = optimize_for_inference(trained.model, resolve_precision(sampler.precision, device))
     schedule = DiscreteSchedule()
     guidance = ConstantGuidance(sampler.guidance)
 
     def predict(x: Tensor, condition: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return model(x, log_snr=condition, y=y)[-1]
+        return model(x, log_snr=condition, y=y, last_only=True)[0]
 
     shape = (config.channels, *config.image_size)
     images = torch.empty(len(labels), *shape, dtype=torch.uint8)

@@ -22,13 +22,24 @@ ALLOWED = {
     "ops": {"reference", "_extension", "ops"},
     "layers": {"ops", "config"},
     "model": {"layers", "ops", "config"},
+    "inference": {"model", "layers", "ops"},
     "diffusion": {"diffusion"},
     "data": {"data"},
     "optim": set(),
     "checkpoint": {"model", "config", "data", "files"},
     "pictures": {"data", "files"},
     **{
-        job: {"model", "config", "optim", "diffusion", "data", "checkpoint", "pictures", "device"}
+        job: {
+            "model",
+            "inference",
+            "config",
+            "optim",
+            "diffusion",
+            "data",
+            "checkpoint",
+            "pictures",
+            "device",
+        }
         | LEAVES
         | JOBS
         for job in JOBS
@@ -36,7 +47,7 @@ ALLOWED = {
     "info": {"ops", "_extension", "dimr_fast"},
     "cli": {"info", "checkpoint", "data", *JOBS},
     "__main__": {"cli"},
-    "__init__": {"config", "model"},
+    "__init__": {"config", "inference", "model"},
 }
 """Room by room, the rooms it may import from."""
 

@@ -20,6 +20,7 @@ from dimr_fast.checkpoint import (
     save_checkpoint,
 )
 from dimr_fast.data.scaling import PixelScale
+from dimr_fast.inference import InferenceDiMR, optimize_for_inference
 from dimr_fast.sampling import SampleConfig, Sampler, sample, sample_images
 
 CLASSES = ("a", "b", "c", "d", "e", "f")
@@ -60,11 +61,17 @@ def test_an_image_does_not_depend_on_its_batch(trained: TrainedModel) -> None:
     assert (together.int() - other.int()).abs().float().mean() > 1
 
 
-def test_sampling_takes_the_stated_number_of_evaluations(trained: TrainedModel) -> None:
+def test_sampling_takes_the_stated_number_of_evaluations(
+    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batches: list[int] = []
-    trained.model.register_forward_pre_hook(
-        lambda _, args: batches.append(len(args[0])), with_kwargs=False
-    )
+
+    def watched(model: DiMR, dtype: torch.dtype) -> InferenceDiMR:
+        optimised = optimize_for_inference(model, dtype)
+        optimised.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+        return optimised
+
+    monkeypatch.setattr("dimr_fast.sampling.optimize_for_inference", watched)
     sample_images(trained, torch.arange(3), Sampler(steps=5, guidance=0.4))
     assert batches == [6] * 5
     batches.clear()

@@ -74,24 +74,39 @@ class PowerCosineGuidance:
 Guidance = ConstantGuidance | PowerCosineGuidance
 
 
-def guided(model_fn: ModelFn, y: Tensor, null_label: int, guidance: Guidance) -> NoiseFn:
+def guided(
+    model_fn: ModelFn,
+    y: Tensor,
+    null_label: int,
+    guidance: Guidance,
+    *,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> NoiseFn:
     """The guided noise prediction of a class-conditional model, as a solver takes it.
 
     Each call of the result is one call of `model_fn`: a batch of 2B, first the images with their
-    labels, then the same images with the null label; or, where guidance is off, the B images
-    alone. `model_fn` is given `8·t − 4` as its condition: [1] for a time that all images share,
-    one per image otherwise.
+    labels, then the same images with the null label; or, where guidance is off or the time outside
+    `interval`, the B images alone. `model_fn` is given `8·t − 4` as its condition: [1] for a time
+    that all images share, one per image otherwise.
 
     `y`: integer labels [B]. `null_label`: the label that stands for "no class". The result takes
     `x` [B, ...] and `t` (0-d or [B]) and returns the shape and dtype of `x`; guidance is computed
-    in that dtype, also where the model predicts in a lower one.
+    in that dtype, also where the model predicts in a lower one. `interval`: the least and the
+    largest time that is guided. A part of (0, 1] takes a 0-d `t` on the CPU, as solvers give it:
+    the host has to know the batch without waiting for the device.
 
-    Raises ValueError for `y` of another shape or dtype and, when called, for an `x` or `t` that
-    does not fit it or a prediction that is not shaped like its input.
+    Raises ValueError for `y` of another shape or dtype, for an empty `interval` and, when called,
+    for an `x` or `t` that does not fit or a prediction that is not shaped like its input.
+
+    Source of the interval: Kynkäänniemi et al. 2024, arXiv 2404.07724.
     """
     if y.ndim != 1 or y.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"y: got {y.dtype} {tuple(y.shape)}, expected int32 or int64 labels [B]")
-    labels = y if guidance.off else torch.cat([y, torch.full_like(y, null_label)])
+    low, high = interval
+    if not low <= high:
+        raise ValueError(f"interval: got {interval}, expected the least and the largest time")
+    always = low <= 0 and high >= 1
+    labels = torch.cat([y, torch.full_like(y, null_label)])
 
     def noise_fn(x: Tensor, t: Tensor) -> Tensor:
         if x.shape[:1] != y.shape:
@@ -100,9 +115,16 @@ def guided(model_fn: ModelFn, y: Tensor, null_label: int, guidance: Guidance) ->
             raise ValueError(
                 f"t: got shape {tuple(t.shape)}, expected one time or one per image, {y.shape[0]}"
             )
+        if not always and (t.ndim != 0 or t.device.type != "cpu"):
+            raise ValueError(
+                f"t: got shape {tuple(t.shape)} on {t.device}, expected one time on the CPU for "
+                f"guidance in the interval {interval}"
+            )
+        alone = guidance.off or not (always or low <= t.item() <= high)
+        t = t.to(x.device, non_blocking=True)
         condition = time_condition(t.reshape(-1))
-        if guidance.off:
-            return _predict(model_fn, x, condition, labels)
+        if alone:
+            return _predict(model_fn, x, condition, y)
         both = condition if t.ndim == 0 else torch.cat([condition, condition])
         conditional, null = _predict(model_fn, torch.cat([x, x]), both, labels).chunk(2)
         extra = guidance.extra(t).to(x.dtype).view(-1, *[1] * (x.ndim - 1))

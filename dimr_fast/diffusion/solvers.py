@@ -46,12 +46,12 @@ def dpm_solver_singlestep(
     the end two and one, one, or two of them where `steps` mod 3 is 0, 1 or 2. The coefficients are
     float64 numbers known before the first evaluation, so the loop never waits for the device.
 
-    `noise_fn(x, t)`: the predicted noise, shaped like `x`, at the 0-d time `t` in [1/1000, 1] on
-    the device of `x`; a network whose condition is `log_snr` wants `8·t − 4` (`guided` does that).
-    `x`: unit Gaussian noise [B, ...]; the state keeps its dtype. `clip`: the range of the data, to
-    which every predicted image is clipped: pixels have one, latents (and the published sampler)
-    none. `progress`: called after every evaluation. Returns the sample, shaped like `x`; runs
-    without gradients.
+    `noise_fn(x, t)`: the predicted noise, shaped like `x`, at the 0-d time `t` in [1/1000, 1],
+    which lies on the CPU, where it can be looked at without waiting; a network whose condition is
+    `log_snr` wants `8·t − 4` (`guided` does that). `x`: unit Gaussian noise [B, ...]; the state
+    keeps its dtype. `clip`: the range of the data, to which every predicted image is clipped:
+    pixels have one, latents (and the published sampler) none. `progress`: called after every
+    evaluation. Returns the sample, shaped like `x`; runs without gradients.
 
     Raises ValueError for `steps` not a whole number of at least 1, for an empty `clip`, for `x`
     not floating point and for a prediction of another shape.
@@ -69,7 +69,7 @@ def dpm_solver_singlestep(
     for group in _plan(schedule, steps):
         start, first = x, None
         for stage in group:
-            t = torch.full((), stage.time, dtype=time_dtype, device=x.device)
+            t = torch.full((), stage.time, dtype=time_dtype, device="cpu")
             noise = noise_fn(x, t)
             if noise.shape != x.shape:
                 raise ValueError(

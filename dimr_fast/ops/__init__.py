@@ -8,13 +8,14 @@ from dimr_fast.ops.implementations import OPERATORS, Implementations
 from dimr_fast.ops.linear import linear
 from dimr_fast.ops.rms_norm import rms_norm
 from dimr_fast.ops.td_layer_norm import td_layer_norm
-from dimr_fast.ops.td_parameters import td_parameters
+from dimr_fast.ops.td_parameters import Vectors, td_parameters
 from dimr_fast.ops.td_rms_norm import td_rms_norm
 from dimr_fast.ops.upsample_add import upsample_add
 
 __all__ = [
     "OPERATORS",
     "Implementations",
+    "Vectors",
     "attention",
     "compute_dtype",
     "depthwise_conv2d",

@@ -1,0 +1,394 @@
+"""A trained model in the form that samples fastest: same call, same predictions, no gradients."""
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal, NamedTuple, NoReturn, Self, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dimr_fast import ops
+from dimr_fast.layers import (
+    Attention,
+    Block,
+    DepthwiseConv2d,
+    GatedMLP,
+    Linear,
+    TDParameter,
+    TDValues,
+)
+from dimr_fast.model import Branch, DiMR, check_inputs
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+GRAPHS = 8
+"""CUDA graphs that a model keeps; the least recently used makes room."""
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def optimize_for_inference(
+    model: DiMR,
+    dtype: torch.dtype = torch.bfloat16,
+    cuda_graphs: Literal["auto"] | bool = "auto",
+) -> "InferenceDiMR":
+    """A copy of `model` for sampling, which is called like it and predicts the same.
+
+    It computes in `dtype`: bfloat16, float16 or float32, whatever autocast says; time-dependent
+    parameters and statistics stay float32. `model` is neither changed nor referred to: it may go
+    on training, and the copy keeps the weights of this moment. Dropout is off.
+
+    `cuda_graphs` replays a whole forward pass as one launch, captured at the first call of each
+    batch size, number of times and dtypes of the inputs; "auto" does so on a GPU.
+
+    Raises ValueError for another dtype, and for `cuda_graphs=True` where there is no GPU.
+    """
+    device = next(model.parameters()).device
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype}, expected one of {DTYPES}")
+    if cuda_graphs not in ("auto", True, False):
+        raise ValueError(f"cuda_graphs: got {cuda_graphs!r}, expected 'auto', True or False")
+    if cuda_graphs is True and device.type != "cuda":
+        raise ValueError(f"cuda_graphs: got True for a model on {device}, expected one on a GPU")
+    with torch.inference_mode(False), torch.no_grad():
+        return InferenceDiMR(model, dtype, device.type == "cuda" and cuda_graphs is not False)
+
+
+class InferenceDiMR(nn.Module):
+    """What `optimize_for_inference` makes of a model.
+
+    It stays on the device and in the dtype it was made for. Calls of one instance must not overlap:
+    they share buffers, which are as large as the largest batch so far.
+    """
+
+    td_vectors: Tensor
+
+    def __init__(self, model: DiMR, dtype: torch.dtype, cuda_graphs: bool) -> None:
+        super().__init__()
+        self.config = model.config
+        self.dtype = dtype
+        self.device = next(model.parameters()).device
+        self.implementation = model.implementation
+        self.stages = nn.ModuleList(_Branch(cast(Branch, stage), dtype) for stage in model.stages)
+        # Side by side, all time-dependent parameters are one.
+        td = sorted(
+            (m for m in model.modules() if isinstance(m, TDParameter)), key=lambda p: p.index
+        )
+        self.td_widths = [parameter.param0.shape[0] for parameter in td]
+        kinds = zip(*(parameter.vectors for parameter in td), strict=True)
+        self.register_buffer("td_vectors", torch.stack([torch.cat(kind).float() for kind in kinds]))
+        self._buffers_in_use = self._allocate(0)
+        self._graphs = _Graphs(self._compute, _capture) if cuda_graphs else None
+        self.eval()
+
+    def forward(
+        self,
+        x: Tensor,
+        t: object = None,
+        log_snr: Tensor | None = None,
+        y: Tensor | None = None,
+        *,
+        last_only: bool = False,
+    ) -> list[Tensor]:
+        """The noise in `x` as each branch sees it, from low to high resolution.
+
+        Arguments, result and errors are those of `DiMR.forward`, but that `x` may be of any
+        floating-point dtype and the predictions have the dtype of `x`. With `last_only` the list
+        holds the last prediction alone, and those of lower resolution are not computed. The result
+        is the caller's own.
+        """
+        log_snr, y = check_inputs(self.config, self.device, x, log_snr, y)
+        # Buffers outlive this call and must serve one in another mode.
+        with torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
+            capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+            if self._graphs is not None and len(x) and not capturing:
+                return self._graphs(last_only, x, log_snr, y)
+            if capturing:
+                return self._compute(last_only, x, log_snr, y)
+            return self._run(last_only, x, log_snr, y, self._reused(len(x)))
+
+    def _compute(self, last_only: bool, x: Tensor, log_snr: Tensor, y: Tensor) -> list[Tensor]:
+        """With buffers of its own: a graph keeps those that it was captured with."""
+        return self._run(last_only, x, log_snr, y, self._allocate(len(x)))
+
+    def _run(
+        self, last_only: bool, x: Tensor, log_snr: Tensor, y: Tensor, buffers: "list[_Buffers]"
+    ) -> list[Tensor]:
+        vectors = cast(ops.Vectors, self.td_vectors.unbind())
+        (values,) = ops.td_parameters(
+            log_snr.float() / 4, [vectors], implementation=self.implementation
+        )
+        td = values.split(self.td_widths, -1)
+        image = x.to(self.dtype)
+        predictions = []
+        features: list[Tensor] = []
+        for i, stage in enumerate(self.stages):
+            branch = cast(_Branch, stage)
+            features = branch(image, features, y, td, buffers[i])
+            if i + 1 == len(self.stages) or not last_only:
+                predictions.append(branch.output_layer(features[-1], td).to(x.dtype))
+        return predictions
+
+    def _allocate(self, batch: int) -> "list[_Buffers]":
+        return [cast(_Branch, stage).allocate(batch) for stage in self.stages]
+
+    def _reused(self, batch: int) -> "list[_Buffers]":
+        if batch > self._buffers_in_use[0].pairs.shape[1]:
+            self._buffers_in_use = self._allocate(batch)
+        return [buffers.first(batch) for buffers in self._buffers_in_use]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NoReturn:
+        raise RuntimeError(
+            "an optimised model cannot be moved or cast: move the DiMR, then optimise it again"
+        )
+
+
+class _Buffers(NamedTuple):
+    """Where a branch's features lie between blocks, so that nothing need be concatenated.
+
+    Before an out-block, its input and the output of the in-block that skips to it are one tensor's
+    halves. `pairs` `[num_blocks // 2, B, tokens, 2, D]` holds every block's output but the last's.
+    `tokens` `[B, tokens, D]` is what the first block of a transformer reads: class and positions.
+    """
+
+    pairs: Tensor
+    tokens: Tensor
+
+    def first(self, batch: int) -> "_Buffers":
+        return _Buffers(self.pairs[:, :batch], self.tokens[:batch])
+
+    def slot(self, block: int) -> Tensor | None:
+        """Where the block of that number writes its output; nowhere in particular for the last."""
+        depth = len(self.pairs)
+        if block == 2 * depth:
+            return None
+        pair, half = (depth - 1 - block, 1) if block < depth else (block - depth, 0)
+        return self.pairs[pair].select(-2, half)
+
+
+class _Branch(nn.Module):
+    """`model.Branch` with its features in `_Buffers`."""
+
+    def __init__(self, branch: Branch, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.depth = branch.depth
+        self.is_transformer = branch.is_transformer
+        self.input_layer = _copy(branch.input_layer, dtype)
+        if self.is_transformer:
+            self.class_embeds = _copy(branch.class_embeds, dtype)
+        if hasattr(branch, "upsample"):
+            self.upsample = _copy(branch.upsample, dtype)
+        self.blocks = nn.ModuleList(_Block(cast(Block, block), dtype) for block in branch.blocks)
+        self.skip_denses = nn.ModuleList(
+            _Linear.of(cast(Linear, dense), dtype) for dense in branch.skip_denses
+        )
+        self.output_layer = _copy(branch.output_layer, dtype)
+
+    def allocate(self, batch: int) -> _Buffers:
+        positions = self.input_layer.get_parameter("3.position_embeddings.weight")
+        count, width = positions.shape
+        count += self.is_transformer
+        tokens = (batch, count, width) if self.is_transformer else (batch, 0, width)
+        pairs = positions.new_empty(self.depth, batch, count, 2, width)
+        return _Buffers(pairs, positions.new_empty(tokens))
+
+    def forward(
+        self,
+        image: Tensor,
+        features: Sequence[Tensor],
+        y: Tensor,
+        td: TDValues,
+        buffers: _Buffers,
+    ) -> list[Tensor]:
+        """The features `[B, h·w, D]` of the input and of each block."""
+        x = self.input_layer(image)
+        if features:
+            x = self.upsample(x, features, td)
+        if self.is_transformer:
+            buffers.tokens[:, 0] = self.class_embeds(y)
+            buffers.tokens[:, 1:] = x
+            x = buffers.tokens
+        outputs = [x]
+        for j, block in enumerate(self.blocks):
+            if j > self.depth:
+                pair = j - self.depth - 1
+                x = self.skip_denses[pair](buffers.pairs[pair].flatten(-2))
+            x = block(x, td, buffers.slot(j))
+            outputs.append(x)
+        return [output[:, 1:] for output in outputs] if self.is_transformer else outputs
+
+
+class _Block(nn.Module):
+    """`layers.Block` that writes its result where it is told to."""
+
+    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+        super().__init__()
+        if isinstance(block.block1, Attention):
+            self.block1: nn.Module = _attention(block.block1, dtype)
+        else:
+            self.block1 = _copy(block.block1, dtype)
+        self.block2 = _GatedMLP(block.block2, dtype)
+
+    def forward(self, x: Tensor, td: TDValues, out: Tensor | None) -> Tensor:
+        if isinstance(self.block1, DepthwiseConv2d):
+            x, increment = self.block2(self.block1(x, td, residual=True), td)
+        else:
+            x, increment = self.block2(self.block1(x, td), td, x)
+        return torch.add(x, increment, out=out)
+
+
+class _GatedMLP(nn.Module):
+    """`layers.GatedMLP` with its two input projections kept as one."""
+
+    def __init__(self, mlp: GatedMLP, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.implementation = mlp.implementation
+        self.norm = _copy(mlp.norm, dtype)
+        self.w01 = _Linear(
+            torch.cat([mlp.w0.weight, mlp.w1.weight]), torch.cat([mlp.w0.bias, mlp.w1.bias]), dtype
+        )
+        self.w2 = _Linear.of(mlp.w2, dtype)
+
+    def forward(
+        self, x: Tensor, td: TDValues, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        normed = self.norm(x, td, residual)
+        if residual is not None:
+            x, normed = normed
+        return x, self.w2(ops.gated_gelu(self.w01(normed), implementation=self.implementation))
+
+
+def _attention(attention: Attention, dtype: torch.dtype) -> Attention:
+    """A copy whose heads are, on a GPU, whole multiples of 16 bytes, as its loads want them."""
+    head_dim = attention.dense.weight.shape[1] // attention.num_heads
+    on_gpu = attention.dense.weight.device.type == "cuda"
+    return pad_heads(attention, head_dim + (-head_dim % 8 if on_gpu else 0), dtype)
+
+
+def pad_heads(attention: Attention, head_dim: int, dtype: torch.dtype) -> Attention:
+    """A copy of `attention` that computes the same with wider heads: zeros in its weights.
+
+    The scale `head_dim^-½` of the wider heads is made up for in the queries' weights, before they
+    are rounded to `dtype`.
+    """
+    heads = attention.num_heads
+    qkv = attention.query_key_value.weight.unflatten(0, (3, heads, -1))
+    dense = attention.dense.weight.unflatten(1, (heads, -1))
+    narrow = qkv.shape[2]
+    if head_dim != narrow:
+        scale = qkv.new_tensor([(head_dim / narrow) ** 0.5, 1, 1]).view(3, 1, 1, 1)
+        qkv = F.pad(qkv * scale, (0, 0, 0, head_dim - narrow))
+        dense = F.pad(dense, (0, head_dim - narrow))
+    copied = _copy(attention, dtype)
+    copied.query_key_value = _Linear(qkv.flatten(0, 2), None, dtype)
+    copied.dense = _Linear(dense.flatten(1), attention.dense.bias, dtype)
+    return copied
+
+
+class _Linear(Linear):
+    """`layers.Linear` of weights that are given, in `dtype`.
+
+    In bfloat16 on a CPU oneDNN is asked to add the bias itself: PyTorch would fill the whole result
+    with it first, and read that back.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        self.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
+        self.by_onednn = (
+            (weight.device.type, dtype) == ("cpu", torch.bfloat16)
+            and torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+
+    @classmethod
+    def of(cls, linear: nn.Linear, dtype: torch.dtype) -> Self:
+        return cls(linear.weight, linear.bias, dtype)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        if self.by_onednn:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
+def _copy(module: Module, dtype: torch.dtype) -> Module:
+    """A copy without gradients: projections in `dtype`, norms' own parameters in float32.
+
+    Time-dependent parameters leave only their place among the values; their vectors are packed.
+    """
+    copied = copy.deepcopy(module).requires_grad_(False)
+    for part in copied.modules():
+        if isinstance(part, TDParameter):
+            for name in [name for name, _ in part.named_parameters()]:
+                delattr(part, name)
+        elif isinstance(part, nn.Linear | nn.Conv2d | nn.Embedding):
+            part.to(dtype)
+        else:
+            for parameter in part.parameters(recurse=False):
+                parameter.data = parameter.float()
+    return copied
+
+
+def _no_autocast(device: torch.device) -> Any:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+Compute = Callable[..., list[Tensor]]
+
+
+class _Graphs:
+    """A function of a flag and tensors, captured once for each flag, shapes and dtypes.
+
+    `capture(function, inputs)` returns what replays the function on other inputs like them.
+    """
+
+    def __init__(
+        self,
+        function: Compute,
+        capture: Callable[[Compute, Sequence[Tensor], Any], Compute],
+    ) -> None:
+        self._function = function
+        self._capture = capture
+        self._replays: dict[tuple[Any, ...], Compute] = {}
+        # Graphs are never replayed at the same time, so they may work in the same memory.
+        self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+
+    def __call__(self, flag: bool, *inputs: Tensor) -> list[Tensor]:
+        key = flag, *((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
+        replay = self._replays.pop(key, None)
+        if replay is None:
+            if len(self._replays) == GRAPHS:
+                del self._replays[next(iter(self._replays))]
+            replay = self._capture(partial(self._function, flag), inputs, self._pool)
+        self._replays[key] = replay  # the most recently used is last
+        return replay(*inputs)
+
+
+def _capture(function: Compute, inputs: Sequence[Tensor], pool: Any) -> Compute:
+    static = [tensor.clone(memory_format=torch.contiguous_format) for tensor in inputs]
+    with torch.cuda.device(static[0].device):
+        # Kernels are compiled and libraries take their memory before, where that is allowed.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                function(*static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            outputs = function(*static)
+
+    def replay(*inputs: Tensor) -> list[Tensor]:
+        for place, tensor in zip(static, inputs, strict=True):
+            place.copy_(tensor)
+        graph.replay()
+        return [output.clone() for output in outputs]
+
+    return replay
