@@ -1,0 +1,479 @@
+"""The sections of the GPU report: `python benchmarks/gpu_sections.py NAME --out DIR --seconds S`.
+
+`gpu_report.py` starts each in a process of its own and says how long it may take. A section writes
+`DIR/NAME.json` anew after each thing that it found, so that nothing of it is lost.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gpu_render import plot, write_whole
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+SHOWN = 30
+"""Failed tests, and lines of a memory checker, that the report shows."""
+IN_ORDER = ("td_rms_norm", "depthwise_conv2d", "attention", "upsample_add", "gated_gelu")
+"""The operators whose figures matter most; the others follow."""
+
+Rows = list[dict[str, Any]]
+
+
+class Part:
+    """What a section has found: facts, tables of rows, notes. On disk after each addition."""
+
+    def __init__(self, name: str, out: Path, seconds: float, dry_run: bool) -> None:
+        self.name, self.out, self.dry_run = name, out, dry_run
+        # What is interrupted takes a moment to write what it has.
+        self.grace = min(10.0, seconds / 10)
+        self.end = time.monotonic() + seconds - 2 * self.grace
+        self.failed = False
+        self._found: dict[str, Any] = {}
+
+    def left(self) -> float:
+        """Seconds until this section should end by itself."""
+        return self.end - time.monotonic()
+
+    def fact(self, name: str, value: Any) -> None:
+        self._found.setdefault("facts", {})[name] = value
+        self._save()
+
+    def rows(self, table: str, rows: Rows) -> None:
+        self._found.setdefault("tables", {}).setdefault(table, []).extend(rows)
+        self._save()
+
+    def note(self, text: str) -> None:
+        self._found.setdefault("notes", []).append(text)
+        self._save()
+
+    def fail(self, reason: str) -> None:
+        self.failed = True
+        self.note(reason)
+
+    def cut_short(self, reason: str) -> None:
+        self._found["cut_short"] = True
+        self.note(reason)
+
+    def _save(self) -> None:
+        write_whole(self.out / f"{self.name}.json", json.dumps(self._found, indent=1) + "\n")
+
+    def step(
+        self,
+        title: str,
+        command: Sequence[str | Path],
+        *,
+        seconds: float = float("inf"),
+        environment: Mapping[str, str] | None = None,
+    ) -> bool:
+        """Run a command in the checkout; whether it ended, and with 0.
+
+        What takes longer than `seconds`, or than is left, is interrupted as Ctrl-C does, to which
+        pytest and the tuner answer by leaving what they have.
+        """
+        limit = min(seconds, self.left())
+        if limit < 0.5:
+            self.cut_short(f"{title}: not started, no time was left")
+            return False
+        print(f"+ {shlex.join(map(str, command))}", flush=True)
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(environment or {})})
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(self.grace)
+            process.kill()
+            process.wait()
+            self.cut_short(f"{title}: interrupted after {limit:.0f} s")
+            return False
+        if code != 0:
+            self.fail(f"{title}: exit code {code}")
+        return code == 0
+
+    def pytest(
+        self, title: str, arguments: Sequence[str | Path], *, seconds: float = float("inf")
+    ) -> None:
+        """Run tests, and say how many passed and which did not; that none ran is a failure."""
+        file = self.out / f".{self.name}.xml"
+        file.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        self.step(title, [*command, f"--junitxml={file}", *arguments], seconds=seconds)
+        with suppress(OSError, ElementTree.ParseError):
+            self._count(title, ElementTree.parse(file))
+        file.unlink(missing_ok=True)
+
+    def _count(self, title: str, tree: "ElementTree.ElementTree[Any]") -> None:
+        counts = {"passed": 0, "failure": 0, "error": 0, "skipped": 0}
+        wrong: Rows = []
+        for case in tree.iter("testcase"):
+            outcome = next((o for o in counts if case.find(o) is not None), "passed")
+            counts[outcome] += 1
+            if outcome in ("failure", "error"):
+                message = str(case.find(outcome).get("message"))  # type: ignore[union-attr]
+                wrong.append({"test": case.get("name"), "message": message.split("\n")[0][:200]})
+        self.rows("tests", [{"tests": title} | counts])
+        if wrong:
+            self.rows("tests that failed", wrong[:SHOWN])
+        if counts["passed"] == 0:
+            self.fail(f"{title}: no test passed")
+
+
+def machine(part: Part) -> None:
+    """What this is: hardware, versions, tools, the commit."""
+    part.fact("commit", _commit() or "unknown: no git here")
+    part.fact("Python", platform.python_version())
+    part.fact("CPU", _processor())
+    part.fact("cores", os.cpu_count())
+    for tool in ("nvcc", "compute-sanitizer", "nvidia-smi"):
+        part.fact(tool, shutil.which(tool) or "none")
+    for module in ("matplotlib", "xdist"):
+        part.fact(module, "there" if importlib.util.find_spec(module) else "none")
+    fields = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,temperature.gpu"
+    for name, value in nvidia_smi(fields).items():
+        part.fact(name, value)
+    import torch
+
+    part.fact("torch", torch.__version__)
+    part.fact("CUDA of torch", torch.version.cuda or "none")
+    part.fact("cuDNN", torch.backends.cudnn.version() or "none")
+    with suppress(ImportError):
+        import triton
+
+        part.fact("triton", triton.__version__)
+    if not torch.cuda.is_available():
+        part.fact("GPU", "none")
+        return
+    facts = torch.cuda.get_device_properties(0)
+    part.fact("GPU", facts.name)
+    part.fact("compute capability", f"{facts.major}.{facts.minor}")
+    part.fact("multiprocessors", facts.multi_processor_count)
+    part.fact("memory, GiB", round(facts.total_memory / 2**30, 1))
+    part.fact("L2, MiB", round(facts.L2_cache_size / 2**20, 1))
+
+
+def nvidia_smi(fields: str) -> dict[str, str]:
+    """The first GPU's values of these comma-separated fields, none without nvidia-smi."""
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        values = done.stdout.splitlines()[0].split(",")
+        return dict(zip(fields.split(","), map(str.strip, values), strict=True))
+    return {}
+
+
+def _commit() -> str:
+    found = []
+    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"]):
+        with suppress(OSError):
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+            found.append(done.stdout.strip())
+    commit, changed = found or ("", "")
+    return commit + ("+" if commit and changed else "")
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        names = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
+        if names:
+            return str(names[0])
+    return platform.processor() or "unknown"
+
+
+def build(part: Part) -> None:
+    """The compiled libraries in place, for this GPU alone; in a dry run what is there already."""
+    environment = {"DIMR_FAST_FORCE_CUDA": "1"}
+    architecture = _architecture()
+    if architecture and "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        environment["TORCH_CUDA_ARCH_LIST"] = architecture
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-v", "-e"]
+    if part.dry_run:
+        part.note(f"Would run {shlex.join([*pip, '.'])} with {environment}.")
+    elif not part.step("pip install", [*pip, "."], environment=environment):
+        in_place = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        if part.step("setup.py build_ext", in_place, environment=environment):
+            # gpu_report.py starts the next sections so that they find the package here.
+            (ROOT / "dimr_fast" / "kernels").symlink_to(ROOT / "kernels")
+            os.environ["PYTHONPATH"] = str(ROOT)
+    if part.step("info", [sys.executable, "-m", "dimr_fast.info"]):
+        facts = [sys.executable, "-c", BUILT]
+        done = subprocess.run(facts, cwd=ROOT, capture_output=True, text=True, check=True)
+        for name, value in json.loads(done.stdout).items():
+            part.fact(name, value)
+            if name == "cuda library" and value != "loaded" and not part.dry_run:
+                part.fail(f"The CUDA library: {value}")
+
+
+BUILT = """
+import json
+from dimr_fast import _extension
+libraries = {f"{name} library": _extension.why_not(name) or "loaded" for name in ("cpu", "cuda")}
+print(json.dumps(_extension.build_facts() | libraries))
+"""
+
+
+def _architecture() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}"
+
+
+def tests(part: Part) -> None:
+    """The tests that need a GPU."""
+    if part.dry_run:
+        part.pytest("one test, on the CPU", ["tests/test_rms_norm.py", "-k", "residual and triton"])
+        return
+    part.pytest("-m gpu", ["tests", "-m", "gpu", "--continue-on-collection-errors"])
+
+
+def kernels(part: Part) -> None:
+    """The operators' and the model's tests, Triton's kernels on the GPU itself."""
+    if part.dry_run:
+        part.pytest("one test, interpreted", ["tests/test_gated_gelu.py", "-k", "deterministic"])
+        return
+    names = ("attention", "gated_gelu", "rms_norm", "td_layer_norm", "td_parameters")
+    names = ("model_kernels", *names, "td_rms_norm", "upsample_add")
+    # Compiling ahead of time needs no GPU, and has been tested without one; so has the CPU library.
+    chosen = "not cpu and not compiled and not pieces and not instruction_set and not threads"
+    parallel = ["-n", "8", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
+    files = [f"tests/test_{name}.py" for name in names]
+    part.pytest("operators and model", [*files, "-k", chosen, *parallel])
+
+
+def measure(part: Part) -> None:
+    """Ceilings, and what libraries do at the model's shapes."""
+    from measure_first import measure_all
+
+    measure_all(part)
+
+
+def memory(part: Part) -> None:
+    """Memory checkers over our kernels, at small shapes."""
+    depthwise = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    depthwise += ["tests/test_depthwise_conv2d_gpu.py", "-k"]
+    depthwise += ["2-17-19 or 1-1-1-17 or 1-32-32-576 or slice"]
+    scratch = part.out / ".tuned.json"
+    every_triton = [sys.executable, "benchmarks/tune.py", "--dry-run", "--out", str(scratch)]
+    checks = [
+        ("memcheck", "CUDA", depthwise),
+        ("memcheck", "Triton", every_triton),
+        ("racecheck", "CUDA", depthwise),
+        ("initcheck", "CUDA", depthwise),
+        ("racecheck", "Triton", every_triton),
+    ]
+    tool = shutil.which("compute-sanitizer")
+    if part.dry_run or tool is None:
+        reason = "a dry run has no GPU" if part.dry_run else "compute-sanitizer is not on PATH"
+        for checker, what, command in checks:
+            part.note(f"{checker}, {what}: not run: {reason}; would run {shlex.join(command)}")
+        if not part.dry_run:
+            part.failed = True
+        return
+    for checker, what, command in checks:
+        log = part.out / f"memory_{checker}_{what}.txt"
+        options = ["--tool", checker, "--error-exitcode", "66", "--print-limit", "50"]
+        # Cached memory hides what lies beyond a tensor: each is to be an allocation of its own.
+        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        title = f"{checker}, {what}"
+        ended = part.step(
+            title, [tool, *options, "--log-file", log, *command], environment=uncached
+        )
+        text = log.read_text(errors="replace") if log.is_file() else ""
+        part.rows("memory checks", [{"check": title, "ended well": ended} | sanitized(text)])
+    scratch.unlink(missing_ok=True)
+
+
+def sanitized(log: str) -> dict[str, Any]:
+    """What a log of compute-sanitizer says: its summary, and reports that name kernels of ours."""
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", log)
+    ours = re.findall(r"^=+\s+at .*(?:dimr_fast::|_kernel\b).*$", log, re.M)
+    return {"summary": summary[-1] if summary else "none", "in our kernels": len(ours)}
+
+
+def tune(part: Part) -> None:
+    """The fastest launch configurations, for the sections that follow too."""
+    folder = part.out / "configurations"
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "benchmarks/tune.py"]
+    if part.dry_run:
+        file = folder / "dry_run.json"
+        dry = ["--dry-run", "--only", "gated_gelu_fwd", "gated_gelu_bwd"]
+        part.step("tune", [*command, "--out", file, *dry])
+    else:
+        import torch
+
+        from dimr_fast.kernels import configuration
+
+        installed = configuration.path(torch.cuda.get_device_name())
+        file = folder / installed.name
+        if installed.is_file():
+            shutil.copy(installed, file)
+        part.step("tune", [*command, "--out", file])
+        if file.is_file():
+            shutil.copy(file, installed)
+    with suppress(OSError):
+        table = json.loads(file.read_text())
+        part.rows(
+            "tuned",
+            [
+                {"kernel": kernel, "up to": size, "configuration": json.dumps(constants)}
+                for kernel, by_size in table.items()
+                for size, constants in by_size.items()
+            ],
+        )
+
+
+def model(part: Part) -> None:
+    """The whole model, sampling and training, against the published execution."""
+    _benchmark(part, BENCHMARKS / "bench_model.py", DRY_MODEL if part.dry_run else ON_GPU)
+
+
+def operators(part: Part) -> None:
+    """Each operator's implementations, except what torch.compile makes of the reference."""
+    for count, file in _operator_files(part):
+        chosen = f"{_device(part)} and not torch.compile"
+        _benchmark(part, file, chosen, part.left() / count)
+
+
+def compiled(part: Part) -> None:
+    """The same by torch.compile of the reference: much compiling for a few figures."""
+    for count, file in _operator_files(part):
+        chosen = f"{_device(part)} and torch.compile"
+        _benchmark(part, file, chosen, part.left() / count, add=True)
+
+
+def plots(part: Part) -> None:
+    """Pictures of what the other sections have left."""
+    if importlib.util.find_spec("matplotlib") is None:
+        part.note("No plots: matplotlib is not installed.")
+        return
+    results = json.loads((part.out / "results.json").read_text())
+    for file in plot(results, part.out):
+        part.rows("plots", [{"file": file.name}])
+
+
+ON_GPU = "not cpu-"
+"""Selects benchmarks by name: whatever runs on a GPU, or is not said to run on a CPU."""
+DRY_MODEL = "tiny"
+
+
+def _device(part: Part) -> str:
+    return "cpu- and -forward-" if part.dry_run else ON_GPU
+
+
+def _operator_files(part: Part) -> list[tuple[int, Path]]:
+    """The operators' benchmarks, each with the number of those still to run, itself counted."""
+    files = [f for f in BENCHMARKS.glob("bench_*.py") if f.stem != "bench_model"]
+    if part.dry_run:
+        files = [f for f in files if f.stem == "bench_rms_norm"]
+    weight = {f"bench_{name}": -i for i, name in enumerate(reversed(IN_ORDER), 1)}
+    files.sort(key=lambda f: (weight.get(f.stem, 0), f.stem))
+    return [(len(files) - i, file) for i, file in enumerate(files)]
+
+
+def _benchmark(
+    part: Part, file: Path, chosen: str, seconds: float = float("inf"), *, add: bool = False
+) -> None:
+    """Run chosen rows of a benchmark, into its results file or, with `add`, to those there."""
+    name = file.stem.removeprefix("bench_")
+    scratch = part.out / f".{name}.json"
+    scratch.unlink(missing_ok=True)
+    arguments = [file.relative_to(ROOT), "--benchmark-only", "-k", chosen]
+    part.pytest(name, [*arguments, f"--benchmark-json={scratch}"], seconds=seconds)
+    with suppress(OSError, ValueError):
+        report = json.loads(scratch.read_text())
+        part.rows("benchmarks", benchmark_rows(report))
+        folder = part.out / "benchmarks"
+        folder.mkdir(exist_ok=True)
+        kept = folder / f"{name}_{'cpu' if part.dry_run else 'gpu'}.json"
+        if add and kept.is_file():
+            old = json.loads(kept.read_text())["benchmarks"]
+            new = {entry["fullname"] for entry in report["benchmarks"]}
+            old = [entry for entry in old if entry["fullname"] not in new]
+            report["benchmarks"] = old + report["benchmarks"]
+        write_whole(kept, json.dumps(report, indent=1) + "\n")
+    scratch.unlink(missing_ok=True)
+
+
+def benchmark_rows(report: Mapping[str, Any]) -> Rows:
+    """A row for each benchmark of a pytest-benchmark file: what it says of itself, and times."""
+    rows = []
+    for entry in report["benchmarks"]:
+        info = dict(entry["extra_info"])
+        calls = info.pop("calls", 1)
+        row = {k: v for k, v in info.items() if isinstance(v, str | int | float)}
+        if "shape" in info:
+            row["x"] = "×".join(map(str, info["shape"]))
+        row |= times([1e3 * t / calls for t in entry["stats"]["data"]])
+        row |= rates(row["median ms"], info.get("bytes", 0), info.get("flops", 0))
+        rows.append({k: v for k, v in row.items() if k not in ("bytes", "flops")})
+    return rows
+
+
+def times(milliseconds: Sequence[float]) -> dict[str, float]:
+    """Median and the 20th and 80th percentiles."""
+    data = list(milliseconds)
+    deciles = statistics.quantiles(data, n=10, method="inclusive") if len(data) > 1 else data * 9
+    return {"median ms": statistics.median(data), "p20 ms": deciles[1], "p80 ms": deciles[7]}
+
+
+def rates(milliseconds: float, moved: int, flops: int) -> dict[str, float]:
+    """GB/s of these bytes and TFLOP/s, of what is counted."""
+    found = {}
+    if moved:
+        found["GB/s"] = 1e-6 * moved / milliseconds
+    if flops:
+        found["TFLOP/s"] = 1e-9 * flops / milliseconds
+    return found
+
+
+SECTIONS = {
+    f.__name__: f
+    for f in (
+        machine,
+        build,
+        tests,
+        kernels,
+        measure,
+        memory,
+        tune,
+        model,
+        operators,
+        compiled,
+        plots,
+    )
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=SECTIONS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args()
+    part = Part(options.name, options.out, options.seconds, options.dry_run)
+    SECTIONS[options.name](part)
+    return int(part.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
