@@ -28,12 +28,18 @@ class Operation(nn.Module):
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` with the published initialisation: truncated normal (std 0.02), zero bias."""
+    """`nn.Linear` with the published initialisation: truncated normal (std 0.02), zero bias.
+
+    It takes its input in pieces of the last axis, too.
+    """
 
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return ops.linear(inputs, [self.weight], [] if self.bias is None else [self.bias])
 
 
 class Embedding(nn.Embedding):
@@ -176,9 +182,8 @@ class GatedMLP(Operation):
             normed = self.norm(x, td)
         else:
             x, normed = self.norm(x, td, residual)
-        weight = torch.cat([self.w0.weight, self.w1.weight])
-        bias = torch.cat([self.w0.bias, self.w1.bias])
-        hidden = F.linear(normed, weight, bias)
+        weights, biases = (self.w0.weight, self.w1.weight), (self.w0.bias, self.w1.bias)
+        hidden = ops.linear([normed], weights, biases)
         return x, self.w2(ops.gated_gelu(hidden, implementation=self.implementation))
 
 
@@ -208,7 +213,8 @@ class PositionEmbedding(nn.Module):
         self.position_embeddings = Embedding(config.max_height * config.max_width, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.position_embeddings.weight
+        # In the dtype of x: under autocast the whole residual stream stays in autocast's.
+        return x + self.position_embeddings.weight.to(x.dtype)
 
 
 class PatchEmbedding(nn.Module):

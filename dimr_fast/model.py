@@ -61,10 +61,7 @@ class Branch(nn.Module):
         skips: list[Tensor] = []
         for j, block in enumerate(self.blocks):
             if j > self.depth:
-                skip = skips.pop()
-                dtype = ops.compute_dtype(x)
-                both = torch.cat([x.to(dtype), skip.to(dtype)], -1)
-                x = self.skip_denses[j - self.depth - 1](both)
+                x = self.skip_denses[j - self.depth - 1](x, skips.pop())
             x = self._run(block, x, td)
             if j < self.depth:
                 skips.append(x)

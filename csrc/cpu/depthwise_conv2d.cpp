@@ -63,13 +63,13 @@ void convolve(DepthwiseConv2d p) {
     const int64_t bands = std::clamp<int64_t>(ENOUGH_TASKS / (p.batch * groups(p)), 1, most);
     p.band = (p.height + bands - 1) / bands;
     while (p.group > 1 && p.batch * groups(p) * p.bands() < ENOUGH_TASKS) --p.group;
-    const Scratch packed(CHOOSE(depthwise_conv2d_packed)(p));
+    const Scratch packed({CHOOSE(depthwise_conv2d_packed)(p)});
     p.packed = packed.data();
     parallel(blocks(p), 16 * p.kernel * p.kernel,
              [&](int64_t begin, int64_t end) { CHOOSE(depthwise_conv2d_pack)(p, begin, end); });
     const int64_t bytes = CHOOSE(depthwise_conv2d_scratch)(p);
     parallel(p.batch * groups(p) * p.bands(), cost(p), [&](int64_t begin, int64_t end) {
-        const Scratch scratch(bytes);
+        const Scratch scratch({bytes});
         CHOOSE(depthwise_conv2d)(p, begin, end, scratch.data());
     });
 }
@@ -89,10 +89,7 @@ Tensor depthwise_conv2d_fwd(const Tensor& x, const Tensor& weight,
 void weight_gradients(DepthwiseConv2d p, const Tensor& dweight, const Tensor& dbias) {
     const int64_t lanes = CHOOSE(depthwise_conv2d_lanes)();
     const int64_t sums = p.kernel * p.kernel + 1;
-    // An expanded batch has as many images as one likes, in no memory.
-    STD_TORCH_CHECK(p.batch <= (int64_t{1} << 50) / (blocks(p) * sums * lanes),
-                    "x: the sums of so many images do not fit in memory");
-    const Scratch partial(p.batch * blocks(p) * sums * lanes * sizeof(float));
+    const Scratch partial({p.batch, blocks(p), sums, lanes, sizeof(float)});
     p.partial = static_cast<float*>(partial.data());
     p.weight_grad = dweight.mutable_data_ptr<float>();
     p.bias_grad = dbias.mutable_data_ptr<float>();
@@ -100,7 +97,7 @@ void weight_gradients(DepthwiseConv2d p, const Tensor& dweight, const Tensor& db
     while (p.group > 1 && p.batch * groups(p) < ENOUGH_TASKS) --p.group;
     const int64_t bytes = CHOOSE(depthwise_conv2d_scratch)(p);
     parallel(p.batch * groups(p), cost(p), [&](int64_t begin, int64_t end) {
-        const Scratch scratch(bytes);
+        const Scratch scratch({bytes});
         CHOOSE(depthwise_conv2d_weight_grad)(p, begin, end, scratch.data());
     });
     parallel(blocks(p), p.batch * sums, [&](int64_t begin, int64_t end) {

@@ -2,7 +2,7 @@
 // better messages; this keeps a direct call of the operators from reading out of bounds.
 #pragma once
 
-#include <memory>
+#include <optional>
 #include <vector>
 
 #include "kernels/rows.h"
@@ -84,12 +84,12 @@ class TimeValues {
         view = {static_cast<const float*>(tensor_.const_data_ptr()),
                 times == 1 ? 0 : tensor_.stride(0)};
         if (dtype == DType::FLOAT32) return;
-        wide_ = std::make_unique<float[]>(times * width);
+        wide_.emplace(std::initializer_list<int64_t>{times, width, sizeof(float)});
+        float* const to = static_cast<float*>(wide_->data());
         const char* from = static_cast<const char*>(tensor_.const_data_ptr());
         for (int64_t t = 0; t < times; ++t) DIMR_FAST_CHOOSE(widen)
-        (dtype, from + t * tensor_.stride(0) * tensor_.element_size(), wide_.get() + t * width,
-         width);
-        view = {wide_.get(), times == 1 ? 0 : width};
+        (dtype, from + t * tensor_.stride(0) * tensor_.element_size(), to + t * width, width);
+        view = {to, times == 1 ? 0 : width};
     }
 
     Values view;
@@ -97,7 +97,7 @@ class TimeValues {
 
   private:
     Tensor tensor_;
-    std::unique_ptr<float[]> wide_;
+    std::optional<Scratch> wide_;
 };
 
 inline void check_statistic(const Tensor& value, const Features& x, const char* name) {

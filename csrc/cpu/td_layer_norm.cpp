@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> td_layer_norm_bwd(const Tensor& dy,
     p.mean = mean.const_data_ptr<float>();
     p.rstd = rstd.const_data_ptr<float>();
     const int64_t partials = p.chunks.images * p.chunks.chunks;
-    const Scratch partial(2 * partials * pieces.width * sizeof(float));
+    const Scratch partial({2, p.chunks.images, p.chunks.chunks, pieces.width, sizeof(float)});
     p.partial = static_cast<float*>(partial.data());
     each_chunk(p.chunks, pieces.width, [&](int64_t begin, int64_t end) {
         DIMR_FAST_CHOOSE(td_layer_norm_grad)(p, begin, end);

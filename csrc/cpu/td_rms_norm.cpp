@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> td_rms_norm_bwd(const Tensor& dy, const std::optional
     p.scale = values.view;
     p.rms = rms.const_data_ptr<float>();
     const int64_t partials = p.chunks.images * p.chunks.chunks;
-    const Scratch partial(partials * p.width * sizeof(float));
+    const Scratch partial({p.chunks.images, p.chunks.chunks, p.width, sizeof(float)});
     p.partial = static_cast<float*>(partial.data());
     each_chunk(p.chunks, p.width, [&](int64_t begin, int64_t end) {
         DIMR_FAST_CHOOSE(td_rms_norm_grad)(p, begin, end);

@@ -5,7 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <new>
+#include <cstdlib>
+#include <initializer_list>
 
 #include "dtypes.h"
 
@@ -27,17 +28,26 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
     }
 }
 
-// Memory of one thread for the time of a call, aligned to a cache line.
+// Memory for the time of a call, aligned to a cache line; its bytes are the product of `factors`.
+// An expanded batch has as many images as one likes in no memory: it is refused, not wrapped.
 class Scratch {
   public:
-    explicit Scratch(int64_t bytes) : data_(::operator new(bytes, std::align_val_t{64})) {}
-    ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+    explicit Scratch(std::initializer_list<int64_t> factors) {
+        int64_t bytes = 1;
+        for (const int64_t factor : factors)
+            STD_TORCH_CHECK(!__builtin_mul_overflow(bytes, factor, &bytes) && bytes < LIMIT,
+                            "x: what its sums need does not fit in memory");
+        data_ = std::aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT) / ALIGNMENT * ALIGNMENT);
+        STD_TORCH_CHECK(data_ != nullptr, "can't allocate memory: ", bytes, " bytes");
+    }
+    ~Scratch() { std::free(data_); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
 
     void* data() const { return data_; }
 
   private:
+    static constexpr int64_t ALIGNMENT = 64, LIMIT = int64_t{1} << 50;
     void* data_;
 };
 

@@ -101,7 +101,8 @@ std::tuple<Tensor, Tensor, Tensor> upsample_add_bwd(const Tensor& dout, const Te
     p.mean = mean.const_data_ptr<float>();
     p.rstd = rstd.const_data_ptr<float>();
     const int64_t partials = p.chunks.images * p.chunks.chunks;
-    const Scratch partial(partials * (2 * rows.width + boxes.width) * sizeof(float));
+    const Scratch partial(
+        {p.chunks.images, p.chunks.chunks, 2 * rows.width + boxes.width, sizeof(float)});
     p.partial = static_cast<float*>(partial.data());
     p.partial_sum = p.partial + 2 * partials * rows.width;
     each_chunk(p.chunks, boxes.width, [&](int64_t begin, int64_t end) {

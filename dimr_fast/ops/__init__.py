@@ -5,6 +5,7 @@ from dimr_fast.ops.attention import attention
 from dimr_fast.ops.depthwise_conv2d import depthwise_conv2d
 from dimr_fast.ops.gated_gelu import gated_gelu
 from dimr_fast.ops.implementations import OPERATORS, Implementations
+from dimr_fast.ops.linear import linear
 from dimr_fast.ops.rms_norm import rms_norm
 from dimr_fast.ops.td_layer_norm import td_layer_norm
 from dimr_fast.ops.td_parameters import td_parameters
@@ -18,6 +19,7 @@ __all__ = [
     "compute_dtype",
     "depthwise_conv2d",
     "gated_gelu",
+    "linear",
     "rms_norm",
     "td_layer_norm",
     "td_parameters",

@@ -80,7 +80,7 @@ def attention(qkv: Tensor, num_heads: int, *, implementation: str = "auto") -> T
     and "reference".
     Raises ValueError where the width does not fit the heads or the implementation is unusable.
     """
-    if qkv.dim() != 3 or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
+    if qkv.dim() != 3 or num_heads < 1 or qkv.shape[-1] % (3 * num_heads) or not qkv.shape[-1]:
         raise ValueError(
             f"qkv: got shape {tuple(qkv.shape)}, expected [B, N, 3·{num_heads}·head_dim]"
         )
