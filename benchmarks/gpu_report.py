@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_render import render, write_whole
+from gpu_render import render
 
 # Only the standard library from here: torch, or a driver, that crashes must not end the run.
 ROOT = Path(__file__).parent.parent
@@ -79,6 +79,10 @@ def run(
     """
     end = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
+    if not only:
+        # Rows of another state of the code would otherwise stay among the new ones.
+        shutil.rmtree(out / "benchmarks", ignore_errors=True)
+        (out / "results.json").unlink(missing_ok=True)
     results = _earlier(out)
     results |= {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -187,7 +191,9 @@ def main() -> int:
     names = [section.name for section in SECTIONS]
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--minutes", type=float, default=9.0, help="in all (default: 9)")
-    parser.add_argument("--only", nargs="+", default=[], choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument(
+        "--only", nargs="+", default=[], choices=names, metavar="NAME", help=", ".join(names)
+    )
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     # So that a section in progress ends with this process.

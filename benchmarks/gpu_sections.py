@@ -12,126 +12,20 @@ import platform
 import re
 import shlex
 import shutil
-import signal
-import statistics
 import subprocess
 import sys
-import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gpu_part import Part, Rows, nvidia_smi, rates, times
 from gpu_render import plot, write_whole
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-SHOWN = 30
-"""Failed tests, and lines of a memory checker, that the report shows."""
 IN_ORDER = ("td_rms_norm", "depthwise_conv2d", "attention", "upsample_add", "gated_gelu")
 """The operators whose figures matter most; the others follow."""
-
-Rows = list[dict[str, Any]]
-
-
-class Part:
-    """What a section has found: facts, tables of rows, notes. On disk after each addition."""
-
-    def __init__(self, name: str, out: Path, seconds: float, dry_run: bool) -> None:
-        self.name, self.out, self.dry_run = name, out, dry_run
-        # What is interrupted takes a moment to write what it has.
-        self.grace = min(10.0, seconds / 10)
-        self.end = time.monotonic() + seconds - 2 * self.grace
-        self.failed = False
-        self._found: dict[str, Any] = {}
-
-    def left(self) -> float:
-        """Seconds until this section should end by itself."""
-        return self.end - time.monotonic()
-
-    def fact(self, name: str, value: Any) -> None:
-        self._found.setdefault("facts", {})[name] = value
-        self._save()
-
-    def rows(self, table: str, rows: Rows) -> None:
-        self._found.setdefault("tables", {}).setdefault(table, []).extend(rows)
-        self._save()
-
-    def note(self, text: str) -> None:
-        self._found.setdefault("notes", []).append(text)
-        self._save()
-
-    def fail(self, reason: str) -> None:
-        self.failed = True
-        self.note(reason)
-
-    def cut_short(self, reason: str) -> None:
-        self._found["cut_short"] = True
-        self.note(reason)
-
-    def _save(self) -> None:
-        write_whole(self.out / f"{self.name}.json", json.dumps(self._found, indent=1) + "\n")
-
-    def step(
-        self,
-        title: str,
-        command: Sequence[str | Path],
-        *,
-        seconds: float = float("inf"),
-        environment: Mapping[str, str] | None = None,
-    ) -> bool:
-        """Run a command in the checkout; whether it ended, and with 0.
-
-        What takes longer than `seconds`, or than is left, is interrupted as Ctrl-C does, to which
-        pytest and the tuner answer by leaving what they have.
-        """
-        limit = min(seconds, self.left())
-        if limit < 0.5:
-            self.cut_short(f"{title}: not started, no time was left")
-            return False
-        print(f"+ {shlex.join(map(str, command))}", flush=True)
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(environment or {})})
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(self.grace)
-            process.kill()
-            process.wait()
-            self.cut_short(f"{title}: interrupted after {limit:.0f} s")
-            return False
-        if code != 0:
-            self.fail(f"{title}: exit code {code}")
-        return code == 0
-
-    def pytest(
-        self, title: str, arguments: Sequence[str | Path], *, seconds: float = float("inf")
-    ) -> None:
-        """Run tests, and say how many passed and which did not; that none ran is a failure."""
-        file = self.out / f".{self.name}.xml"
-        file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        self.step(title, [*command, f"--junitxml={file}", *arguments], seconds=seconds)
-        with suppress(OSError, ElementTree.ParseError):
-            self._count(title, ElementTree.parse(file))
-        file.unlink(missing_ok=True)
-
-    def _count(self, title: str, tree: "ElementTree.ElementTree[Any]") -> None:
-        counts = {"passed": 0, "failure": 0, "error": 0, "skipped": 0}
-        wrong: Rows = []
-        for case in tree.iter("testcase"):
-            outcome = next((o for o in counts if case.find(o) is not None), "passed")
-            counts[outcome] += 1
-            if outcome in ("failure", "error"):
-                message = str(case.find(outcome).get("message"))  # type: ignore[union-attr]
-                wrong.append({"test": case.get("name"), "message": message.split("\n")[0][:200]})
-        self.rows("tests", [{"tests": title} | counts])
-        if wrong:
-            self.rows("tests that failed", wrong[:SHOWN])
-        if counts["passed"] == 0:
-            self.fail(f"{title}: no test passed")
 
 
 def machine(part: Part) -> None:
@@ -165,16 +59,6 @@ def machine(part: Part) -> None:
     part.fact("multiprocessors", facts.multi_processor_count)
     part.fact("memory, GiB", round(facts.total_memory / 2**30, 1))
     part.fact("L2, MiB", round(facts.L2_cache_size / 2**20, 1))
-
-
-def nvidia_smi(fields: str) -> dict[str, str]:
-    """The first GPU's values of these comma-separated fields, none without nvidia-smi."""
-    with suppress(OSError, subprocess.SubprocessError):
-        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        values = done.stdout.splitlines()[0].split(",")
-        return dict(zip(fields.split(","), map(str.strip, values), strict=True))
-    return {}
 
 
 def _commit() -> str:
@@ -343,7 +227,11 @@ def tune(part: Part) -> None:
 
 def model(part: Part) -> None:
     """The whole model, sampling and training, against the published execution."""
-    _benchmark(part, BENCHMARKS / "bench_model.py", DRY_MODEL if part.dry_run else ON_GPU)
+    file = BENCHMARKS / "bench_model.py"
+    if not file.is_file():
+        part.note(f"Not measured: there is no {file.name}.")
+        return
+    _benchmark(part, file, DRY_MODEL if part.dry_run else ON_GPU)
 
 
 def operators(part: Part) -> None:
@@ -357,7 +245,7 @@ def compiled(part: Part) -> None:
     """The same by torch.compile of the reference: much compiling for a few figures."""
     for count, file in _operator_files(part):
         chosen = f"{_device(part)} and torch.compile"
-        _benchmark(part, file, chosen, part.left() / count, add=True)
+        _benchmark(part, file, chosen, part.left() / count)
 
 
 def plots(part: Part) -> None:
@@ -389,10 +277,8 @@ def _operator_files(part: Part) -> list[tuple[int, Path]]:
     return [(len(files) - i, file) for i, file in enumerate(files)]
 
 
-def _benchmark(
-    part: Part, file: Path, chosen: str, seconds: float = float("inf"), *, add: bool = False
-) -> None:
-    """Run chosen rows of a benchmark, into its results file or, with `add`, to those there."""
+def _benchmark(part: Part, file: Path, chosen: str, seconds: float = float("inf")) -> None:
+    """Run chosen rows of a benchmark; its results file has them and what else it had."""
     name = file.stem.removeprefix("bench_")
     scratch = part.out / f".{name}.json"
     scratch.unlink(missing_ok=True)
@@ -403,8 +289,8 @@ def _benchmark(
         part.rows("benchmarks", benchmark_rows(report))
         folder = part.out / "benchmarks"
         folder.mkdir(exist_ok=True)
-        kept = folder / f"{name}_{'cpu' if part.dry_run else 'gpu'}.json"
-        if add and kept.is_file():
+        kept = folder / f"{name}_{'dry_run' if part.dry_run else 'gpu'}.json"
+        if kept.is_file():
             old = json.loads(kept.read_text())["benchmarks"]
             new = {entry["fullname"] for entry in report["benchmarks"]}
             old = [entry for entry in old if entry["fullname"] not in new]
@@ -426,23 +312,6 @@ def benchmark_rows(report: Mapping[str, Any]) -> Rows:
         row |= rates(row["median ms"], info.get("bytes", 0), info.get("flops", 0))
         rows.append({k: v for k, v in row.items() if k not in ("bytes", "flops")})
     return rows
-
-
-def times(milliseconds: Sequence[float]) -> dict[str, float]:
-    """Median and the 20th and 80th percentiles."""
-    data = list(milliseconds)
-    deciles = statistics.quantiles(data, n=10, method="inclusive") if len(data) > 1 else data * 9
-    return {"median ms": statistics.median(data), "p20 ms": deciles[1], "p80 ms": deciles[7]}
-
-
-def rates(milliseconds: float, moved: int, flops: int) -> dict[str, float]:
-    """GB/s of these bytes and TFLOP/s, of what is counted."""
-    found = {}
-    if moved:
-        found["GB/s"] = 1e-6 * moved / milliseconds
-    if flops:
-        found["TFLOP/s"] = 1e-9 * flops / milliseconds
-    return found
 
 
 SECTIONS = {
