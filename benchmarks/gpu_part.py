@@ -19,6 +19,7 @@ from gpu_render import write_whole
 ROOT = Path(__file__).parent.parent
 SHOWN = 30
 """Failed tests that the report shows."""
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 Rows = list[dict[str, Any]]
 
@@ -95,16 +96,26 @@ class Part:
         return code == 0
 
     def pytest(
-        self, title: str, arguments: Sequence[str | Path], *, seconds: float = float("inf")
-    ) -> None:
-        """Run tests, and say how many passed and which did not; that none ran is a failure."""
+        self,
+        title: str,
+        arguments: Sequence[str | Path],
+        *,
+        under: Sequence[str | Path] = (),
+        seconds: float = float("inf"),
+        environment: Mapping[str, str] | None = None,
+    ) -> bool:
+        """Run tests, and say how many passed and which did not; that none ran is a failure.
+
+        `under` is a command that runs another, pytest here.
+        """
         file = self.out / f".{self.name}.xml"
         file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        self.step(title, [*command, f"--junitxml={file}", *arguments], seconds=seconds)
+        command = [*under, *PYTEST, f"--junitxml={file}", *arguments]
+        well = self.step(title, command, seconds=seconds, environment=environment)
         with suppress(OSError, ElementTree.ParseError):
             self._count(title, ElementTree.parse(file))
         file.unlink(missing_ok=True)
+        return well
 
     def _count(self, title: str, tree: "ElementTree.ElementTree[Any]") -> None:
         counts = {"passed": 0, "failure": 0, "error": 0, "skipped": 0}
