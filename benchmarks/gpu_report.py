@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ SECTIONS = (
     Section("measure", 55),
     Section("memory", 45),
     Section("tune", 70),
-    Section("model", 80),
+    Section("model", 150),
     Section("operators", 90),
     Section("compiled", 40),
     Section("plots", 5),
@@ -105,7 +106,11 @@ def run(
         print(f"  {done[section.name]['status']}", flush=True)
         in_order = {s.name: done[s.name] for s in sections if s.name in done}
         results["sections"] = done = in_order | done
-        render(results, out)
+        try:
+            render(results, out)
+        except Exception:
+            # What a section wrote may be unlike anything foreseen; the others still run.
+            traceback.print_exc()
         if section.name == "machine" and not dry_run and _lacks_gpu(done["machine"]):
             print("There is no GPU: only --dry-run runs here.", file=sys.stderr)
             break

@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -248,21 +248,21 @@ def model(part: Part) -> None:
     if not file.is_file():
         part.note(f"Not measured: there is no {file.name}.")
         return
-    _benchmark(part, file, DRY_MODEL if part.dry_run else ON_GPU)
+    chosen = DRY_MODEL if part.dry_run else MODEL
+    for share, keywords in with_shares(chosen):
+        _benchmark(part, file, keywords, share * part.left())
 
 
 def operators(part: Part) -> None:
     """Each operator's implementations, except what torch.compile makes of the reference."""
-    for count, file in _operator_files(part):
-        chosen = f"{_device(part)} and not torch.compile"
-        _benchmark(part, file, chosen, part.left() / count)
+    for share, file in with_shares(_operator_files(part)):
+        _benchmark(part, file, f"{_device(part)} and not torch.compile", share * part.left())
 
 
 def compiled(part: Part) -> None:
     """The same by torch.compile of the reference: much compiling for a few figures."""
-    for count, file in _operator_files(part):
-        chosen = f"{_device(part)} and torch.compile"
-        _benchmark(part, file, chosen, part.left() / count)
+    for share, file in with_shares(_operator_files(part)):
+        _benchmark(part, file, f"{_device(part)} and torch.compile", share * part.left())
 
 
 def plots(part: Part) -> None:
@@ -275,23 +275,34 @@ def plots(part: Part) -> None:
         part.rows("plots", [{"file": file.name}])
 
 
-ON_GPU = "not cpu-"
-"""Selects benchmarks by name: whatever runs on a GPU, or is not said to run on a CPU."""
-DRY_MODEL = "tiny"
+MODEL = (
+    "cuda- and XL/2R and forward and not compiled",
+    "cuda- and XL/2R and training and not compiled",
+    "cuda- and XL/2R and compiled",
+    "cuda- and not XL/2R and not compiled",
+    "cuda- and not XL/2R and compiled",
+)
+"""The model's rows by name, in order of importance."""
+DRY_MODEL = ("cpu-demo-1-bfloat16-forward and not compiled",)
 
 
 def _device(part: Part) -> str:
-    return "cpu- and -forward- and not triton" if part.dry_run else ON_GPU
+    return "cpu- and -forward- and not triton" if part.dry_run else "not cpu-"
 
 
-def _operator_files(part: Part) -> list[tuple[int, Path]]:
-    """The operators' benchmarks, each with the number of those still to run, itself counted."""
+def _operator_files(part: Part) -> list[Path]:
     files = [f for f in BENCHMARKS.glob("bench_*.py") if f.stem != "bench_model"]
     if part.dry_run:
         files = [f for f in files if f.stem == "bench_rms_norm"]
     weight = {f"bench_{name}": -i for i, name in enumerate(reversed(IN_ORDER), 1)}
-    files.sort(key=lambda f: (weight.get(f.stem, 0), f.stem))
-    return [(len(files) - i, file) for i, file in enumerate(files)]
+    return sorted(files, key=lambda f: (weight.get(f.stem, 0), f.stem))
+
+
+def with_shares(items: Sequence[Any]) -> list[tuple[float, Any]]:
+    """Each with its share of the time that is left then, so that the first of n has n times that
+    of the last, unless those before leave more.
+    """
+    return [(2 / (len(items) - i + 1), item) for i, item in enumerate(items)]
 
 
 def _benchmark(part: Part, file: Path, chosen: str, seconds: float = float("inf")) -> None:
@@ -300,7 +311,7 @@ def _benchmark(part: Part, file: Path, chosen: str, seconds: float = float("inf"
     scratch = part.out / f".{name}.json"
     scratch.unlink(missing_ok=True)
     arguments = [file.relative_to(ROOT), "--benchmark-only", "-k", chosen]
-    part.pytest(name, [*arguments, f"--benchmark-json={scratch}"], seconds=seconds)
+    part.pytest(f"{name}: {chosen}", [*arguments, f"--benchmark-json={scratch}"], seconds=seconds)
     with suppress(OSError, ValueError):
         report = json.loads(scratch.read_text())
         part.rows("benchmarks", benchmark_rows(report))
@@ -325,6 +336,8 @@ def benchmark_rows(report: Mapping[str, Any]) -> Rows:
         row = {k: v for k, v in info.items() if isinstance(v, str | int | float)}
         if "shape" in info:
             row["x"] = "×".join(map(str, info["shape"]))
+        if "peak_bytes" in info:
+            row["peak GB"] = 1e-9 * row.pop("peak_bytes")
         row |= times([1e3 * t / calls for t in entry["stats"]["data"]])
         row |= rates(row["median ms"], info.get("bytes", 0), info.get("flops", 0))
         rows.append({k: v for k, v in row.items() if k not in ("bytes", "flops")})

@@ -222,6 +222,8 @@ def measure_all(part: Part) -> None:
 def answer(question: Question) -> dict[str, Any]:
     """A question's row: its times and rates, or why there are none."""
     row = {"what": question.what, **question.facts}
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
     try:
         calls = [question.prepare() for _ in range(_sets(question.bytes))]
         found = times(list(_graph_times(calls) if _graphs(question) else _call_times(calls)))
@@ -229,9 +231,6 @@ def answer(question: Question) -> dict[str, Any]:
         # A library without an answer is an answer.
         reason = str(error).strip().split("\n")[0][:160]
         return row | {"reason": f"{type(error).__name__}: {reason}"}
-    finally:
-        if DEVICE.type == "cuda":
-            torch.cuda.empty_cache()
     return row | found | rates(found["median ms"], question.bytes, question.flops)
 
 

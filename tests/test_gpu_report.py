@@ -2,6 +2,7 @@
 runs of its cheap sections. CI runs all of them (`.ci/run`).
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -183,10 +184,10 @@ def row(implementation: str, milliseconds: float, **facts: Any) -> dict[str, Any
 
 def synthetic() -> dict[str, Any]:
     """Rows as a GPU would leave them, of made-up times."""
-    xl: dict[str, Any] = {"preset": "DiMR-XL/2R", "batch": 64, "pass": "sampling"}
-    g = xl | {"preset": "DiMR-G/2R"}
+    xl: dict[str, Any] = {"preset": "XL/2R", "batch": 64, "pass": "forward"}
+    g = xl | {"preset": "G/2R"}
     one = xl | {"batch": 1}
-    training = xl | {"pass": "training"}
+    training = xl | {"pass": "training step"}
     norm: dict[str, Any] = {"operator": "td_rms_norm", "pass": "forward"}
     chain = {"operator": "depthwise_conv2d", "pass": "chain", "x": "64×32×32×480"}
     attention = {"operator": "attention", "pass": "forward", "x": "64×257×2880"}
@@ -196,8 +197,10 @@ def synthetic() -> dict[str, Any]:
         row("ours", 100, **xl, **{"TFLOP/s": 500.0}),
         row("published", 600, **g),
         row("ours", 200, **g, **{"TFLOP/s": 480.0}),
-        row("published, torch.compile", 149, **xl),
+        row("published, compiled", 149, **xl),
         row("published", 90, **one),
+        row("published", 1, **xl) | {"preset": "demo"},
+        row("ours", 1, **xl) | {"preset": "demo"},
         row("ours", 10, **one),
         row("ours", 300, **training, **{"peak GB": 61.0}),
         # Without its counterpart at this dtype.
@@ -271,6 +274,22 @@ def test_targets_name_what_the_benchmarks_say() -> None:
         ("td_rms_norm", "triton"),
     ):
         assert implementation in OPERATORS[operator].names
+
+
+def test_targets_name_what_the_models_benchmark_says() -> None:
+    reason = "benchmarks/bench_model.py is not there"
+    bench_model = pytest.importorskip("bench_model", reason=reason)
+    cases = [p.values[0] for p in bench_model.test_model.pytestmark[0].args[1]]
+    row = dataclasses.replace(cases[0], training=True)
+    assert (cases[0].title, row.title) == (gpu_targets.FORWARD, gpu_targets.TRAINING)
+    assert gpu_targets.DEMO in bench_model.CONFIGS
+    providers = {gpu_targets.OURS, gpu_targets.PUBLISHED, gpu_targets.COMPILED, gpu_targets.CLEAN}
+    assert providers <= {*bench_model.FORWARD} & {*bench_model.TRAINING}
+    labels = [dataclasses.replace(case, device="cuda").label for case in cases]
+    (dry,) = gpu_sections.DRY_MODEL
+    for keywords in (dry, *gpu_sections.MODEL):
+        there = [w for w in keywords.split(" and ") if not w.startswith(("not ", "cpu-"))]
+        assert any(all(word in label for word in there) for label in labels), keywords
 
 
 def test_the_report_reads_well(tmp_path: Path) -> None:
