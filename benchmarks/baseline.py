@@ -285,8 +285,9 @@ class PublishedDiMR(nn.Module):
     ) -> list[Tensor]:
         assert log_snr is not None
         assert y is not None
-        # The device is waited for, which a compiled graph cannot express.
-        if not torch.compiler.is_compiling() and torch.all(log_snr == log_snr[0]):
+        # The device is waited for: a compiled graph cannot express it, nor meta tensors do it.
+        waits = not (torch.compiler.is_compiling() or log_snr.is_meta)
+        if waits and torch.all(log_snr == log_snr[0]):
             log_snr = log_snr[:1]
         tau = log_snr / 4
         td = [parameter(tau) for parameter in self.td_parameters]
