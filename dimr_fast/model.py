@@ -1,6 +1,5 @@
 """DiMR: branches of rising resolution, wired together (paper figure 2)."""
 
-from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
@@ -95,7 +94,9 @@ class DiMR(Operation):
             config = DiMRConfig.from_published(config)
         self.config = config
         self.stages = nn.ModuleList(Branch(config, i) for i in range(len(config.stage_configs)))
-        for index, parameter in enumerate(self._td_parameters()):
+        # Found once: walking all modules takes longer than the operator that reads these.
+        self._td_parameters = tuple(m for m in self.modules() if isinstance(m, TDParameter))
+        for index, parameter in enumerate(self._td_parameters):
             parameter.index = index
 
     @classmethod
@@ -106,9 +107,6 @@ class DiMR(Operation):
         an unknown preset or field.
         """
         return cls(preset(name, **overrides))
-
-    def _td_parameters(self) -> Iterator[TDParameter]:
-        return (module for module in self.modules() if isinstance(module, TDParameter))
 
     def set_implementation(self, implementation: str) -> Self:
         """Run every operator that has it by the named implementation, the others by "auto".
@@ -149,7 +147,7 @@ class DiMR(Operation):
         log_snr, y = self._check(x, log_snr, y)
         td = ops.td_parameters(
             log_snr.to(torch.promote_types(log_snr.dtype, torch.float32)) / 4,
-            [parameter.vectors for parameter in self._td_parameters()],
+            [parameter.vectors for parameter in self._td_parameters],
             implementation=self.implementation,
         )
         predictions = []

@@ -32,6 +32,7 @@ from dimr_fast.device import (
 from dimr_fast.diffusion import DiscreteSchedule, multi_scale_loss
 from dimr_fast.files import claim, write_json
 from dimr_fast.model import DiMR
+from dimr_fast.optim import EMA, adamw
 from dimr_fast.pictures import loss_curve, require_matplotlib
 from dimr_fast.seeds import derived_seed
 
@@ -153,7 +154,7 @@ class _Run:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.ema = EMA(self.model)
         self.losses: list[float] = []
 
     def progress(self, config: TrainConfig) -> float:
@@ -164,7 +165,7 @@ class _Run:
     def save(self, path: Path) -> None:
         """Write model, EMA and optimizer state, and how far the run has come."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"{EMA_PREFIX}{name}": value for name, value in self.ema.items()}
+        tensors |= {f"{EMA_PREFIX}{name}": value for name, value in self.ema.tensors.items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value
@@ -195,7 +196,7 @@ class _Run:
             self.losses = tensors["losses"].tolist()
             weights = {name: tensors[f"model.{name}"] for name in self.model.state_dict()}
             self.model.load_state_dict(weights, strict=True)
-            for name, value in self.ema.items():
+            for name, value in self.ema.tensors.items():
                 value.copy_(tensors[f"{EMA_PREFIX}{name}"])
             # AdamW has no state before its first step.
             keys = ("step", "exp_avg", "exp_avg_sq") if self.step else ()
@@ -236,7 +237,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     torch.manual_seed(config.seed)
     model = DiMR(model_config).to(device)
     recipe = {name: value for name, value in vars(config).items() if name not in FREE}
-    run = _Run(model, classes, pixels, recipe, _optimizer(model, config))
+    optimizer = adamw(
+        model, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
+    run = _Run(model, classes, pixels, recipe, optimizer)
     if resume:
         run.load(path)
     else:
@@ -280,19 +284,6 @@ def _load_data(config: TrainConfig) -> tuple[Tensor, Tensor, tuple[str, ...]]:
         )
     tiles = load_tiles(size[0], 16)
     return tiles.train_images, tiles.train_labels, tiles.classes
-
-
-def _optimizer(model: DiMR, config: TrainConfig) -> torch.optim.AdamW:
-    decayed = [p for name, p in model.named_parameters() if "nodecay_" not in name]
-    exempt = [p for name, p in model.named_parameters() if "nodecay_" in name]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
 
 
 def _loop(
@@ -349,8 +340,7 @@ def _loop(
             norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
             run.optimizer.step()
             decay = min(config.ema_decay, (1 + run.step) / (10 + run.step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(run.ema.values()), parameters, 1 - decay)
+            run.ema.update(decay)
             run.step += 1
             now = time.monotonic()
             run.seconds = before + now - begun

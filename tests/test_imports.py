@@ -24,10 +24,11 @@ ALLOWED = {
     "model": {"layers", "ops", "config"},
     "diffusion": {"diffusion"},
     "data": {"data"},
+    "optim": set(),
     "checkpoint": {"model", "config", "data", "files"},
     "pictures": {"data", "files"},
     **{
-        job: {"model", "config", "diffusion", "data", "checkpoint", "pictures", "device"}
+        job: {"model", "config", "optim", "diffusion", "data", "checkpoint", "pictures", "device"}
         | LEAVES
         | JOBS
         for job in JOBS

@@ -81,7 +81,7 @@ def test_parameters_of_a_model(implementation: str) -> None:
     check(
         implementation,
         times(2),
-        [v for p in model._td_parameters() for v in p.vectors],
+        [v for p in model._td_parameters for v in p.vectors],
         torch.float32,
     )
 
@@ -352,9 +352,7 @@ def aot_launches() -> list[Launch]:
     def kinds_of(preset: str, dtype: torch.dtype = torch.float32) -> list[list[torch.Tensor]]:
         with torch.device("meta"):
             model = DiMR.from_preset(preset).to(dtype)
-        return [
-            list(kind) for kind in zip(*(p.vectors for p in model._td_parameters()), strict=True)
-        ]
+        return [list(kind) for kind in zip(*(p.vectors for p in model._td_parameters), strict=True)]
 
     def both(name: str, kinds: Any, count: int, targets: tuple[str, ...]) -> list[Launch]:
         tau = torch.empty(count, device="meta")

@@ -234,7 +234,7 @@ def test_the_ema_keeps_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(training, "_loop", watching)
     train(config(tmp_path))
-    assert not any(value.requires_grad for value in runs[0].ema.values())
+    assert not any(value.requires_grad for value in runs[0].ema.tensors.values())
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"batch_size": 4}, {"precision": "bf16"}])

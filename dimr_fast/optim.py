@@ -1,0 +1,52 @@
+"""What a training script needs beside the model: the published optimizer and average of weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def adamw(
+    model: nn.Module,
+    learning_rate: float,
+    *,
+    betas: tuple[float, float] = (0.99, 0.99),
+    weight_decay: float = 0.03,
+) -> torch.optim.AdamW:
+    """AdamW in one fused update, with the published parameter groups.
+
+    Everything is decayed, norms and embeddings too, but the `nodecay_*` vectors of time-dependent
+    parameters. The defaults are the published values.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups["nodecay_" not in name].append(parameter)
+    exempt: dict[str, Any] = {"params": groups[False], "weight_decay": 0.0}
+    return torch.optim.AdamW(
+        [{"params": groups[True]}, exempt],
+        lr=learning_rate,
+        betas=betas,
+        weight_decay=weight_decay,
+        fused=True,
+    )
+
+
+class EMA:
+    """Exponential moving average of a model's parameters, by name, updated in one call.
+
+    `tensors` starts as a copy of them. As DiMR has no buffers, its `load_state_dict` takes them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters: list[Tensor] = list(model.parameters())
+        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        """Move the average by `1 − decay` of the way to the parameters.
+
+        Raises ValueError where `decay` is not in 0 <= decay < 1.
+        """
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay: got {decay}, expected 0 <= decay < 1")
+        torch._foreach_lerp_(list(self.tensors.values()), self._parameters, 1 - decay)
