@@ -69,8 +69,9 @@ class Part:
         *,
         seconds: float = float("inf"),
         environment: Mapping[str, str] | None = None,
+        folder: Path = ROOT,
     ) -> bool:
-        """Run a command in the checkout; whether it ended, and with 0.
+        """Run a command, in the checkout unless said; whether it ended, and with 0.
 
         What takes longer than `seconds`, or than is left, is interrupted as Ctrl-C does, to which
         pytest and the tuner answer by leaving what they have.
@@ -80,7 +81,7 @@ class Part:
             self.cut_short(f"{title}: not started, no time was left")
             return False
         print(f"+ {shlex.join(map(str, command))}", flush=True)
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(environment or {})})
+        process = subprocess.Popen(command, cwd=folder, env={**os.environ, **(environment or {})})
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:

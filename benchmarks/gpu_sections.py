@@ -90,8 +90,11 @@ def build(part: Part) -> None:
     if part.dry_run:
         part.note(f"Would run {shlex.join([*pip, '.'])} with {environment}.")
     elif not part.step("pip install", [*pip, "."], environment=environment):
-        in_place = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        if part.step("setup.py build_ext", in_place, environment=environment):
+        # From a folder without a pyproject.toml, which an old setuptools may not understand.
+        in_place = [sys.executable, ROOT / "setup.py", "build_ext", "--build-lib", ROOT]
+        in_place += ["--build-temp", ROOT / "build" / "gpu_report"]
+        title = "setup.py build_ext"
+        if part.step(title, in_place, environment=environment, folder=part.out):
             # gpu_report.py starts the next sections so that they find the package here.
             here = ROOT / "dimr_fast" / "kernels"
             if not here.exists():
