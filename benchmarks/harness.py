@@ -100,14 +100,16 @@ def compare(
     """Check and time a row.
 
     `function(*tensors, implementation=…)` is the operator; `inputs(generator)` draws its tensors in
-    fp32 on the CPU. A forward row runs without grad, a backward row forward and backward, with the
-    gradient of every tensor. With `gradient_of`, the backward pass alone is timed, for those of the
-    tensors. `title` names the pass, and `facts`, such as `bytes` and `flops` of a call, go into the
-    results with it.
+    fp32 on the row's device. A forward row runs without grad, a backward row forward and backward,
+    with the gradient of every tensor. With `gradient_of`, the backward pass alone is timed, for
+    those of the tensors. `title` names the pass, and `facts`, such as `bytes` and `flops` of a
+    call, go into the results with it.
     """
 
     def draw(seed: int) -> list[torch.Tensor]:
-        drawn = inputs(torch.Generator().manual_seed(seed))
+        # A CPU would take longer over random numbers for a GPU than all the rest takes.
+        with torch.device(row.device):
+            drawn = inputs(torch.Generator(row.device).manual_seed(seed))
         return [t.to(row.device, row.dtype) for t in drawn]
 
     first = draw(0)
@@ -189,9 +191,9 @@ def _gradient_call(
 
 def _gradient(output: torch.Tensor) -> torch.Tensor:
     """Random multiples of 1/4: the same numbers in every dtype."""
-    generator = torch.Generator().manual_seed(0)
-    quarters = torch.randint(-8, 9, output.shape, generator=generator)
-    return (quarters / 4).to(output.device, output.dtype)
+    generator = torch.Generator(output.device).manual_seed(0)
+    quarters = torch.randint(-8, 9, output.shape, generator=generator, device=output.device)
+    return (quarters / 4).to(output.dtype)
 
 
 def _outputs(result: Any) -> Sequence[torch.Tensor]:

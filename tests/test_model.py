@@ -246,6 +246,15 @@ def test_compiles_without_a_graph_break_forward_and_backward(checkpointing: bool
         assert relative_error(a, b) < TOLERANCE, name
 
 
+def test_compiles_without_a_graph_break_without_gradients() -> None:
+    model = randomised(DiMR(PRESETS["tiny"])).set_implementation("reference")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        outputs = zip(compiled(**tiny_inputs()), model(**tiny_inputs()), strict=True)
+    for actual, expected in outputs:
+        assert relative_error(actual, expected) < TOLERANCE
+
+
 def test_checkpointing_is_per_branch_and_only_with_grad(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(b.checkpointing for c in PRESETS.values() for b in c.stage_configs)
     config = PRESETS["tiny"]

@@ -23,7 +23,9 @@ def linear(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, inputs: int, layers: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        # Without gradients torch.compile leaves out `ctx` if there are as many arguments as names.
+        dtype, inputs, layers, *tensors = given
         xs, weights = tensors[:inputs], tensors[inputs : inputs + layers]
         biases = tensors[inputs + layers :]
         rows = [x.to(dtype).flatten(0, -2) for x in xs]
@@ -65,7 +67,7 @@ class _Linear(torch.autograd.Function):
         return None, None, None, *grads
 
 
-def _stacked(parameters: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+def _stacked(parameters: list[Tensor], dtype: torch.dtype) -> Tensor:
     """One above the other, in `dtype`."""
     if len(parameters) == 1:
         return parameters[0].to(dtype)

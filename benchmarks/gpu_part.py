@@ -1,0 +1,174 @@
+"""What a section of the GPU report has found, on disk after each addition; what sections share."""
+
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gpu_render import write_whole
+
+ROOT = Path(__file__).parent.parent
+SHOWN = 30
+"""Failed tests that the report shows."""
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+
+Rows = list[dict[str, Any]]
+
+
+class Part:
+    """What a section has found: facts, tables of rows, notes. On disk after each addition."""
+
+    def __init__(self, name: str, out: Path, seconds: float, dry_run: bool) -> None:
+        self.name, self.out, self.dry_run = name, out, dry_run
+        # What is interrupted takes a moment to write what it has.
+        self.grace = min(10.0, seconds / 10)
+        self.end = time.monotonic() + seconds - 2 * self.grace
+        self.failed = False
+        self._found: dict[str, Any] = {}
+
+    def left(self) -> float:
+        """Seconds until this section should end by itself."""
+        return self.end - time.monotonic()
+
+    def fact(self, name: str, value: Any) -> None:
+        self._found.setdefault("facts", {})[name] = value
+        self._save()
+
+    def rows(self, table: str, rows: Rows) -> None:
+        self._found.setdefault("tables", {}).setdefault(table, []).extend(rows)
+        self._save()
+
+    def note(self, text: str) -> None:
+        self._found.setdefault("notes", []).append(text)
+        self._save()
+
+    def fail(self, reason: str) -> None:
+        self.failed = True
+        self.note(reason)
+
+    def cut_short(self, reason: str) -> None:
+        self._found["cut_short"] = True
+        self.note(reason)
+
+    def _save(self) -> None:
+        write_whole(self.out / f"{self.name}.json", json.dumps(self._found, indent=1) + "\n")
+
+    def step(
+        self,
+        title: str,
+        command: Sequence[str | Path],
+        *,
+        seconds: float = float("inf"),
+        environment: Mapping[str, str] | None = None,
+        folder: Path = ROOT,
+    ) -> bool:
+        """Run a command, in the checkout unless said; whether it ended, and with 0.
+
+        What takes longer than `seconds`, or than is left, is interrupted as Ctrl-C does, to which
+        pytest and the tuner answer by leaving what they have.
+        """
+        limit = min(seconds, self.left())
+        if limit < 0.5:
+            self.cut_short(f"{title}: not started, no time was left")
+            return False
+        print(f"+ {shlex.join(map(str, command))}", flush=True)
+        process = subprocess.Popen(command, cwd=folder, env={**os.environ, **(environment or {})})
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(self.grace)
+            process.kill()
+            process.wait()
+            self.cut_short(f"{title}: interrupted after {limit:.0f} s")
+            return False
+        if code != 0:
+            self.fail(f"{title}: exit code {code}")
+        return code == 0
+
+    def pytest(
+        self,
+        title: str,
+        arguments: Sequence[str | Path],
+        *,
+        under: Sequence[str | Path] = (),
+        seconds: float = float("inf"),
+        environment: Mapping[str, str] | None = None,
+    ) -> bool:
+        """Run tests, and say how many passed and which did not; that none ran is a failure.
+
+        `under` is a command that runs another, pytest here.
+        """
+        file = self.out / f".{self.name}.xml"
+        file.unlink(missing_ok=True)
+        command = [*under, *PYTEST, f"--junitxml={file}", *arguments]
+        well = self.step(title, command, seconds=seconds, environment=environment)
+        with suppress(OSError, ElementTree.ParseError):
+            self._count(title, ElementTree.parse(file))
+        file.unlink(missing_ok=True)
+        return well
+
+    def _count(self, title: str, tree: "ElementTree.ElementTree[Any]") -> None:
+        counts = {"passed": 0, "failure": 0, "error": 0, "skipped": 0}
+        wrong: Rows = []
+        for case in tree.iter("testcase"):
+            outcome = next((o for o in counts if case.find(o) is not None), "passed")
+            counts[outcome] += 1
+            if outcome in ("failure", "error"):
+                message = str(case.find(outcome).get("message"))  # type: ignore[union-attr]
+                wrong.append({"test": case.get("name"), "message": message.split("\n")[0][:200]})
+        self.rows("tests", [{"tests": title} | counts])
+        if wrong:
+            self.rows("tests that failed", wrong[:SHOWN])
+        if counts["passed"] == 0:
+            self.fail(f"{title}: no test passed")
+
+
+def nvidia_smi(fields: str, meanwhile: Callable[[], object] | None = None) -> dict[str, str]:
+    """The first GPU's values of these comma-separated fields, none without nvidia-smi.
+
+    `meanwhile` is called again and again until the answer is there.
+    """
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    end = time.monotonic() + 20
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    except OSError:
+        return {}
+    with process:
+        while meanwhile and process.poll() is None and time.monotonic() < end:
+            meanwhile()
+        try:
+            answer, _ = process.communicate(timeout=max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return {}
+    values = answer.splitlines()[0].split(",") if process.returncode == 0 else []
+    return dict(zip(fields.split(","), map(str.strip, values), strict=False))
+
+
+def times(milliseconds: Sequence[float]) -> dict[str, float]:
+    """Median and the 20th and 80th percentiles."""
+    data = list(milliseconds)
+    deciles = statistics.quantiles(data, n=10, method="inclusive") if len(data) > 1 else data * 9
+    return {"median ms": statistics.median(data), "p20 ms": deciles[1], "p80 ms": deciles[7]}
+
+
+def rates(milliseconds: float, moved: int, flops: int) -> dict[str, float]:
+    """GB/s of these bytes and TFLOP/s, of what is counted."""
+    found = {}
+    if moved:
+        found["GB/s"] = 1e-6 * moved / milliseconds
+    if flops:
+        found["TFLOP/s"] = 1e-9 * flops / milliseconds
+    return found

@@ -1,0 +1,120 @@
+"""What the GPU report looks like: `report.md`, `results.json`, plots, and targets met or missed.
+
+Of the standard library alone, plots aside: whatever breaks on a GPU, what was found can be read.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpu_targets import judge
+
+Results = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Put `text` in the place of what `path` held, at once."""
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def render(results: Results, out: Path) -> None:
+    """Write `results.json` and `report.md`."""
+    judged = {**results, "targets": judge(results)}
+    write_whole(out / "results.json", json.dumps(judged, indent=1) + "\n")
+    write_whole(out / "report.md", markdown(judged))
+
+
+def markdown(results: Results) -> str:
+    sections = results["sections"]
+    facts = sections.get("machine", {}).get("facts", {})
+    title = "Dry run of the GPU report" if results["dry_run"] else "GPU report"
+    parts = [
+        f"# {title}: {facts.get('GPU', 'unknown GPU')}",
+        f"{results['date']}, commit {facts.get('commit', 'unknown')}, "
+        f"{results['minutes']:g} minutes at most.",
+        "## Targets",
+        "Ratios within this run; the least over all shapes that were measured.",
+        table(results["targets"]),
+        "## Sections",
+        table(
+            {"section": name, "status": s["status"], "seconds": s.get("seconds", "")}
+            for name, s in sections.items()
+        ),
+    ]
+    for name, section in sections.items():
+        parts += _section(name, section)
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _section(name: str, section: Mapping[str, Any]) -> list[str]:
+    parts = [f"## {name}", f"**{section['status']}**"]
+    if facts := section.get("facts"):
+        parts.append(table({"": key, "value": value} for key, value in facts.items()))
+    parts.append("\n".join(f"- {note}" for note in section.get("notes", [])))
+    for title, rows in section.get("tables", {}).items():
+        if title == "plots":
+            parts += [f"![{row['file']}]({row['file']})" for row in rows]
+        else:
+            parts += [f"### {title}", table(rows)]
+    if log := section.get("log"):
+        parts += ["The end of its log:", "\n".join(["````", *log, "````"])]
+    return parts
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Markdown, with every column that any row has, in the order in which they come up."""
+    found = list(rows)
+    columns = list(dict.fromkeys(column for row in found for column in row))
+    if not columns:
+        return ""
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[_cell(row.get(column, "")) for column in columns] for row in found]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def plot(results: Results, out: Path) -> list[Path]:
+    """A picture for each operator, and for the model, of every provider's times by shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [
+        row
+        for section in ("model", "operators", "compiled")
+        for row in results["sections"].get(section, {}).get("tables", {}).get("benchmarks", [])
+        if row.get("dtype", "bfloat16") == "bfloat16"
+    ]
+    files = []
+    for operator in dict.fromkeys(row.get("operator", "model") for row in rows):
+        shown = [row for row in rows if row.get("operator", "model") == operator]
+        labels = ["  ".join(_identity(row)) for row in shown]
+        figure, axes = pyplot.subplots(figsize=(9, 1 + 0.25 * len(shown)), layout="constrained")
+        axes.barh(range(len(shown)), [row["median ms"] for row in shown])
+        axes.set_yticks(range(len(shown)), labels, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_xlabel("median ms")
+        axes.set_title(operator)
+        files.append(out / f"{operator}.png")
+        figure.savefig(files[-1], dpi=110)
+        pyplot.close(figure)
+    return files
+
+
+def _identity(row: Row) -> Sequence[str]:
+    wanted = ("preset", "batch", "x", "pass", "implementation", "provider")
+    return [str(row[key]) for key in wanted if key in row]
