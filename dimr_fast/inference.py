@@ -290,8 +290,9 @@ def pad_heads(attention: Attention, head_dim: int, dtype: torch.dtype) -> Attent
 class _Linear(Linear):
     """`layers.Linear` of weights that are given, in `dtype`.
 
-    In bfloat16 on a CPU oneDNN is asked to add the bias itself: PyTorch would fill the whole result
-    with it first, and read that back.
+    In bfloat16 on a CPU oneDNN is asked itself: with the weights in its own order, into which it
+    would otherwise bring them at every call, and with the bias, with which PyTorch would fill the
+    whole result first.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -304,6 +305,9 @@ class _Linear(Linear):
             and torch.backends.mkldnn.is_available()
             and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         )
+        if self.by_onednn:
+            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+            self.weight = nn.Parameter(packed, requires_grad=False)
 
     @classmethod
     def of(cls, linear: nn.Linear, dtype: torch.dtype) -> Self:
