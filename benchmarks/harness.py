@@ -202,15 +202,16 @@ def _outputs(result: Any) -> Sequence[torch.Tensor]:
 
 def _graph(prepare: Callable[[int], Callable[[], Any]]) -> Callable[[], None]:
     """`ROTATION` calls, each on its own inputs, as one CUDA graph: launches cost nothing."""
-    calls = [prepare(seed) for seed in range(ROTATION)]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    # A gradient runs on the stream of its forward pass, which has to be the one that is captured.
     with torch.cuda.stream(stream):
+        calls = [prepare(seed) for seed in range(ROTATION)]
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
 

@@ -255,7 +255,7 @@ def _graph_times(calls: Sequence[Call]) -> Iterator[float]:
                 call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
     for elapsed in _call_times([graph.replay]):
