@@ -1,7 +1,7 @@
 """The whole model: a forward pass as a sampler runs it, and a training step, by each provider.
 
 "published" is what the authors' code executes (baseline.py), under autocast where the row is not in
-fp32, and "reference" ours in plain PyTorch, with weights in the row's dtype unless they are trained.
+fp32, and "reference" ours in plain PyTorch, with weights in the row's dtype unless in training.
 What is compiled keeps its activations, as a user of torch.compile would have it. Providers of one
 row follow each other, and none is timed before its outputs, and in training its gradients, are as
 accurate as the reference's. In fp32 the CPU's rows are judged by fp64, in bf16 by fp32.
@@ -19,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -34,6 +34,8 @@ from torch import Tensor
 from dimr_fast import PRESETS, DiMR, DiMRConfig
 from dimr_fast.device import keep_freed_memory
 from dimr_fast.diffusion import multi_scale_loss
+from dimr_fast.inference import optimize_for_inference
+from dimr_fast.optim import adamw
 
 PUBLISHED, KEEPING = "published", "published, no checkpointing"
 PUBLISHED_COMPILED, REFERENCE_COMPILED = "published, compiled", "reference, compiled"
@@ -141,11 +143,17 @@ def test_model(benchmark: BenchmarkFixture, row: Row) -> None:
     expected = outcomes(dataclasses.replace(row, provider=""))
     gc.collect()
     before = torch.cuda.memory_allocated() if row.device == "cuda" else 0
-    run, parameters = provide(row)
-    for actual, *others in zip(outcome(row, run, parameters, inputs), *expected, strict=True):
-        check_close(actual.cpu(), *others)
-    call = training_call(row, run, parameters, inputs) if row.training else None
-    call = call or (lambda: forward(row, run, inputs))
+    run, model = provide(row)
+    # What others wrote may round in another order; a wrong result is wrong by far more.
+    times = 4 if row.provider.startswith(PUBLISHED) else 2
+    for actual, *others in zip(outcome(row, run, model, inputs), *expected, strict=True):
+        check_close(actual.cpu(), *others, times=times)
+    call = (
+        training_call(row, run, model, inputs)
+        if row.training
+        else partial(forward, row, run, inputs)
+    )
+    del model  # a sampler does not keep what it was made from
     benchmark.extra_info |= facts(row, inputs["x"])
     benchmark.pedantic(synchronised(row, call), rounds=_rounds(row, call), warmup_rounds=1)
     if row.device == "cuda":
@@ -155,28 +163,25 @@ def test_model(benchmark: BenchmarkFixture, row: Row) -> None:
         benchmark.extra_info["peak_bytes"] = torch.cuda.max_memory_allocated() - before
 
 
-def provide(row: Row) -> tuple[Run, list[Tensor]]:
-    """A provider's model, called as `DiMR`, and its parameters."""
+def provide(row: Row) -> tuple[Run, DiMR]:
+    """A provider, called as `DiMR`, and the model whose parameters it trains."""
     # On a GPU the memory is to be the provider's own; in training its weights change.
     model = base(row)
     if row.training or row.device == "cuda":
         model = copy.deepcopy(model)
-    parameters: list[Tensor] = list(model.parameters())
     if row.provider == PUBLISHED:
-        return PublishedDiMR.of(model), parameters
+        return PublishedDiMR.of(model), model
     if row.provider == KEEPING:
-        return PublishedDiMR.of(model, checkpointing=False), parameters
+        return PublishedDiMR.of(model, checkpointing=False), model
     if row.provider == PUBLISHED_COMPILED:
-        return compiled(row, PublishedDiMR.of(model, checkpointing=False)), parameters
+        return compiled(row, PublishedDiMR.of(model, checkpointing=False)), model
     if row.provider == REFERENCE_COMPILED:
         if not row.training:
             model = copy.deepcopy(model).to(row.dtype)
-        return compiled(row, model.set_implementation("reference")), parameters
+        return compiled(row, model.set_implementation("reference")), model
     if row.training:
-        return model, parameters
-    from dimr_fast.inference import optimize_for_inference
-
-    return optimize_for_inference(model, dtype=row.dtype, cuda_graphs="auto"), parameters
+        return model, model
+    return optimize_for_inference(model, dtype=row.dtype, cuda_graphs="auto"), model
 
 
 def compiled(row: Row, model: torch.nn.Module) -> Run:
@@ -242,12 +247,10 @@ def losses(row: Row, run: Run, inputs: dict[str, Tensor]) -> tuple[list[Tensor],
 
 
 def training_call(
-    row: Row, run: Run, parameters: list[Tensor], inputs: dict[str, Tensor]
+    row: Row, run: Run, model: DiMR, inputs: dict[str, Tensor]
 ) -> Callable[[], object]:
-    """A training step with the published settings of AdamW."""
-    optimizer = torch.optim.AdamW(
-        parameters, lr=2e-4, betas=(0.99, 0.99), weight_decay=0.03, fused=True
-    )
+    """A training step with the published settings of AdamW, in one fused update."""
+    optimizer = adamw(model, 2e-4)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -257,15 +260,13 @@ def training_call(
     return step
 
 
-def outcome(
-    row: Row, run: Run, parameters: list[Tensor], inputs: dict[str, Tensor]
-) -> list[Tensor]:
+def outcome(row: Row, run: Run, model: DiMR, inputs: dict[str, Tensor]) -> list[Tensor]:
     """What is checked: each prediction and, in training, all gradients as one vector."""
     if not row.training:
         return [p[:CHECKED] for p in forward(row, run, inputs)]
     predictions, loss = losses(row, run, inputs)
     loss[:CHECKED].mean().backward()
-    return [*(p[:CHECKED].detach() for p in predictions), _gradient(parameters)]
+    return [*(p[:CHECKED].detach() for p in predictions), _gradient(list(model.parameters()))]
 
 
 @lru_cache(maxsize=1)
@@ -281,7 +282,7 @@ def outcomes(row: Row) -> tuple[list[Tensor], list[Tensor]]:
 
 def _reference(row: Row, weights: torch.dtype, inputs: dict[str, Tensor]) -> list[Tensor]:
     model = copy.deepcopy(base(row)).to(weights).set_implementation("reference")
-    return [t.cpu() for t in outcome(row, model, list(model.parameters()), inputs)]
+    return [t.cpu() for t in outcome(row, model, model, inputs)]
 
 
 def _gradient(parameters: list[Tensor]) -> Tensor:

@@ -248,9 +248,6 @@ def tune(part: Part) -> None:
 def model(part: Part) -> None:
     """The whole model, sampling and training, against the published execution."""
     file = BENCHMARKS / "bench_model.py"
-    if not file.is_file():
-        part.note(f"Not measured: there is no {file.name}.")
-        return
     chosen = DRY_MODEL if part.dry_run else MODEL
     for share, keywords in with_shares(chosen):
         _benchmark(part, file, keywords, share * part.left())

@@ -10,6 +10,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from report import section as whole_model
+
 from dimr_fast.ops import OPERATORS
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +62,8 @@ def launches() -> str:
 
 def benchmarks() -> str:
     """Median times of each operator's benchmark, a row a shape, pass and dtype."""
-    return "\n\n".join(_table(path) for path in sorted(RESULTS.glob("*_cpu.json")))
+    paths = sorted(set(RESULTS.glob("*_cpu.json")) - set(RESULTS.glob("model_*.json")))
+    return "\n\n".join(_table(path) for path in paths)
 
 
 def _table(path: Path) -> str:
@@ -120,12 +123,30 @@ def depthwise_sweep() -> str:
     return "\n".join(lines)
 
 
+def memory() -> str:
+    """Bytes kept for backward per image, beside what was predicted."""
+    path = RESULTS / "memory.json"
+    if not path.is_file():
+        return "What training keeps in memory has not been measured yet."
+    found: dict[str, Any] = json.loads(path.read_text())
+    lines = [
+        f"| kept for backward, bf16 autocast, {found['device']} | MB per image | predicted |",
+        "|---|---|---|",
+    ]
+    for preset, sizes in found["presets"].items():
+        kept, predicted = (sizes[k] / 1e6 for k in ("bytes_per_image", "predicted_bytes_per_image"))
+        lines.append(f"| {preset} | {kept:,.0f} | {predicted:,.0f} |")
+    return "\n".join(lines)
+
+
 SECTIONS = {
     "operators": operators,
     "launches": launches,
     "demo result": demo_result,
     "benchmarks": benchmarks,
     "depthwise sweep": depthwise_sweep,
+    "model": whole_model,
+    "memory": memory,
 }
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench_model
 import gpu_part
 import gpu_render
 import gpu_report
@@ -277,8 +278,6 @@ def test_targets_name_what_the_benchmarks_say() -> None:
 
 
 def test_targets_name_what_the_models_benchmark_says() -> None:
-    reason = "benchmarks/bench_model.py is not there"
-    bench_model = pytest.importorskip("bench_model", reason=reason)
     cases = [p.values[0] for p in bench_model.test_model.pytestmark[0].args[1]]
     row = dataclasses.replace(cases[0], training=True)
     assert (cases[0].title, row.title) == (gpu_targets.FORWARD, gpu_targets.TRAINING)

@@ -1,0 +1,141 @@
+"""Pictures of what the whole-model benchmarks found; `report.py` draws them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+if TYPE_CHECKING:
+    from report import Report
+
+OURS = "ours"
+COLORS = {
+    "published": "#9a9a9a",
+    "published, no checkpointing": "#c4c4c4",
+    "published, compiled": "#e0a458",
+    "reference, compiled": "#7fb069",
+    OURS: "#2f6fb0",
+}
+
+
+def draw_speedups(report: Report, target: Path) -> None:
+    """Images per second of each provider as a multiple of the published execution's, by row."""
+    groups = {g: found for g, found in report.groups().items() if {OURS, "published"} <= set(found)}
+    providers = [p for p in COLORS if any(p in found for found in groups.values())]
+    figure, axes = plt.subplots(figsize=(9, 0.5 + 0.75 * len(groups)), layout="constrained")
+    height = 0.8 / len(providers)
+    for i, provider in enumerate(providers):
+        places, ratios, errors = [], [], []
+        for j, found in enumerate(groups.values()):
+            if provider in found:
+                ratio = found["published"].seconds / found[provider].seconds
+                places.append(j + (i - (len(providers) - 1) / 2) * height)
+                ratios.append(ratio.median)
+                errors.append((ratio.median - ratio.p20, ratio.p80 - ratio.median))
+        axes.barh(
+            places,
+            ratios,
+            height,
+            xerr=list(zip(*errors, strict=True)),
+            error_kw={"elinewidth": 0.8},
+            color=COLORS[provider],
+            label=provider,
+        )
+        for place, ratio in zip(places, ratios, strict=True):
+            axes.annotate(
+                f"{ratio:.1f}",
+                (0, place),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+            )
+    axes.set_yticks(range(len(groups)), [_title(group) for group in groups])
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("speed, as a multiple of the published execution's")
+    axes.set_title(report.machine, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def draw_roofline(report: Report, target: Path) -> None:
+    """Forward passes under the ceilings of their dtype, both measured beside them."""
+    entries = [e for e in report.entries if "bytes" in e.info]
+    dtypes = sorted({e.info["dtype"] for e in entries})
+    figure, panels = plt.subplots(
+        1, len(dtypes), figsize=(5 * len(dtypes), 4.6), layout="constrained", squeeze=False
+    )
+    shown = {}
+    for axes, dtype in zip(panels[0], dtypes, strict=True):
+        rows = [e for e in entries if e.info["dtype"] == dtype]
+        peak = max(e.info["gemm_tflops"] for e in rows)
+        band = max(e.info["copy_gbps"] for e in rows) / 1e3
+        work = [e.info["flops"] / e.info["bytes"] for e in rows]
+        low, high = min(min(work) / 3, peak / band / 3), max(max(work) * 3, peak / band * 3)
+        axes.plot([low, peak / band, high], [low * band, peak, peak], color="black", linewidth=1)
+        for e, x in zip(rows, work, strict=True):
+            provider = e.info["implementation"]
+            mark = axes.scatter(
+                x, e.tflops.median, color=COLORS[provider], s=28 if provider == OURS else 16
+            )
+            shown.setdefault(provider, mark)
+            if provider == OURS:
+                axes.annotate(
+                    f"{e.info['preset']}, {e.info['batch']}",
+                    (x, e.tflops.median),
+                    xytext=(-4, 4),
+                    textcoords="offset points",
+                    ha="right",
+                    fontsize=7,
+                )
+        axes.set(xscale="log", yscale="log", title=dtype)
+        axes.set_xlabel("FLOP per byte that must be moved")
+        axes.grid(alpha=0.3, which="both", linewidth=0.4)
+    panels[0][0].set_ylabel("TFLOP/s (line: a linear layer, a copy)")
+    figure.suptitle(f"Forward passes (preset, batch). {report.machine}", fontsize=9)
+    figure.legend(
+        shown.values(),
+        shown,
+        loc="outside lower center",
+        ncols=len(shown),
+        fontsize=8,
+        frameon=False,
+    )
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def draw_scaling(report: dict[str, Any], target: Path) -> None:
+    """Time against each size, with the fitted powers."""
+    axes_of = report["axes"]
+    figure, panels = plt.subplots(
+        1, len(axes_of), figsize=(4 * len(axes_of), 3.6), layout="constrained", squeeze=False
+    )
+    for axes, (name, fits) in zip(panels[0], axes_of.items(), strict=True):
+        for color, (title, fit) in zip(("#2f6fb0", "#e0a458"), fits.items(), strict=False):
+            sizes = fit["sizes"]
+            axes.scatter(sizes, [1e3 * s for s in fit["seconds"]], color=color, s=18)
+            power = [1e3 * fit["factor"] * size ** fit["exponent"] for size in sizes]
+            label = f"{title}, exponent {fit['exponent']:.2f}"
+            axes.plot(sizes, power, color=color, linewidth=1, label=label)
+        axes.set(xscale="log", yscale="log", xlabel=name)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.legend(fontsize=7, loc="upper left")
+        axes.grid(alpha=0.3, linewidth=0.4)
+    panels[0][0].set_ylabel("ms")
+    figure.suptitle(f"A model like the demo's, {report['dtype']}. {report['device']}", fontsize=9)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def _title(group: tuple[str, str, int, str]) -> str:
+    preset, title, batch, dtype = group
+    return f"{preset}, {title},\nbatch {batch}, {dtype}"
