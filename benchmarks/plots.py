@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
-    from report import Report
+    from report import Entry, Report
 
 OURS = "ours"
 COLORS = {
@@ -29,12 +29,14 @@ def draw_speedups(report: Report, target: Path) -> None:
     providers = [p for p in COLORS if any(p in found for found in groups.values())]
     figure, axes = plt.subplots(figsize=(9, 0.5 + 0.75 * len(groups)), layout="constrained")
     height = 0.8 / len(providers)
-    for i, provider in enumerate(providers):
+    for provider in providers:
         places, ratios, errors = [], [], []
         for j, found in enumerate(groups.values()):
             if provider in found:
                 ratio = found["published"].seconds / found[provider].seconds
-                places.append(j + (i - (len(providers) - 1) / 2) * height)
+                beside = [p for p in providers if p in found]
+                place = beside.index(provider) - (len(beside) - 1) / 2
+                places.append(j + place * height)
                 ratios.append(ratio.median)
                 errors.append((ratio.median - ratio.p20, ratio.p80 - ratio.median))
         axes.barh(
@@ -86,15 +88,20 @@ def draw_roofline(report: Report, target: Path) -> None:
                 x, e.tflops.median, color=COLORS[provider], s=28 if provider == OURS else 16
             )
             shown.setdefault(provider, mark)
-            if provider == OURS:
-                axes.annotate(
-                    f"{e.info['preset']}, {e.info['batch']}",
-                    (x, e.tflops.median),
-                    xytext=(-4, 4),
-                    textcoords="offset points",
-                    ha="right",
-                    fontsize=7,
-                )
+        ours = [(x, e) for e, x in zip(rows, work, strict=True) if _is_ours(e)]
+        ours.sort(key=lambda point: point[0])
+        beside, before = 0, 0.0
+        for x, e in ours:
+            # Labels of neighbours stand one above the other.
+            beside, before = (beside + 1 if x < 1.5 * before else 0), x
+            axes.annotate(
+                f"{e.info['preset']}, {e.info['batch']}",
+                (x, e.tflops.median),
+                xytext=(-8, 4 - 10 * beside),
+                textcoords="offset points",
+                ha="right",
+                fontsize=7,
+            )
         axes.set(xscale="log", yscale="log", title=dtype)
         axes.set_xlabel("FLOP per byte that must be moved")
         axes.grid(alpha=0.3, which="both", linewidth=0.4)
@@ -134,6 +141,10 @@ def draw_scaling(report: dict[str, Any], target: Path) -> None:
     figure.suptitle(f"A model like the demo's, {report['dtype']}. {report['device']}", fontsize=9)
     figure.savefig(target, dpi=110)
     plt.close(figure)
+
+
+def _is_ours(entry: Entry) -> bool:
+    return bool(entry.info["implementation"] == OURS)
 
 
 def _title(group: tuple[str, str, int, str]) -> str:
