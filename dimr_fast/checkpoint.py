@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dimr_fast.config import DiMRConfig
-from dimr_fast.data.scaling import PixelScale
+from dimr_fast.data.scaling import Scale, scale_from_dict
 from dimr_fast.files import write_atomically
 from dimr_fast.model import DiMR
 
@@ -57,7 +57,7 @@ class TrainedModel:
 
     model: DiMR
     classes: tuple[str, ...]
-    pixels: PixelScale
+    scale: Scale
 
 
 def load_model(path: Path) -> TrainedModel:
@@ -69,12 +69,12 @@ def load_model(path: Path) -> TrainedModel:
     try:
         model = DiMR(DiMRConfig.from_dict(metadata["config"]))
         classes = tuple(metadata["classes"])
-        pixels = PixelScale(**metadata["pixels"])
+        scale = scale_from_dict(metadata["scale"])
         weights = {name.removeprefix(EMA_PREFIX): value for name, value in tensors.items()}
         model.load_state_dict(weights, strict=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of a DiMR model ({error})") from error
-    return TrainedModel(model.eval(), classes, pixels)
+    return TrainedModel(model.eval(), classes, scale)
 
 
 def load_published(path: Path) -> dict[str, Tensor]:

@@ -99,9 +99,9 @@ def sample_images(
                 noise,
                 schedule,
                 sampler.steps,
-                clip=trained.pixels.range,
+                clip=trained.scale.range,
             )
-        images[start : start + len(y)] = trained.pixels.to_pixels(x).cpu()
+        images[start : start + len(y)] = trained.scale.to_pixels(x).cpu()
         if progress is not None:
             progress(len(y))
     return images

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dimr_fast.checkpoint import EMA_PREFIX, CheckpointError, load_checkpoint, save_checkpoint
 from dimr_fast.config import preset, require_fields
-from dimr_fast.data.scaling import PixelScale
+from dimr_fast.data.scaling import PixelScale, scale_to_dict
 from dimr_fast.data.tiles import load_tiles
 from dimr_fast.device import (
     Precision,
@@ -147,7 +147,7 @@ class _Run:
 
     model: DiMR
     classes: tuple[str, ...]
-    pixels: PixelScale
+    scale: PixelScale
     settings: dict[str, Any]
     optimizer: torch.optim.AdamW
     step: int = 0
@@ -173,7 +173,7 @@ class _Run:
         metadata = {
             "config": self.model.config.to_dict(),
             "classes": self.classes,
-            "pixels": dataclasses.asdict(self.pixels),
+            "scale": scale_to_dict(self.scale),
             "settings": self.settings,
             "step": self.step,
             "seconds": self.seconds,
@@ -231,7 +231,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     if device.type == "cpu":
         keep_freed_memory()
     images, labels, classes = _load_data(config)
-    pixels = PixelScale.of(images)
+    scale = PixelScale.of(images)
     model_config = preset(config.preset, num_classes=len(classes) + 1)
 
     torch.manual_seed(config.seed)
@@ -240,7 +240,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     optimizer = adamw(
         model, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
-    run = _Run(model, classes, pixels, recipe, optimizer)
+    run = _Run(model, classes, scale, recipe, optimizer)
     if resume:
         run.load(path)
     else:
@@ -375,7 +375,7 @@ def _batch(run: _Run, images: Tensor, labels: Tensor, config: TrainConfig) -> tu
     order = torch.cat([_permutation(count, config.seed, epoch) for epoch in epochs])
     indices = order[first - epochs[0] * count :][:batch].to(device)
     torch.manual_seed(derived_seed(config.seed, 0, run.step))
-    x = run.pixels.to_model(images[indices])
+    x = run.scale.to_model(images[indices])
     mirrored = torch.rand(batch, 1, 1, 1, device=device) < 0.5
     dropped = torch.rand(batch, device=device) < config.label_dropout
     return torch.where(mirrored, x.flip(3), x), labels[indices].masked_fill(

@@ -19,7 +19,7 @@ from dimr_fast.checkpoint import (
     load_published,
     save_checkpoint,
 )
-from dimr_fast.data.scaling import PixelScale
+from dimr_fast.data.scaling import PixelScale, scale_to_dict
 from dimr_fast.inference import InferenceDiMR, optimize_for_inference
 from dimr_fast.sampling import SampleConfig, Sampler, sample, sample_images
 
@@ -41,7 +41,7 @@ def write(trained: TrainedModel, path: Path) -> None:
     metadata = {
         "config": trained.model.config.to_dict(),
         "classes": trained.classes,
-        "pixels": vars(trained.pixels),
+        "scale": scale_to_dict(trained.scale),
     }
     save_checkpoint(path, tensors, metadata)
 
@@ -171,7 +171,7 @@ def test_a_checkpoint_gives_back_its_model(trained: TrainedModel, tmp_path: Path
     write(trained, tmp_path / "c.safetensors")
     loaded = load_model(tmp_path / "c.safetensors")
     assert loaded.classes == CLASSES
-    assert loaded.pixels == trained.pixels
+    assert loaded.scale == trained.scale
     assert not loaded.model.training
     for name, value in trained.model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], value)

@@ -115,7 +115,7 @@ def test_every_image_comes_once_an_epoch(tmp_path: Path) -> None:
     run = config(tmp_path, batch_size=7, label_dropout=0.0)
     images = torch.arange(60).view(60, 1, 1, 1).expand(60, 3, 16, 16).to(torch.uint8)
     state = training._Run.__new__(training._Run)
-    state.pixels = training.PixelScale(0.0, 1.0)
+    state.scale = training.PixelScale(0.0, 1.0)
     state.model = training.DiMR.from_preset("tiny")
     seen: list[int] = []
     for step in range(120 // 7 + 1):
@@ -129,7 +129,7 @@ def test_every_image_comes_once_an_epoch(tmp_path: Path) -> None:
 def test_dropped_labels_are_the_null_class(tmp_path: Path) -> None:
     run = config(tmp_path, batch_size=600, label_dropout=0.25)
     state = training._Run.__new__(training._Run)
-    state.pixels = training.PixelScale(0.0, 1.0)
+    state.scale = training.PixelScale(0.0, 1.0)
     state.model = training.DiMR.from_preset("tiny")
     state.step = 0
     images = torch.zeros(600, 3, 16, 16, dtype=torch.uint8)
