@@ -52,7 +52,7 @@ def load_checkpoint(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], di
             metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
     checksums = metadata.pop(_CHECKSUMS, {})
     for name, tensor in tensors.items():
