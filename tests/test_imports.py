@@ -46,8 +46,10 @@ ALLOWED = {
         | JOBS
         for job in JOBS
     },
+    "convert": {"checkpoint", "config", "data", "files", "hub", "model"},
+    "export": {"checkpoint", "config"},
     "info": {"ops", "_extension", "dimr_fast"},
-    "cli": {"info", "checkpoint", "data", *JOBS},
+    "cli": {"info", "checkpoint", "convert", "data", "export", *JOBS},
     "__main__": {"cli"},
     "__init__": {"config", "inference", "model"},
 }
