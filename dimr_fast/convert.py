@@ -188,9 +188,10 @@ def _sized(name: str, weights: dict[str, Tensor]) -> DiMRConfig:
 
 
 def _with_data(config: DiMRConfig, notes: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The notes with classes and scale, and what of it was assumed, as the published recipes are.
+    """The notes with classes and scale, and what of it was assumed.
 
-    Published models of latents see them times 0.18215, those of images see −1..1.
+    The published models of latents see them times 0.18215. Of those of pixels no recipe is known;
+    −1..1 is what the field does.
     """
     latents = config.channels == 4
     found, assumed = dict(notes), []

@@ -54,8 +54,8 @@ def export(config: ExportConfig) -> Path:
     save_model(
         load_model(config.checkpoint),
         config.output,
-        recipe=recipe,
-        scores=scores,
+        recipe=_without_places(recipe),
+        scores=_without_places(scores),
         license=config.license,
         pictures=pictures,
     )
@@ -70,12 +70,13 @@ def _recipe(checkpoint: Path) -> dict[str, Any]:
         # No tensor is called so: only the metadata is read.
         _, said = load_checkpoint(checkpoint, "/")
         recipe = {name: said[name] for name in ("settings", "step", "seconds") if name in said}
-    return {
-        key: {name: v for name, v in value.items() if name not in PLACES}
-        if isinstance(value, dict)
-        else value
-        for key, value in recipe.items()
-    }
+    return recipe
+
+
+def _without_places(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {name: _without_places(v) for name, v in values.items() if name not in PLACES}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

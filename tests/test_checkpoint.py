@@ -167,6 +167,17 @@ def test_the_demo_model_is_found_or_missed(
     assert load_model(demo_model()).classes == CLASSES
 
 
+def test_the_demo_model_that_ships_is_small_and_whole() -> None:
+    try:
+        folder = demo_model()
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 8_000_000
+    demo = load_model(folder)
+    assert len(demo.classes) == demo.model.config.null_class == 6
+    assert "has not been scored" not in (folder / "README.md").read_text()
+
+
 @pytest.fixture
 def run(trained: TrainedModel, tmp_path: Path) -> Path:
     """What training leaves in its folder, with averaged weights that are not the last ones."""
@@ -192,7 +203,8 @@ def test_export_writes_the_averaged_model_and_what_the_run_says(
     record = {"config": {"learning_rate": 0.25, "output": "/home/me/run"}, "result": {"steps": 8}}
     (run / "train.json").write_text(json.dumps(record))
     (run / "loss.png").write_bytes(b"curve")
-    (run / "scores.json").write_text(json.dumps(SCORES))
+    sampled = {"sampling": {"checkpoint": "/home/me/run/checkpoint.safetensors", "steps": 25}}
+    (run / "scores.json").write_text(json.dumps(SCORES | sampled))
     output = tmp_path / "shared"
     arguments = ["export", "--checkpoint", run / "checkpoint.safetensors", "--output", output]
     arguments += ["--scores", run / "scores.json", "--license", "apache-2.0"]
@@ -203,7 +215,7 @@ def test_export_writes_the_averaged_model_and_what_the_run_says(
         assert torch.equal(loaded.model.state_dict()[name], value)
     written = json.loads((output / "config.json").read_text())
     assert written["recipe"] == {"config": {"learning_rate": 0.25}, "result": {"steps": 8}}
-    assert written["scores"] == SCORES
+    assert written["scores"] == SCORES | {"sampling": {"steps": 25}}
     card = (output / "README.md").read_text()
     assert "![loss](loss.png)" in card
     assert "/home/me" not in card
