@@ -9,9 +9,13 @@ from typing import Annotated
 import tyro
 
 from dimr_fast.checkpoint import CheckpointError
+from dimr_fast.convert import ConvertConfig
+from dimr_fast.convert import convert as convert_job
 from dimr_fast.data import DataUnavailableError
 from dimr_fast.demo import DemoConfig
 from dimr_fast.demo import demo as demo_job
+from dimr_fast.export import ExportConfig
+from dimr_fast.export import export as export_job
 from dimr_fast.info import main as info_job
 from dimr_fast.sampling import SampleConfig
 from dimr_fast.sampling import sample as sample_job
@@ -53,6 +57,16 @@ def sample(config: Annotated[SampleConfig, tyro.conf.OmitArgPrefixes]) -> None:
     print(f"wrote {sample_job(config)}")
 
 
+def export(config: Annotated[ExportConfig, tyro.conf.OmitArgPrefixes]) -> None:
+    """Write a trained model as a folder to share: weights, configuration and model card."""
+    print(f"wrote {export_job(config)}; read its README.md before you share it")
+
+
+def convert(config: Annotated[ConvertConfig, tyro.conf.OmitArgPrefixes]) -> None:
+    """Turn a published .pth into safetensors or a folder, or back, and verify what was written."""
+    print(convert_job(config))
+
+
 def info() -> None:
     """Say what is installed and which implementation of each operator would run here."""
     info_job()
@@ -64,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demo": demo,
         "train": train,
         "sample": sample,
+        "export": export,
+        "convert": convert,
         "info": info,
     }
     try:

@@ -22,13 +22,15 @@ ALLOWED = {
     "device": set(),
     "ops": {"reference", "_extension", "ops"},
     "layers": {"ops", "config"},
-    "model": {"layers", "ops", "config"},
+    "card": {"config"},
+    "hub": {"card", "config", "files"},
+    "model": {"hub", "layers", "ops", "config"},
     "inference": {"model", "layers", "ops"},
     "diffusion": {"diffusion"},
     "data": {"data", "seeds"},
     "processes": {"device"},
     "optim": set(),
-    "checkpoint": {"model", "config", "data", "files"},
+    "checkpoint": {"hub", "model", "config", "data", "files"},
     "pictures": {"data", "files"},
     **{
         job: {
@@ -47,8 +49,10 @@ ALLOWED = {
         | JOBS
         for job in JOBS
     },
+    "convert": {"checkpoint", "config", "data", "files", "hub", "model"},
+    "export": {"checkpoint", "config"},
     "info": {"ops", "_extension", "dimr_fast"},
-    "cli": {"info", "checkpoint", "data", *JOBS},
+    "cli": {"info", "checkpoint", "convert", "data", "export", *JOBS},
     "__main__": {"cli"},
     "__init__": {"config", "inference", "model"},
 }
