@@ -14,7 +14,8 @@ from dimr_fast import sampling, training
 from dimr_fast.checkpoint import TrainedModel, load_model
 from dimr_fast.data.tiles import load_tiles
 from dimr_fast.device import resolve_device
-from dimr_fast.evaluation import EfficientNetLite0Features, frechet_scores
+from dimr_fast.evaluation import frechet_scores
+from dimr_fast.features import EfficientNetLite0Features
 from dimr_fast.files import claim, write_json
 from dimr_fast.sampling import SampleConfig, Sampler, sample, sample_images
 from dimr_fast.training import TrainConfig, train

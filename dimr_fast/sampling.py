@@ -107,6 +107,11 @@ def sample_images(
     return images
 
 
+def balanced_labels(count: int, num_classes: int) -> Tensor:
+    """int64 [count]: each class as often as any other, or once more where it does not divide."""
+    return torch.arange(count) % num_classes
+
+
 def _noise(shape: tuple[int, ...], seed: int, index: int) -> Tensor:
     generator = torch.Generator().manual_seed(derived_seed(seed, index))
     return torch.randn(shape, generator=generator)

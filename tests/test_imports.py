@@ -28,6 +28,10 @@ ALLOWED = {
     "optim": set(),
     "checkpoint": {"model", "config", "data", "files"},
     "pictures": {"data", "files"},
+    "metrics": set(),
+    "features": {"data"},
+    "summaries": {"data", "features", "metrics"},
+    "references": {"data", "features", "files", "metrics", "summaries"},
     **{
         job: {
             "model",
@@ -39,6 +43,10 @@ ALLOWED = {
             "checkpoint",
             "pictures",
             "device",
+            "metrics",
+            "features",
+            "summaries",
+            "references",
         }
         | LEAVES
         | JOBS
