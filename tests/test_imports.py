@@ -21,12 +21,14 @@ ALLOWED = {
     "device": set(),
     "ops": {"reference", "_extension", "ops"},
     "layers": {"ops", "config"},
-    "model": {"layers", "ops", "config"},
+    "card": {"config"},
+    "hub": {"card", "config", "files"},
+    "model": {"hub", "layers", "ops", "config"},
     "inference": {"model", "layers", "ops"},
     "diffusion": {"diffusion"},
     "data": {"data"},
     "optim": set(),
-    "checkpoint": {"model", "config", "data", "files"},
+    "checkpoint": {"hub", "model", "config", "data", "files"},
     "pictures": {"data", "files"},
     **{
         job: {
