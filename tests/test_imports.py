@@ -30,6 +30,16 @@ ALLOWED = {
     "optim": set(),
     "checkpoint": {"hub", "model", "config", "data", "files"},
     "pictures": {"data", "files"},
+    "image_files": {"files"},
+    "sampler": {
+        "checkpoint",
+        "config",
+        "data",
+        "device",
+        "diffusion",
+        "inference",
+        "seeds",
+    },
     **{
         job: {
             "model",
@@ -40,6 +50,9 @@ ALLOWED = {
             "data",
             "checkpoint",
             "pictures",
+            "image_files",
+            "sampler",
+            "autoencoder",
             "device",
         }
         | LEAVES
