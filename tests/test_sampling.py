@@ -336,8 +336,7 @@ def test_chosen_classes(trained: TrainedModel, tmp_path: Path) -> None:
 
 KILLED_WHILE_DRAWING = """
     import os, signal, sys
-    from pathlib import Path
-    from dimr_fast import cli, image_files, sampling
+    from dimr_fast import cli, sampling
 
     calls, write = 0, sampling.write_png
 
