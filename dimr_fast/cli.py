@@ -34,8 +34,9 @@ def train(config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes], resume: boo
 
 
 def sample(config: Annotated[SampleConfig, tyro.conf.OmitArgPrefixes]) -> None:
-    """Draw a grid of images from a checkpoint."""
-    print(f"wrote {sample_job(config)}")
+    """Draw images from a checkpoint: grids, folders of PNGs, npz for evaluation."""
+    for path in sample_job(config):
+        print(f"wrote {path}")
 
 
 def evaluate(config: Annotated[EvaluateConfig, tyro.conf.OmitArgPrefixes]) -> None:

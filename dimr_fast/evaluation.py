@@ -13,16 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dimr_fast.checkpoint import TrainedModel, load_model
+from dimr_fast.checkpoint import load_model
 from dimr_fast.config import require_fields
 from dimr_fast.data.image_sets import ImageSet, TensorImages, counts_in_words, open_images
-from dimr_fast.device import (
-    device_name,
-    keep_freed_memory,
-    precision_name,
-    resolve_device,
-    resolve_precision,
-)
+from dimr_fast.device import device_name, keep_freed_memory, resolve_device
 from dimr_fast.features import (
     INCEPTION_URL,
     EfficientNetLite0Features,
@@ -32,7 +26,8 @@ from dimr_fast.features import (
 from dimr_fast.files import claim, write_json
 from dimr_fast.metrics import inception_score, precision_recall
 from dimr_fast.references import Reference, user_cache
-from dimr_fast.sampling import Sampler, balanced_labels, sample_images
+from dimr_fast.sampler import ImageSampler, Sampler, balanced_labels
+from dimr_fast.sampling import REPORT as SAMPLE_REPORT
 from dimr_fast.summaries import FeatureSummary, summarize
 
 REPORT = "evaluation.json"
@@ -55,6 +50,8 @@ class EvaluateConfig:
     `tiles`, the demo's validation tiles."""
     output: Path
     """Folder for `evaluation.json`; must not hold it yet."""
+    autoencoder: str | None = None
+    """Folder or name of the AutoencoderKL that decodes what a model of latents draws."""
     count: int = 10_000
     """Images to draw from the checkpoint; published scores take 50,000."""
     inception_weights: Path | None = None
@@ -113,7 +110,12 @@ def evaluate(config: EvaluateConfig) -> Scores:
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    images = _images(config, device)
+    images: ImageSet
+    if config.checkpoint is not None:
+        images = _DrawnImages(config, config.checkpoint, device)
+    else:
+        assert config.images is not None
+        images = open_images(config.images)
     reference = Reference.open(config.reference, images.size)
     network: EfficientNetLite0Features | InceptionFeatures
     if config.inception_weights is None:
@@ -134,6 +136,7 @@ def evaluate(config: EvaluateConfig) -> Scores:
     if len(real.features):
         pair = (found.features.to(device), real.features.to(device))
         precision, recall = precision_recall(*pair, k=NEIGHBOURS)
+    recipe = _recipe(config, images, network, reference, real, device)
     scores = Scores(
         metric=_metric(network),
         distance=found.distance(real),
@@ -144,8 +147,8 @@ def evaluate(config: EvaluateConfig) -> Scores:
         ),
         precision=precision,
         recall=recall,
-        recipe=_recipe(config, images, network, reference, real, device),
-        notes=tuple(_notes(images, network, reference)),
+        recipe=recipe,
+        notes=tuple(_notes(images, recipe["images"]["labels"], network, reference)),
     )
     write_json(config.output / REPORT, dataclasses.asdict(scores))
     return scores
@@ -162,30 +165,34 @@ def quick_score(network: FeatureNetwork, images: Tensor, reference: FeatureSumma
 class _DrawnImages:
     """Images that a model draws as they are asked for."""
 
-    def __init__(self, trained: TrainedModel, labels: Tensor, sampler: Sampler) -> None:
-        self.trained, self.labels, self.sampler = trained, labels, sampler
-        self.source, self.count = "drawn from the checkpoint", len(labels)
+    def __init__(self, config: EvaluateConfig, checkpoint: Path, device: torch.device) -> None:
+        trained = load_model(checkpoint)
+        trained.model.to(device)
         height, width = trained.model.config.image_size
-        self.size = (height, width)
-        self.classes = counts_in_words(labels.bincount().tolist())
+        decode = None
+        if config.autoencoder is not None:
+            from dimr_fast.autoencoder import Autoencoder
+
+            autoencoder = Autoencoder.load(config.autoencoder, device)
+            decode, factor = autoencoder.decode, autoencoder.downsampling
+            height, width = factor * height, factor * width
+        self._draw = ImageSampler(trained, config.sampler, decode)
+        self._labels = balanced_labels(config.count, len(trained.classes))
+        self._batch_size = config.sampler.batch_size
+        self.source, self.count, self.size = "drawn", config.count, (height, width)
+        self.classes = counts_in_words(self._labels.bincount().tolist())
+        self.recipe = {
+            "checkpoint": str(checkpoint),
+            "autoencoder": config.autoencoder,
+            **config.sampler.recipe(trained.scale, device),
+        }
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        # A call prepares the model anew, so it draws many batches.
         first = 0
-        for labels in self.labels.split(16 * self.sampler.batch_size):
-            drawn = sample_images(self.trained, labels, self.sampler, first=first)
-            yield from drawn.split(batch_size)
+        # What the sampler takes at once, so that an image is what `sample` would draw.
+        for labels in self._labels.split(self._batch_size):
+            yield from self._draw(labels, first=first).split(batch_size)
             first += len(labels)
-
-
-def _images(config: EvaluateConfig, device: torch.device) -> ImageSet:
-    if config.checkpoint is None:
-        assert config.images is not None
-        return open_images(config.images)
-    trained = load_model(config.checkpoint)
-    trained.model.to(device)
-    labels = balanced_labels(config.count, len(trained.classes))
-    return _DrawnImages(trained, labels, config.sampler)
 
 
 def _metric(network: EfficientNetLite0Features | InceptionFeatures) -> str:
@@ -203,6 +210,7 @@ def _recipe(
     device: torch.device,
 ) -> dict[str, Any]:
     stored = reference.images
+    sampling = _sampling(config, images)
     packages = ["dimr_fast", "numpy", "pillow"]
     if isinstance(network, InceptionFeatures):
         packages.append("torch-fidelity")
@@ -211,10 +219,10 @@ def _recipe(
             "source": images.source,
             "count": images.count,
             "size": f"{images.size[0]}x{images.size[1]}",
-            "labels": images.classes,
+            "labels": _balance(images, sampling),
             "pixels": "rounded and clamped to 8 bits" if config.checkpoint else "8 bits, as stored",
         },
-        "sampling": _sampling(config, device),
+        "sampling": sampling,
         "features": {
             "network": network.name,
             "input": f"{network.input_size}x{network.input_size}, {network.resize}",
@@ -243,28 +251,31 @@ def _recipe(
     }
 
 
-def _sampling(config: EvaluateConfig, device: torch.device) -> dict[str, Any] | str:
+def _sampling(config: EvaluateConfig, images: ImageSet) -> dict[str, Any] | str:
     """How the images were drawn, as far as it is known."""
-    if config.checkpoint is not None:
-        precision = precision_name(resolve_precision(config.sampler.precision, device))
-        return {
-            "checkpoint": str(config.checkpoint),
-            "weights": "EMA",
-            "solver": "DPM-Solver++ single-step, order 3",
-            **dataclasses.asdict(config.sampler),
-            "precision": precision,
-        }
+    if isinstance(images, _DrawnImages):
+        return images.recipe
     assert config.images is not None
-    folder = config.images if config.images.is_dir() else config.images.parent
-    for path in (folder / "sample.json", folder.parent / "sample.json"):
+    beside = [config.images.parent / SAMPLE_REPORT]
+    if config.images.is_dir():
+        beside.insert(0, config.images / SAMPLE_REPORT)
+    for path in beside:
         try:
-            return {"from": str(path), "settings": json.loads(path.read_text())}
-        except (OSError, ValueError):
+            return {"said in": str(path), **json.loads(path.read_text())}
+        except (OSError, ValueError, TypeError):
             continue
-    return "unknown: no sample.json lies with the images"
+    return f"unknown: no {SAMPLE_REPORT} lies with the images"
 
 
-def _notes(images: ImageSet, network: FeatureNetwork, reference: Reference) -> Iterator[str]:
+def _balance(images: ImageSet, sampling: dict[str, Any] | str) -> str:
+    """How many images each class has, counted or else said."""
+    said = sampling.get("labels") if isinstance(sampling, dict) else None
+    return str(said) if images.classes == "unknown" and said else images.classes
+
+
+def _notes(
+    images: ImageSet, labels: str, network: FeatureNetwork, reference: Reference
+) -> Iterator[str]:
     if images.count < FEW:
         yield (
             f"{images.count} images are few: under {FEW:,} the distance is well above what many "
@@ -283,7 +294,7 @@ def _notes(images: ImageSet, network: FeatureNetwork, reference: Reference) -> I
         yield "precision and recall were not computed: the reference holds no images"
     elif reference.images.size != images.size:
         yield "images and reference differ in size, which the distance includes"
-    if images.classes == "unknown":
+    if labels == "unknown":
         yield "the balance of labels is unknown; balanced labels score lower than random ones"
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import Tensor
 from dimr_fast import DiMR, cli, evaluation, references
 from dimr_fast.checkpoint import save_checkpoint
 from dimr_fast.data.image_sets import FolderImages, NpzImages, TensorImages, open_images
-from dimr_fast.data.scaling import PixelScale, scale_to_dict
+from dimr_fast.data.scaling import LatentScale, PixelScale, Scale, scale_to_dict
 from dimr_fast.data.tiles import Tiles
 from dimr_fast.evaluation import EvaluateConfig, Scores, evaluate, quick_score
 from dimr_fast.features import InceptionFeatures, bare_package
@@ -127,19 +129,22 @@ def test_fingerprints_tell_images_apart(tmp_path: Path) -> None:
     assert FolderImages(folder).fingerprint != before
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
+def write_checkpoint(path: Path, scale: Scale) -> Path:
     torch.manual_seed(0)
     model = DiMR.from_preset("tiny")
-    path = tmp_path / "checkpoint.safetensors"
     tensors = {f"ema.{name}": value for name, value in model.state_dict().items()}
     metadata = {
         "config": model.config.to_dict(),
         "classes": tuple("abcdef"),
-        "scale": scale_to_dict(PixelScale(100.0, 50.0)),
+        "scale": scale_to_dict(scale),
     }
     save_checkpoint(path, tensors, metadata)
     return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "checkpoint.safetensors", PixelScale(100.0, 50.0))
 
 
 @pytest.mark.usefixtures("colours")
@@ -165,11 +170,41 @@ def test_a_checkpoint_a_folder_and_an_npz_of_the_same_images_score_the_same(
 
 
 @pytest.mark.usefixtures("colours")
+def test_latents_are_decoded(
+    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Doubling:
+        """Stands in for an autoencoder: each position of a latent becomes four pixels."""
+
+        downsampling = 2
+
+        @classmethod
+        def load(cls, name: str, device: torch.device) -> "Doubling":
+            assert (name, device.type) == ("folder", "cpu")
+            return cls()
+
+        def decode(self, latents: Tensor) -> Tensor:
+            pixels = (latents * 40 + 128).clamp(0, 255).to(torch.uint8)
+            return pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    monkeypatch.setitem(sys.modules, "dimr_fast.autoencoder", SimpleNamespace(Autoencoder=Doubling))
+    path = write_checkpoint(tmp_path / "latents.safetensors", LatentScale())
+    sampler = Sampler(steps=2, precision="fp32")
+    options: dict[str, Any] = {"checkpoint": path, "count": 10, "sampler": sampler}
+    scores = evaluate(config(tmp_path, reference, autoencoder="folder", **options))
+    assert scores.recipe["images"]["size"] == "32x32"
+    assert scores.recipe["sampling"]["autoencoder"] == "folder"
+    with pytest.raises(ValueError, match="autoencoder: got None, expected one"):
+        evaluate(config(tmp_path, reference, output=tmp_path / "out1", **options))
+
+
+@pytest.mark.usefixtures("colours")
 def test_the_whole_recipe_is_said_and_written(
     tmp_path: Path, reference: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_folder(drawn(12), tmp_path / "fake")
-    (folder / "sample.json").write_text(json.dumps({"sampler": {"steps": 33, "guidance": 0.4}}))
+    folder = write_folder(drawn(12), tmp_path / "fake" / "images")
+    said = {"sampler": {"steps": 33, "guidance": 0.4}, "labels": "six of one class"}
+    (tmp_path / "fake" / "sample.json").write_text(json.dumps(said))
     arguments = ["--images", folder, "--reference", reference, "--cache", tmp_path / "cache"]
     arguments += ["--output", tmp_path / "out"]
     assert cli.main(["evaluate", *map(str, arguments)]) == 0
@@ -180,10 +215,10 @@ def test_the_whole_recipe_is_said_and_written(
     assert "12 images are few" in out
     assert "Only scores of 12 images and this reference compare" in out
     assert "FID and the Inception score were not computed" in out
-    assert "the balance of labels is unknown" in out
+    assert "labels six of one class" in out
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert report["recipe"]["reference"]["fingerprint"] == FolderImages(reference).fingerprint
-    assert report["recipe"]["sampling"]["settings"]["sampler"]["steps"] == 33
+    assert report["recipe"]["sampling"]["sampler"]["steps"] == 33
     assert f"{report['distance']:.2f}" in out
     assert 0 <= report["precision"] <= 1
     assert report["inception_score"] is None
@@ -199,6 +234,8 @@ def test_images_of_another_size_are_noted(tmp_path: Path, reference: Path) -> No
     folder = write_folder(drawn(12, size=8), tmp_path / "fake")
     scores = evaluate(config(tmp_path, reference, images=folder))
     assert any("differ in size" in note for note in scores.notes)
+    assert any("the balance of labels is unknown" in note for note in scores.notes)
+    assert scores.recipe["sampling"].startswith("unknown")
 
 
 @pytest.mark.usefixtures("colours")
