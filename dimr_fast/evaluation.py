@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -235,14 +236,16 @@ def _recipe(
             "count": "unknown" if stored is None else stored.count,
             "size": "unknown" if stored is None else f"{stored.size[0]}x{stored.size[1]}",
             "labels": "unknown" if stored is None else stored.classes,
-            "fingerprint": "none" if stored is None else stored.fingerprint,
+            "fingerprint": reference.fingerprint,
             "distance to": "mu and sigma of the file"
             if reference.uses_statistics(network)
             else "its images",
             "cached": real.cached,
         },
-        "precision and recall": f"{NEIGHBOURS} nearest neighbours",
-        "Inception score": f"{SPLITS} parts of shuffled images",
+        "settings": {
+            "precision and recall": f"{NEIGHBOURS} nearest neighbours",
+            "Inception score": f"{SPLITS} parts of shuffled images",
+        },
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -301,7 +304,8 @@ def _notes(
 def _in_words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_in_words(item)}" for name, item in value.items())
-    return str(value)
+    # Twelve digits of a hash tell as much to the eye.
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", str(value))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from dimr_fast.data.image_sets import (
     read_arrays,
 )
 from dimr_fast.data.tiles import load_tiles
-from dimr_fast.features import FeatureNetwork, InceptionFeatures
+from dimr_fast.features import FeatureNetwork, InceptionFeatures, file_hash
 from dimr_fast.files import claim, write_atomically
 from dimr_fast.metrics import covariance_factor
 from dimr_fast.summaries import KEPT, FeatureSummary, summarize
@@ -82,6 +82,14 @@ class Reference:
             )
         if not all(np.isfinite(array).all() for array in found.values()):
             raise ValueError(f"reference: got mu or sigma in {self.statistics} that is not finite")
+
+    @property
+    def fingerprint(self) -> str:
+        """Text that other images or statistics do not have."""
+        if self.images is not None:
+            return self.images.fingerprint
+        assert self.statistics is not None
+        return f"npz {file_hash(self.statistics)}"
 
     def uses_statistics(self, network: FeatureNetwork) -> bool:
         """Whether the file's mean and covariance take the place of those of its images."""

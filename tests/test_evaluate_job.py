@@ -21,7 +21,7 @@ from dimr_fast.data.image_sets import FolderImages, NpzImages, TensorImages, ope
 from dimr_fast.data.scaling import LatentScale, PixelScale, Scale, scale_to_dict
 from dimr_fast.data.tiles import Tiles
 from dimr_fast.evaluation import EvaluateConfig, Scores, evaluate, quick_score
-from dimr_fast.features import InceptionFeatures, bare_package
+from dimr_fast.features import InceptionFeatures, bare_package, file_hash
 from dimr_fast.metrics import inception_score, precision_recall
 from dimr_fast.references import reference_summary, user_cache
 from dimr_fast.sampling import Sampler, balanced_labels, sample_images
@@ -459,6 +459,7 @@ def test_statistics_alone_give_no_precision_nor_recall(
     assert (scores.precision, scores.recall) == (None, None)
     assert any("holds no images" in note for note in scores.notes)
     assert scores.recipe["reference"]["distance to"] == "mu and sigma of the file"
+    assert file_hash(path) in scores.recipe["reference"]["fingerprint"]
     for mu, message in ((np.zeros(64), r"mu \(64,\)"), (np.full(2048, np.nan), "not finite")):
         np.savez(path, mu=mu, sigma=np.eye(2048))
         with pytest.raises(ValueError, match=message):

@@ -5,6 +5,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -129,8 +130,11 @@ class FolderImages:
         return f"files {self.path.resolve()} {found.hexdigest()}"
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        for start in range(0, self.count, batch_size):
-            yield torch.stack([self._read(f) for f in self.files[start : start + batch_size]])
+        # Pillow decodes without holding the interpreter.
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, self.count, batch_size):
+                files = self.files[start : start + batch_size]
+                yield torch.stack(list(pool.map(self._read, files)))
 
     def _read(self, file: Path) -> Tensor:
         try:
