@@ -14,6 +14,8 @@ from dimr_fast.convert import convert as convert_job
 from dimr_fast.data import DataUnavailableError
 from dimr_fast.demo import DemoConfig
 from dimr_fast.demo import demo as demo_job
+from dimr_fast.evaluation import EvaluateConfig
+from dimr_fast.evaluation import evaluate as evaluate_job
 from dimr_fast.export import ExportConfig
 from dimr_fast.export import export as export_job
 from dimr_fast.info import main as info_job
@@ -53,8 +55,14 @@ def train(
 
 
 def sample(config: Annotated[SampleConfig, tyro.conf.OmitArgPrefixes]) -> None:
-    """Draw a grid of images from a checkpoint."""
-    print(f"wrote {sample_job(config)}")
+    """Draw images from a checkpoint: grids, folders of PNGs, npz for evaluation."""
+    for path in sample_job(config):
+        print(f"wrote {path}")
+
+
+def evaluate(config: Annotated[EvaluateConfig, tyro.conf.OmitArgPrefixes]) -> None:
+    """Score images against real ones."""
+    print(evaluate_job(config))
 
 
 def export(config: Annotated[ExportConfig, tyro.conf.OmitArgPrefixes]) -> None:
@@ -78,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demo": demo,
         "train": train,
         "sample": sample,
+        "evaluate": evaluate,
         "export": export,
         "convert": convert,
         "info": info,

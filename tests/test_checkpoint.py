@@ -190,7 +190,7 @@ def run(trained: TrainedModel, tmp_path: Path) -> Path:
         "config": trained.model.config.to_dict(),
         "classes": CLASSES,
         "scale": scale_to_dict(trained.scale),
-        "settings": {"learning_rate": 0.125},
+        "recipe": {"learning_rate": 0.125},
         "step": 77,
     }
     save_checkpoint(folder / "checkpoint.safetensors", tensors, metadata)
@@ -226,7 +226,7 @@ def test_export_writes_the_averaged_model_and_what_the_run_says(
 def test_export_without_a_record_asks_the_checkpoint(run: Path, tmp_path: Path) -> None:
     export(ExportConfig(checkpoint=run / "checkpoint.safetensors", output=tmp_path / "shared"))
     written = json.loads((tmp_path / "shared" / "config.json").read_text())
-    assert written["recipe"] == {"settings": {"learning_rate": 0.125}, "step": 77}
+    assert written["recipe"] == {"recipe": {"learning_rate": 0.125}, "step": 77}
 
 
 def test_export_refuses_before_it_writes(run: Path, folder: Path, tmp_path: Path) -> None:

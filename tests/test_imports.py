@@ -32,6 +32,20 @@ ALLOWED = {
     "optim": set(),
     "checkpoint": {"hub", "model", "config", "data", "files"},
     "pictures": {"data", "files"},
+    "metrics": set(),
+    "features": {"data"},
+    "summaries": {"data", "features", "metrics"},
+    "references": {"data", "features", "files", "metrics", "summaries"},
+    "image_files": {"files"},
+    "sampler": {
+        "checkpoint",
+        "config",
+        "data",
+        "device",
+        "diffusion",
+        "inference",
+        "seeds",
+    },
     **{
         job: {
             "model",
@@ -42,8 +56,15 @@ ALLOWED = {
             "data",
             "checkpoint",
             "pictures",
+            "image_files",
+            "sampler",
+            "autoencoder",
             "device",
             "processes",
+            "metrics",
+            "features",
+            "summaries",
+            "references",
         }
         | LEAVES
         | JOBS
