@@ -29,6 +29,9 @@ from dimr_fast.seeds import derived_seed
 Decode = Callable[[Tensor], Tensor]
 """Latents [B, C, h, w] of an autoencoder to uint8 [B, 3, H, W] on the CPU."""
 
+DECODED_TOGETHER = 8
+"""Latents a call of the autoencoder: its activations are far larger than the model's."""
+
 _SOLVERS_IN_WORDS: dict[SolverName, str] = {
     "dpm++": "DPM-Solver++ single-step, order 3",
     "dpm++2m": "DPM-Solver++ multistep, order 2",
@@ -191,7 +194,9 @@ class ImageSampler:
             )
         if isinstance(self._scale, LatentScale):
             assert self._decode is not None
-            return self._decode(self._scale.to_latents(x))
+            return torch.cat(
+                [self._decode(z) for z in self._scale.to_latents(x).split(DECODED_TOGETHER)]
+            )
         return self._scale.to_pixels(x).cpu()
 
     def _predict(self, x: Tensor, condition: Tensor, y: Tensor) -> Tensor:
