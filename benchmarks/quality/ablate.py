@@ -361,10 +361,10 @@ def ablate(settings: Settings) -> Path:
                     judge = judge or Judge(data, settings, dtype)
                     write_json(path, judge.score(run))
                 print(f"seed {seed} arm {run.key}: {path.read_text()}", flush=True)
-            report = collect(settings.state, precision_name(dtype))
-            write_json(result, report)
+            report = collect(settings.state)
             plot = settings.output / PLOT.relative_to(RESULT.parent)
             plot.parent.mkdir(parents=True, exist_ok=True)
+            write_json(result, report)
             draw(report, plot)
     return result
 

@@ -16,19 +16,20 @@ from .models import ARMS, CHANNELS, SIDE
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "ablation.json"
 PLOT = RESULT.parent / "plots" / "ablation.png"
+CODE = ("dimr_fast", "csrc", "benchmarks/quality")
+"""What a result depends on: a change there marks the commit with a plus."""
 OURS, PAPERS = "#2f6fb0", "#9a9a9a"
 
 
-def collect(state: Path, precision: str) -> dict[str, Any]:
+def collect(state: Path) -> dict[str, Any]:
     """Every score in a state folder, with what the arms are and where they were trained."""
     recipe = json.loads((state / "recipe.json").read_text())
     scores = [json.loads(path.read_text()) for path in sorted(state.glob("seed*_*.json"))]
     return {
         "machine": _processor(),
         "threads": torch.get_num_threads(),
-        "precision": precision,
         "torch": torch.__version__,
-        "commit": _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
+        "commit": _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", *CODE) else ""),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "settings": recipe,
         "arms": {key: describe(key) for key in ARMS},
@@ -74,9 +75,9 @@ def table(report: dict[str, Any]) -> str:
     seeds = sorted({run["seed"] for run in runs})
     lines = [
         f"32×32 satellite tiles, {settings['minutes']:g} minutes of CPU time an arm "
-        f"({report['machine']}, one thread, {report['precision']}, torch {report['torch']}, commit "
-        f"{report['commit'][:9]}, {report['date']}), seeds {', '.join(map(str, seeds))}; Fréchet "
-        f"distance on {runs[0]['frechet_recipe']} (as many training tiles: "
+        f"({report['machine']}, one thread, {settings['precision']}, torch {report['torch']}, "
+        f"commit {report['commit'][:9]}, {report['date']}), seeds {', '.join(map(str, seeds))}; "
+        f"Fréchet distance on {runs[0]['frechet_recipe']} (as many training tiles: "
         f"{runs[0]['frechet_training']:.0f}), {settings['sampling_steps']} steps, guidance "
         f"{settings['guidance']:g}; the paper's FID is of 64×64 ImageNet:",
         "",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dimr_fast import BranchConfig, DiMR, DiMRConfig, ops
 from dimr_fast.layers import (
+    Attention,
     Block,
     GatedMLP,
     Linear,
@@ -147,6 +148,14 @@ class PatchHead(nn.Module):
 
 class TimeTokenBranch(Branch):
     """A branch that feeds no cascade, with the time's embedding as a token beside the class's."""
+
+    def __init__(self, model: DiMRConfig, index: int) -> None:
+        super().__init__(model, index)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                # What "auto" takes in the other arms, of one token less; it knows it to be the
+                # fastest up to there only.
+                module.implementation = "bmm"
 
     def forward(
         self, image: Tensor, features: list[Tensor], y: Tensor, td: TDValues
