@@ -216,7 +216,9 @@ def test_the_report_is_made_of_the_scores(settings: Settings, tmp_path: Path) ->
     for one in (result("a", 0, 200.0), result("a", 1, 210.0), result("f", 0, 150.0)):
         path = settings.state / f"seed{one['seed']}_{one['arm']}.json"
         path.write_text(json.dumps(one))
-    report = json.loads(json.dumps(ablation_report.collect(settings.state)))
+    report = json.loads(
+        json.dumps(ablation_report.collect(settings.state, ablation_report.commit()))
+    )
     assert [(run["arm"], run["seed"]) for run in report["runs"]] == [("a", 0), ("f", 0), ("a", 1)]
     rows = [line for line in ablation_report.table(report).splitlines() if line.startswith("| ")]
     assert [row.split(".")[0] for row in rows[1:]] == ["| a", "| f"]

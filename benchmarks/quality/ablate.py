@@ -40,7 +40,7 @@ from dimr_fast.model import DiMR
 from dimr_fast.optim import EMA, adamw
 from dimr_fast.seeds import derived_seed
 
-from .ablation_report import PLOT, RESULT, collect, draw
+from .ablation_report import PLOT, RESULT, collect, commit, draw
 from .models import ARMS, SIDE
 
 BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.99), 0.03, 1.0
@@ -344,6 +344,7 @@ def ablate(settings: Settings) -> Path:
     another process is at work in it, DataUnavailableError without the tiles or the network.
     """
     settings.validate()
+    code = commit()
     torch.set_num_threads(1)
     keep_freed_memory()
     data, judge = Data(load_tiles(SIDE, 16)), None
@@ -361,7 +362,7 @@ def ablate(settings: Settings) -> Path:
                     judge = judge or Judge(data, settings, dtype)
                     write_json(path, judge.score(run))
                 print(f"seed {seed} arm {run.key}: {path.read_text()}", flush=True)
-            report = collect(settings.state)
+            report = collect(settings.state, code)
             plot = settings.output / PLOT.relative_to(RESULT.parent)
             plot.parent.mkdir(parents=True, exist_ok=True)
             write_json(result, report)

@@ -17,11 +17,16 @@ ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "ablation.json"
 PLOT = RESULT.parent / "plots" / "ablation.png"
 CODE = ("dimr_fast", "csrc", "benchmarks/quality")
-"""What a result depends on: a change there marks the commit with a plus."""
+"""What a result depends on."""
 OURS, PAPERS = "#2f6fb0", "#9a9a9a"
 
 
-def collect(state: Path) -> dict[str, Any]:
+def commit() -> str:
+    """The commit of the code a process runs, asked when it starts; a plus marks changes to it."""
+    return _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", *CODE) else "")
+
+
+def collect(state: Path, commit: str) -> dict[str, Any]:
     """Every score in a state folder, with what the arms are and where they were trained."""
     recipe = json.loads((state / "recipe.json").read_text())
     scores = [json.loads(path.read_text()) for path in sorted(state.glob("seed*_*.json"))]
@@ -29,7 +34,7 @@ def collect(state: Path) -> dict[str, Any]:
         "machine": _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", *CODE) else ""),
+        "commit": commit,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "settings": recipe,
         "arms": {key: describe(key) for key in ARMS},
