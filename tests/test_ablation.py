@@ -180,7 +180,8 @@ def test_runs_take_turns_until_each_has_had_its_time(data: Data, settings: Setti
 
 
 def test_a_state_folder_is_of_one_recipe_and_one_process(settings: Settings) -> None:
-    with ablate.held(settings) as first, pytest.raises(BlockingIOError), ablate.held(settings):
+    in_use = pytest.raises(BlockingIOError, match="another process")
+    with ablate.held(settings) as first, in_use, ablate.held(settings):
         pass
     with ablate.held(settings) as second:
         assert first == second

@@ -323,7 +323,10 @@ def held(settings: Settings) -> Iterator[torch.dtype]:
     """
     settings.state.mkdir(parents=True, exist_ok=True)
     with (settings.state / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(f"{settings.state}: another process is at work in it") from error
         path, ours = settings.state / "recipe.json", settings.recipe()
         if not path.exists():
             write_json(path, ours | {"precision": precision_name(resolve_precision("auto", CPU))})
