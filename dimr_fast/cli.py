@@ -10,6 +10,8 @@ from dimr_fast.checkpoint import CheckpointError
 from dimr_fast.data import DataUnavailableError
 from dimr_fast.demo import DemoConfig
 from dimr_fast.demo import demo as demo_job
+from dimr_fast.extraction import ExtractConfig
+from dimr_fast.extraction import extract as extract_job
 from dimr_fast.info import main as info_job
 from dimr_fast.sampling import SampleConfig
 from dimr_fast.sampling import sample as sample_job
@@ -36,6 +38,11 @@ def sample(config: Annotated[SampleConfig, tyro.conf.OmitArgPrefixes]) -> None:
     print(f"wrote {sample_job(config)}")
 
 
+def extract(config: Annotated[ExtractConfig, tyro.conf.OmitArgPrefixes]) -> None:
+    """Turn a folder of images into latents; the same command again goes on or repairs."""
+    print(extract_job(config).sentence())
+
+
 def info() -> None:
     """Say what is installed and which implementation of each operator would run here."""
     info_job()
@@ -47,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demo": demo,
         "train": train,
         "sample": sample,
+        "extract": extract,
         "info": info,
     }
     try:

