@@ -167,7 +167,8 @@ def extract(config: ExtractConfig) -> ExtractSummary:
     """Write the latents of all readable images below a folder, with a progress bar.
 
     Finished shards of an earlier run are kept if their checksums hold. Under torchrun or
-    accelerate each process makes its share, and the last to finish writes the manifest.
+    accelerate each process makes its share, and the last to finish writes the manifest. A script
+    that lets it start processes needs `if __name__ == "__main__":`, since they import the script.
     Raises, before any work, ValueError for an unusable setting, image folder or autoencoder, and
     where the output holds latents of other settings or images; DataUnavailableError without
     diffusers; OSError where nothing can be written. Later: OSError likewise, ChildProcessError for
@@ -258,7 +259,8 @@ def _start_processes(
         finished = False
         while not finished:
             finished = context.join(timeout=0.2)
-            bar.update(int(done.sum()) - bar.n)
+            if int(done.sum()) > bar.n:
+                bar.update(int(done.sum()) - bar.n)
     except (ProcessRaisedException, ProcessExitedException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ChildProcessError(f"process {error.error_index} stopped: {reason}") from error
@@ -271,10 +273,12 @@ def _process(
     number: int, job: _Job, device: torch.device, places: list[_Place], done: Tensor
 ) -> None:
     """What a started process does; `done` counts its images for the one that started it."""
-    place = places[number]
+    place, parent = places[number], os.getppid()
 
     def progress(images: int) -> None:
         done[number] += images
+        if os.getppid() != parent:
+            raise SystemExit("stopped: the process that started this one is gone")
 
     _make_shards(job, _load(job.config, place.device(device)), place, progress)
 
