@@ -1,6 +1,7 @@
 """Checkpoints: one safetensors file that appears whole or not at all; published `.pth` files."""
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from dimr_fast.files import write_atomically
 from dimr_fast.model import DiMR
 
 EMA_PREFIX = "ema."
+_CHECKSUMS = "crc32"
 
 
 class CheckpointError(RuntimeError):
@@ -26,10 +28,13 @@ class CheckpointError(RuntimeError):
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors, and JSON values as metadata, to `path`, replacing it in one step.
 
-    What was there stays until the new file is complete. Raises OSError where it cannot be written.
+    What was there stays until the new file is complete. A checksum of each tensor goes with them.
+    Raises OSError where it cannot be written.
     """
-    text = {name: json.dumps(value) for name, value in metadata.items()}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    checksums = {name: _checksum(tensor) for name, tensor in whole.items()}
+    values = {**metadata, _CHECKSUMS: checksums}
+    text = {name: json.dumps(value) for name, value in values.items()}
     try:
         write_atomically(path, lambda part: save_file(whole, part, metadata=text))
     except SafetensorError as error:
@@ -46,9 +51,18 @@ def load_checkpoint(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], di
         with safe_open(path, "pt") as file:
             metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-            return {name: file.get_tensor(name) for name in names}, metadata
+            tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
+    checksums = metadata.pop(_CHECKSUMS, {})
+    for name, tensor in tensors.items():
+        if checksums.get(name) != _checksum(tensor):
+            raise CheckpointError(f"{path}: {name} is damaged, its checksum is another")
+    return tensors, metadata
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 @dataclass(frozen=True)

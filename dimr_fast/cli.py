@@ -1,7 +1,9 @@
 """`dimr-fast …`: a thin shell over the jobs."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -15,7 +17,8 @@ from dimr_fast.extraction import extract as extract_job
 from dimr_fast.info import main as info_job
 from dimr_fast.sampling import SampleConfig
 from dimr_fast.sampling import sample as sample_job
-from dimr_fast.training import TrainConfig
+from dimr_fast.train_config import TrainConfig
+from dimr_fast.training import CONFIG
 from dimr_fast.training import train as train_job
 
 
@@ -24,13 +27,27 @@ def demo(config: Annotated[DemoConfig, tyro.conf.OmitArgPrefixes]) -> None:
     demo_job(config)
 
 
-def train(config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes], resume: bool = False) -> None:
-    """Train a model.
+def train(
+    config: str | None = None,
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    output: Path | None = None,
+    resume: bool = False,
+) -> None:
+    """Train a model; by torchrun or `accelerate launch` with -m dimr_fast.training, on many GPUs.
 
     Args:
+        config: a YAML file of settings, or a shipped recipe: demo, imagenet256_xl2r,
+            imagenet256_g2r, imagenet512_xl3r. Without one the demo's, or with --resume the run's.
+        set: KEY=VALUE, a setting to change, as often as needed.
+        output: folder of the run.
         resume: go on with the run in the output folder.
     """
-    print(train_job(config, resume=resume).sentence(config))
+    if config is None and resume and output is not None and (output / CONFIG).exists():
+        config = str(output / CONFIG)
+    settings = TrainConfig.read(config or "demo", set, output)
+    summary = train_job(settings, resume=resume)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(summary.sentence(settings))
 
 
 def sample(config: Annotated[SampleConfig, tyro.conf.OmitArgPrefixes]) -> None:

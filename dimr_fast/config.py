@@ -139,6 +139,22 @@ class DiMRConfig:
         """The class index that stands for "no class" in guidance."""
         return self.num_classes - 1
 
+    def fitted(self, channels: int, image_size: tuple[int, int], num_classes: int) -> Self:
+        """The same branches for inputs of other channels and size, and other classes.
+
+        Raises ValueError for a size that is no multiple of each branch's `input_feature_ratio`.
+        """
+        branches = []
+        for branch in self.stage_configs:
+            ratio = branch.input_feature_ratio
+            divides = all(side % ratio == 0 for side in image_size)
+            require(divides, "image_size", image_size, f"multiples of {ratio}")
+            height, width = (side // ratio for side in image_size)
+            branches.append(dataclasses.replace(branch, max_height=height, max_width=width))
+        return dataclasses.replace(
+            self, channels=channels, num_classes=num_classes, stage_configs=tuple(branches)
+        )
+
     @classmethod
     def from_published(cls, config: Any) -> Self:
         """Read a published configuration: an object with these fields as attributes.

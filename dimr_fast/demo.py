@@ -17,7 +17,8 @@ from dimr_fast.device import resolve_device
 from dimr_fast.evaluation import EfficientNetLite0Features, frechet_scores
 from dimr_fast.files import claim, write_json
 from dimr_fast.sampling import SampleConfig, Sampler, sample, sample_images
-from dimr_fast.training import TrainConfig, train
+from dimr_fast.train_config import TrainConfig
+from dimr_fast.training import train
 
 REPORT = "demo.json"
 BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}{postfix}"

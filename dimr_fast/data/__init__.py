@@ -20,10 +20,17 @@ class Examples(Protocol):
     `shape` is what the model sees, (C, H, W); `labels`, int64 [N] on the CPU, index `classes`.
     """
 
-    classes: tuple[str, ...]
-    labels: Tensor
-    scale: Scale
-    shape: tuple[int, int, int]
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def scale(self) -> Scale: ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
 
     def read(self, indices: Tensor, mirrored: Tensor) -> Tensor:
         """The examples at int64 `indices` [B], left-right mirrored where `mirrored`, bool [B].

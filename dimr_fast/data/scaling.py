@@ -54,7 +54,7 @@ class LatentScale:
         return None
 
     def to_model(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Moments [B, 2C, H, W] and unit Gaussian noise [B, C, H, W] to a sample, fp32 [B, C, H, W].
+        """A sample, fp32 [B, C, H, W], of moments [B, 2C, H, W] by unit Gaussian noise [B, C, H, W].
 
         Log variances are clamped to -30..20, as the autoencoder's own sampling does.
         """
