@@ -19,18 +19,16 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from tqdm import tqdm
 
 from dimr_fast.autoencoder import Autoencoder
-from dimr_fast.checkpoint import save_checkpoint
 from dimr_fast.config import require_fields
 from dimr_fast.data.images import ImageFiles, UnreadableImageError, list_images, read_image
 from dimr_fast.data.latents import (
-    ABOUT,
     DTYPES,
     FORMAT,
     MANIFEST,
     DamagedShardError,
     open_shard,
     read_manifest,
-    shard_checksum,
+    write_shard,
 )
 from dimr_fast.data.scaling import LatentScale, scale_to_dict
 from dimr_fast.device import resolve_device
@@ -181,7 +179,8 @@ def extract(config: ExtractConfig) -> ExtractSummary:
     if config.output.resolve().is_relative_to(config.images.resolve()):
         raise ValueError(f"output: got {config.output}, expected a folder outside the images'")
     place = _Place.from_environment()
-    processes = min(_processes(config, device, place), len(files.names))
+    shards = -(-len(files.names) // config.shard_size)
+    processes = min(_processes(config, device, place), shards)
     own_device = place.device(device) if processes == 1 else torch.device("cpu")
     autoencoder = _load(config, own_device)
     step, scale = autoencoder.downsampling, autoencoder.scale
@@ -203,7 +202,7 @@ def extract(config: ExtractConfig) -> ExtractSummary:
         else:
             del autoencoder
             _start_processes(job, device, places, bar)
-    return _finish(job, scale)
+    return _finish(job, scale, alone=place.world == 1)
 
 
 def _processes(config: ExtractConfig, device: torch.device, place: _Place) -> int:
@@ -348,13 +347,8 @@ def _make_shard(
                 )
         progress(_length(places))
     moments, labels = moments[: int(readable.sum())], labels[readable]
-    about = {
-        "number": number,
-        "settings": job.settings,
-        "sha256": shard_checksum(moments, labels),
-        "skipped": skipped,
-    }
-    save_checkpoint(job.path(number), {"moments": moments, "labels": labels}, {ABOUT: about})
+    about = {"number": number, "settings": job.settings, "skipped": skipped}
+    write_shard(job.path(number), moments, labels, about)
 
 
 def _decoded(
@@ -382,13 +376,16 @@ def _decoded(
         yield places, list(results)
 
 
-def _finish(job: _Job, scale: LatentScale) -> ExtractSummary:
-    """Write the manifest if all shards are there."""
+def _finish(job: _Job, scale: LatentScale, alone: bool) -> ExtractSummary:
+    """Write the manifest if all shards are there, as they are where this process is alone."""
     output, classes = job.config.output, job.files.classes
     paths = [job.path(number) for number in range(job.count)]
-    if not all(path.exists() for path in paths):
+    try:
+        shards = [open_shard(path) for path in paths]
+    except DamagedShardError:
+        if alone:
+            raise
         return ExtractSummary(output, 0, len(classes), 0, (), finished=False)
-    shards = [open_shard(path) for path in paths]
     skipped = [(name, reason) for shard in shards for name, reason in shard.about["skipped"]]
     counts = torch.cat([shard.labels for shard in shards]).bincount(minlength=len(classes))
     if counts.sum() == 0:

@@ -142,7 +142,8 @@ def test_processes_of_a_launcher_leave_the_same_files(
 
 KILLED_IN_THE_THIRD_SHARD = """
 import os, pickle, signal, sys
-from dimr_fast import checkpoint, extraction
+from dimr_fast import extraction
+from dimr_fast.data import latents
 
 def save_half(tensors, path, metadata):
     if "shard-00002" in path.name:
@@ -150,7 +151,7 @@ def save_half(tensors, path, metadata):
         os.kill(os.getpid(), signal.SIGKILL)
     save_file(tensors, path, metadata)
 
-save_file, checkpoint.save_file = checkpoint.save_file, save_half
+save_file, latents.save_file = latents.save_file, save_half
 extraction.extract(pickle.load(sys.stdin.buffer))
 """
 

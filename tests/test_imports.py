@@ -24,12 +24,12 @@ ALLOWED = {
     "model": {"layers", "ops", "config"},
     "inference": {"model", "layers", "ops"},
     "diffusion": {"diffusion"},
-    "data": {"data"},
+    "data": {"data", "files"},
     "optim": set(),
     "checkpoint": {"model", "config", "data", "files"},
     "pictures": {"data", "files"},
     "autoencoder": {"data"},
-    "extraction": {"autoencoder", "checkpoint", "config", "data", "device"} | LEAVES,
+    "extraction": {"autoencoder", "config", "data", "device"} | LEAVES,
     **{
         job: {
             "model",

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from dimr_fast.data.scaling import PixelScale, Scale
+from dimr_fast.data.scaling import PixelScale
 
 EXTENSIONS = (
     *(".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm"),
@@ -144,7 +144,7 @@ class ImageFolder:
         self.classes = self.files.classes
         self.labels = self.files.labels
         self.shape = (3, size, size)
-        self.scale: Scale = _pixel_scale(self)
+        self.scale = _pixel_scale(self)
 
     def read(self, indices: Tensor, mirrored: Tensor) -> Tensor:
         """The images at int64 `indices` [B], mirrored where bool [B] says; uint8 [B, 3, s, s]."""

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from dimr_fast.data.scaling import LatentScale, Scale, scale_from_dict
+from dimr_fast.data.scaling import LatentScale, scale_from_dict
+from dimr_fast.files import write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = "dimr_fast latents 1"
@@ -38,15 +40,7 @@ class Shard:
 
     def checksum(self) -> str:
         """SHA-256 of the labels' bytes and then the moments'."""
-        return shard_checksum(self.moments, self.labels)
-
-
-def shard_checksum(moments: Tensor, labels: Tensor) -> str:
-    """SHA-256 of the labels' bytes and then the moments'; both contiguous."""
-    digest = hashlib.sha256()
-    for tensor in (labels, moments):
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        return _checksum(self.moments, self.labels)
 
 
 def open_shard(path: Path) -> Shard:
@@ -57,6 +51,26 @@ def open_shard(path: Path) -> Shard:
             return Shard(file.get_tensor("moments"), file.get_tensor("labels"), about)
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise DamagedShardError(f"{path}: not a readable shard ({error})") from error
+
+
+def write_shard(path: Path, moments: Tensor, labels: Tensor, about: dict[str, Any]) -> None:
+    """Write a shard in one step; `about`, JSON values, with its checksum added. OSError likewise.
+
+    The same arguments give the same bytes.
+    """
+    text = json.dumps({**about, "sha256": _checksum(moments, labels)})
+    tensors = {"moments": moments, "labels": labels}
+    try:
+        write_atomically(path, lambda part: save_file(tensors, part, metadata={ABOUT: text}))
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def _checksum(moments: Tensor, labels: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in (labels, moments):
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -86,7 +100,7 @@ class LatentShards:
         assert isinstance(scale, LatentScale)
         channels, height, width = manifest["shape"]
         self.path = path
-        self.scale: Scale = scale
+        self.scale = scale
         self.classes = tuple(manifest["classes"])
         self.shape = (channels // 2, height, width)
         self._views_shape = (2, channels, height, width)
