@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from photographs import copy_photographs, save_autoencoder
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 from dimr_fast.autoencoder import Autoencoder
 from dimr_fast.cli import main
+from dimr_fast.data import latents as latents_module
 from dimr_fast.data.images import ImageFolder
 from dimr_fast.data.latents import DamagedShardError, LatentShards, open_shard
 from dimr_fast.data.scaling import LatentScale
@@ -286,8 +288,8 @@ def test_half_precision_halves_the_files(
     exact = LatentShards(latents).read(indices, views)
     stored = LatentShards(small.output).read(indices, views)
     assert torch.equal(stored, exact.to(stored.dtype))
-    tensors = [sum(open_shard(shard(c, 0)).moments.nbytes for c in [c]) for c in (config, small)]
-    assert tensors[0] == 2 * tensors[1]
+    full, half = (open_shard(shard(c, 0)).moments.nbytes for c in (config, small))
+    assert full == 2 * half
 
 
 def test_moments_that_are_not_finite_stop_the_work(
@@ -302,6 +304,25 @@ def test_moments_that_are_not_finite_stop_the_work(
     with pytest.raises(FloatingPointError, match="not finite in fp16: cats/"):
         extract(dataclasses.replace(large, dtype="fp16"))
     assert not list(large.output.iterdir())
+
+
+def test_a_full_disk_keeps_what_is_there(
+    config: ExtractConfig, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_until_full(tensors: dict[str, torch.Tensor], path: Path, **metadata: object) -> None:
+        if "shard-00002" in path.name:
+            path.write_bytes(b"half of it")
+            raise SafetensorError("No space left on device")
+        save_file(tensors, path, **metadata)
+
+    config = dataclasses.replace(config, output=tmp_path / "out")
+    with monkeypatch.context() as full:
+        full.setattr(latents_module, "save_file", save_until_full)
+        with pytest.raises(OSError, match=r"shard-00002\.safetensors: No space left"):
+            extract(config)
+    assert contents(config.output).keys() == {"shard-00000.safetensors", "shard-00001.safetensors"}
+    extract(config)
+    assert contents(config.output) == contents(latents)
 
 
 def test_nothing_readable_is_an_error(config: ExtractConfig, tmp_path: Path) -> None:
