@@ -18,6 +18,8 @@ from dimr_fast.evaluation import EvaluateConfig
 from dimr_fast.evaluation import evaluate as evaluate_job
 from dimr_fast.export import ExportConfig
 from dimr_fast.export import export as export_job
+from dimr_fast.extraction import ExtractConfig
+from dimr_fast.extraction import extract as extract_job
 from dimr_fast.info import main as info_job
 from dimr_fast.sampling import SampleConfig
 from dimr_fast.sampling import sample as sample_job
@@ -75,6 +77,11 @@ def convert(config: Annotated[ConvertConfig, tyro.conf.OmitArgPrefixes]) -> None
     print(convert_job(config))
 
 
+def extract(config: Annotated[ExtractConfig, tyro.conf.OmitArgPrefixes]) -> None:
+    """Turn a folder of images into latents; the same command again goes on or repairs."""
+    print(extract_job(config).sentence())
+
+
 def info() -> None:
     """Say what is installed and which implementation of each operator would run here."""
     info_job()
@@ -84,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 2 where the user has to put something right."""
     commands: dict[str, Callable[..., None]] = {
         "demo": demo,
+        "extract": extract,
         "train": train,
         "sample": sample,
         "evaluate": evaluate,

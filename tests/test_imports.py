@@ -27,7 +27,7 @@ ALLOWED = {
     "model": {"hub", "layers", "ops", "config"},
     "inference": {"model", "layers", "ops"},
     "diffusion": {"diffusion"},
-    "data": {"data", "seeds"},
+    "data": {"data", "files", "seeds"},
     "processes": {"device"},
     "optim": set(),
     "checkpoint": {"hub", "model", "config", "data", "files"},
@@ -46,6 +46,8 @@ ALLOWED = {
         "inference",
         "seeds",
     },
+    "autoencoder": {"data"},
+    "extraction": {"autoencoder", "config", "data", "device"} | LEAVES,
     **{
         job: {
             "model",
@@ -73,7 +75,7 @@ ALLOWED = {
     "convert": {"checkpoint", "config", "data", "files", "hub", "model"},
     "export": {"checkpoint", "config"},
     "info": {"ops", "_extension", "dimr_fast"},
-    "cli": {"info", "checkpoint", "convert", "data", "export", *JOBS},
+    "cli": {"info", "checkpoint", "convert", "data", "export", "extraction", *JOBS},
     "__main__": {"cli"},
     "__init__": {"config", "inference", "model"},
 }

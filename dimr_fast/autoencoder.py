@@ -1,0 +1,84 @@
+"""The autoencoder between pixels and latents: diffusers' AutoencoderKL."""
+
+import hashlib
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from dimr_fast.data import DataUnavailableError
+from dimr_fast.data.scaling import LatentScale
+
+
+class Autoencoder:
+    """A pretrained AutoencoderKL, frozen: images to moments, latents to images.
+
+    Latents have `channels` channels, `downsampling` times fewer rows and columns than images, and
+    about unit variance once scaled by `scale`. Where an autoencoder also has a shift, latents here
+    are without it.
+    """
+
+    def __init__(self, network: Any) -> None:
+        self._network = network.eval().requires_grad_(False)
+        config = network.config
+        self.channels: int = config.latent_channels
+        self.downsampling: int = 2 ** (len(config.block_out_channels) - 1)
+        self.scale = LatentScale(config.scaling_factor)
+        self._shift: float = config.shift_factor or 0.0
+
+    @classmethod
+    def load(
+        cls, path_or_name: str, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """An autoencoder from a folder that diffusers wrote, or by its name on Hugging Face's Hub.
+
+        `dtype`, float32 or bfloat16, is what it computes in. Raises DataUnavailableError where
+        diffusers is missing, ValueError where there is no whole autoencoder of that name.
+        """
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError as error:
+            raise DataUnavailableError("the diffusers package", extra="hub") from error
+        wanted = f"autoencoder: got {path_or_name!r}, expected a folder or name of an AutoencoderKL"
+        try:
+            kind = AutoencoderKL.load_config(path_or_name).get("_class_name")
+            if kind != "AutoencoderKL":
+                raise ValueError(f"it is of class {kind}")
+            network, loading = AutoencoderKL.from_pretrained(
+                path_or_name,
+                torch_dtype=dtype,
+                low_cpu_mem_usage=False,  # True needs accelerate
+                output_loading_info=True,
+            )
+        except Exception as error:  # of diffusers, huggingface_hub, safetensors or json
+            raise ValueError(f"{wanted} ({error})") from error
+        incomplete = [*loading["missing_keys"], *loading["mismatched_keys"]]
+        if incomplete:
+            raise ValueError(f"{wanted} with all its weights ({incomplete[0]} is missing)")
+        return cls(network.to(device))
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean and log variance of the images' latents: uint8 [B, 3, H, W] to fp32 [B, 2C, h, w].
+
+        On the autoencoder's device. H and W are multiples of `downsampling`.
+        """
+        x = images.to(self._network.device).float() / 127.5 - 1
+        moments = self._network.encode(x.to(self._network.dtype)).latent_dist.parameters.float()
+        moments[:, : self.channels] -= self._shift
+        return moments
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The images of unscaled latents [B, C, h, w]: uint8 [B, 3, H, W] on the CPU."""
+        z = (latents + self._shift).to(self._network.device, self._network.dtype)
+        x = self._network.decode(z).sample.float()
+        return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights in the dtype it computes in."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self._network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
