@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dimr_fast.checkpoint import load_checkpoint, save_checkpoint
 from dimr_fast.config import require_fields
+from dimr_fast.data.image_sets import TensorImages
 from dimr_fast.data.scaling import PixelScale
 from dimr_fast.data.tiles import Tiles, load_tiles
 from dimr_fast.device import DTYPES, keep_freed_memory, precision_name, resolve_precision
@@ -34,11 +35,13 @@ from dimr_fast.diffusion import (
     guided,
     multi_scale_loss,
 )
-from dimr_fast.evaluation import EfficientNetLite0Features, frechet_distance, image_statistics
+from dimr_fast.evaluation import quick_score
+from dimr_fast.features import EfficientNetLite0Features
 from dimr_fast.files import write_json
 from dimr_fast.model import DiMR
 from dimr_fast.optim import EMA, adamw
 from dimr_fast.seeds import derived_seed
+from dimr_fast.summaries import summarize
 
 from .ablation_report import PLOT, RESULT, collect, commit, draw
 from .models import ARMS, SIDE
@@ -250,7 +253,9 @@ class Judge:
     def __init__(self, data: Data, settings: Settings, dtype: torch.dtype) -> None:
         self.data, self.settings, self.dtype = data, settings, dtype
         self.features = EfficientNetLite0Features()
-        self.reference = image_statistics(self.features, data.tiles.val_images)
+        self.reference = summarize(
+            self.features, TensorImages(data.tiles.val_images, "held-out tiles")
+        )
         generator = torch.Generator().manual_seed(0)
         images = data.tiles.train_images
         chosen = torch.randperm(len(images), generator=generator)[: settings.samples]
@@ -259,8 +264,7 @@ class Judge:
 
     def distance(self, images: Tensor) -> float:
         """Fréchet distance of uint8 images [N, 3, h, w] to the held-out tiles."""
-        found, reference = image_statistics(self.features, images), self.reference
-        return frechet_distance(found.mean, found.covariance, reference.mean, reference.covariance)
+        return quick_score(self.features, images, self.reference)
 
     def score(self, run: Run) -> dict[str, Any]:
         """A run's result, as `ablation.json` has it."""
