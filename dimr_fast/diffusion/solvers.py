@@ -108,8 +108,9 @@ def dpm_solver_multistep(
 
     Order 1 is DDIM without noise (eta 0), 2 is "2M", 3 is "3M". The grid has `steps` intervals.
     The first steps have the order that the predictions so far allow; of fewer than 15 steps the
-    last two have at most 2 and 1, which is more stable. See `Solver` for arguments and errors;
-    ValueError for another `order` too.
+    last two have at most 2 and 1, which is more stable. From 15 steps on, order 3 wants the spacing
+    "log_snr": uniform in time, the last interval is so long in λ that the parabola leads astray.
+    See `Solver` for arguments and errors; ValueError for another `order` too.
 
     Order 3 integrates the parabola through three predictions exactly. diffusers halves its
     curvature, which leaves errors of second order.
