@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from quality.ablation_report import section as ablation
 from report import section as whole_model
 
 from dimr_fast.ops import OPERATORS
@@ -147,6 +148,7 @@ SECTIONS = {
     "depthwise sweep": depthwise_sweep,
     "model": whole_model,
     "memory": memory,
+    "ablation": ablation,
 }
 
 

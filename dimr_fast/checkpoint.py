@@ -1,28 +1,25 @@
-"""Checkpoints: one safetensors file that appears whole or not at all; published `.pth` files."""
+"""Checkpoints: of training, of saved models, and the published `.pth` files."""
 
 import json
+import shutil
+import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dimr_fast.config import DiMRConfig
-from dimr_fast.data.scaling import Scale, scale_from_dict
-from dimr_fast.files import write_atomically
+from dimr_fast.data.scaling import Scale, scale_from_dict, scale_to_dict
+from dimr_fast.files import write_folder
+from dimr_fast.hub import CONFIG, CheckpointError, read_config, read_tensors, write_tensors
 from dimr_fast.model import DiMR
 
 EMA_PREFIX = "ema."
 _CHECKSUMS = "crc32"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged or of another kind; the message names the file."""
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -34,11 +31,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checksums = {name: _checksum(tensor) for name, tensor in whole.items()}
     values = {**metadata, _CHECKSUMS: checksums}
-    text = {name: json.dumps(value) for name, value in values.items()}
-    try:
-        write_atomically(path, lambda part: save_file(whole, part, metadata=text))
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+    write_tensors(path, whole, {name: json.dumps(value) for name, value in values.items()})
 
 
 def load_checkpoint(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -47,12 +40,10 @@ def load_checkpoint(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], di
     Only tensors whose names begin with `prefix` are read; they keep their names.
     Raises CheckpointError where the file is missing, damaged or was written by something else.
     """
+    tensors, text = read_tensors(path, prefix)
     try:
-        with safe_open(path, "pt") as file:
-            metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, ValueError) as error:
+        metadata = {name: json.loads(value) for name, value in text.items()}
+    except ValueError as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
     checksums = metadata.pop(_CHECKSUMS, {})
     for name, tensor in tensors.items():
@@ -75,30 +66,91 @@ class TrainedModel:
 
 
 def load_model(path: Path) -> TrainedModel:
-    """The model of a checkpoint, on the CPU, with its EMA weights and in evaluation mode.
+    """The model of a training checkpoint or of a folder, on the CPU and in evaluation mode.
 
-    Raises CheckpointError where the file is unusable or its weights do not fit its configuration.
+    A checkpoint of training gives its EMA weights. A folder is one that `save_model` or
+    `dimr-fast export` wrote. Raises CheckpointError where the files are unusable, do not fit
+    together or do not say what the model's classes and inputs are.
     """
-    tensors, metadata = load_checkpoint(path, EMA_PREFIX)
+    if path.is_dir():
+        model, (_, said) = DiMR.from_pretrained(path), read_config(path / CONFIG)
+        return TrainedModel(model, *_data(path, said))
+    tensors, said = load_checkpoint(path, EMA_PREFIX)
+    classes, scale = _data(path, said)
     try:
-        model = DiMR(DiMRConfig.from_dict(metadata["config"]))
-        classes = tuple(metadata["classes"])
-        scale = scale_from_dict(metadata["scale"])
-        weights = {name.removeprefix(EMA_PREFIX): value for name, value in tensors.items()}
-        model.load_state_dict(weights, strict=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        config = DiMRConfig.from_dict(said["config"])
+    except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of a DiMR model ({error})") from error
-    return TrainedModel(model.eval(), classes, scale)
+    weights = {name.removeprefix(EMA_PREFIX): value.clone() for name, value in tensors.items()}
+    return TrainedModel(DiMR.from_weights(config, weights, path), classes, scale)
+
+
+def _data(path: Path, said: dict[str, Any]) -> tuple[tuple[str, ...], Scale]:
+    """Classes and scale of what was said of a model."""
+    try:
+        return tuple(said["classes"]), scale_from_dict(said["scale"])
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of a DiMR model and its data (it lacks {error})"
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of a DiMR model ({error})") from error
+
+
+def save_model(
+    trained: TrainedModel,
+    folder: Path,
+    *,
+    recipe: dict[str, Any] | None = None,
+    scores: dict[str, Any] | None = None,
+    license: str | None = None,
+    pictures: Sequence[Path] = (),
+) -> None:
+    """Write a new folder from which `load_model` and `DiMR.from_pretrained` read the model.
+
+    It holds `config.json`, `model.safetensors` and a model card, `README.md`, which carries
+    `recipe` and `scores` (JSON values) whole and shows copies of `pictures`. The folder appears
+    complete or not at all. `license` is that of the weights, as the Hub names it. Raises
+    FileExistsError where there is something already, and OSError where it cannot be written.
+    """
+    known = {
+        "classes": list(trained.classes),
+        "scale": scale_to_dict(trained.scale),
+        "recipe": recipe,
+        "scores": scores,
+        "license": license,
+    }
+    notes = {name: value for name, value in known.items() if value is not None}
+    card = {"name": folder.absolute().name, "pictures": [path.name for path in pictures]}
+
+    def fill(unfinished: Path) -> None:
+        for path in pictures:
+            shutil.copy(path, unfinished)
+        trained.model.save_pretrained(unfinished, config=notes, model_card_kwargs=card)
+
+    write_folder(folder, fill)
+
+
+def demo_model() -> Path:
+    """The folder of the model that comes with the package: satellite tiles of 32×32 in 6 classes.
+
+    Raises CheckpointError where the installation lacks it.
+    """
+    folder = Path(__file__).parent / "pretrained" / "demo"
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder}: this installation has no demo model")
+    return folder
 
 
 def load_published(path: Path) -> dict[str, Tensor]:
     """The state dict of a published `.pth` file, for `model.load_state_dict(…, strict=True)`.
 
-    Only tensors are unpickled. Raises CheckpointError where the file is missing, damaged or holds
-    anything else.
+    Only tensors are unpickled, and read from the file as they are used where its format allows it.
+    Raises CheckpointError where the file is missing, damaged or holds anything else.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = path.is_file() and zipfile.is_zipfile(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # what is no checkpoint can fail to unpickle in any way
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: not a readable .pth file ({reason})") from error

@@ -9,9 +9,15 @@ from typing import Annotated
 import tyro
 
 from dimr_fast.checkpoint import CheckpointError
+from dimr_fast.convert import ConvertConfig
+from dimr_fast.convert import convert as convert_job
 from dimr_fast.data import DataUnavailableError
 from dimr_fast.demo import DemoConfig
 from dimr_fast.demo import demo as demo_job
+from dimr_fast.evaluation import EvaluateConfig
+from dimr_fast.evaluation import evaluate as evaluate_job
+from dimr_fast.export import ExportConfig
+from dimr_fast.export import export as export_job
 from dimr_fast.extraction import ExtractConfig
 from dimr_fast.extraction import extract as extract_job
 from dimr_fast.info import main as info_job
@@ -51,8 +57,24 @@ def train(
 
 
 def sample(config: Annotated[SampleConfig, tyro.conf.OmitArgPrefixes]) -> None:
-    """Draw a grid of images from a checkpoint."""
-    print(f"wrote {sample_job(config)}")
+    """Draw images from a checkpoint: grids, folders of PNGs, npz for evaluation."""
+    for path in sample_job(config):
+        print(f"wrote {path}")
+
+
+def evaluate(config: Annotated[EvaluateConfig, tyro.conf.OmitArgPrefixes]) -> None:
+    """Score images against real ones."""
+    print(evaluate_job(config))
+
+
+def export(config: Annotated[ExportConfig, tyro.conf.OmitArgPrefixes]) -> None:
+    """Write a trained model as a folder to share: weights, configuration and model card."""
+    print(f"wrote {export_job(config)}; read its README.md before you share it")
+
+
+def convert(config: Annotated[ConvertConfig, tyro.conf.OmitArgPrefixes]) -> None:
+    """Turn a published .pth into safetensors or a folder, or back, and verify what was written."""
+    print(convert_job(config))
 
 
 def extract(config: Annotated[ExtractConfig, tyro.conf.OmitArgPrefixes]) -> None:
@@ -71,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demo": demo,
         "train": train,
         "sample": sample,
+        "evaluate": evaluate,
+        "export": export,
+        "convert": convert,
         "extract": extract,
         "info": info,
     }

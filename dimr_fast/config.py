@@ -252,3 +252,11 @@ def preset(name: str, **overrides: Any) -> DiMRConfig:
     for key in overrides:
         require(key in fields, "overrides", key, f"fields of DiMRConfig: {', '.join(fields)}")
     return dataclasses.replace(PRESETS[name], **overrides)
+
+
+def preset_of(config: DiMRConfig) -> str | None:
+    """The name of the preset that `config` is, whatever its number of classes; None for another."""
+    for name, known in PRESETS.items():
+        if dataclasses.replace(known, num_classes=config.num_classes) == config:
+            return name
+    return None

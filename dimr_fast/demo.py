@@ -14,9 +14,10 @@ from dimr_fast import sampling, training
 from dimr_fast.checkpoint import TrainedModel, load_model
 from dimr_fast.data.tiles import load_tiles
 from dimr_fast.device import resolve_device
-from dimr_fast.evaluation import EfficientNetLite0Features, frechet_scores
+from dimr_fast.evaluation import frechet_scores
+from dimr_fast.features import EfficientNetLite0Features
 from dimr_fast.files import claim, write_json
-from dimr_fast.sampling import SampleConfig, Sampler, sample, sample_images
+from dimr_fast.sampling import ImageSampler, SampleConfig, Sampler, sample
 from dimr_fast.train_config import TrainConfig
 from dimr_fast.training import train
 
@@ -79,9 +80,8 @@ def demo(config: DemoConfig) -> Path:
             "sampling": {
                 "images": len(samples),
                 "seconds": seconds,
-                "solver": "DPM-Solver++ single-step, order 3",
                 "labels": "drawn as in the training tiles",
-                **dataclasses.asdict(sampler),
+                **sampler.recipe(trained.scale, resolve_device(config.device)),
             },
             "scores": dataclasses.asdict(scores),
         },
@@ -96,13 +96,13 @@ def _samples_for_score(
 ) -> tuple[Tensor, float]:
     """As many images as `seconds` give, a batch at least, and the time they took."""
     # Streams of their own, beside those of the grid.
-    sampler = dataclasses.replace(sampler, seed=sampler.seed + 1)
+    draw = ImageSampler(trained, dataclasses.replace(sampler, seed=sampler.seed + 1))
     begun = time.monotonic()
     batches: list[Tensor] = []
     count, elapsed = 0, 0.0
     with tqdm(total=seconds, desc="sampling for the score", bar_format=BAR) as bar:
         for batch in labels.split(sampler.batch_size):
-            batches.append(sample_images(trained, batch, sampler, first=count))
+            batches.append(draw(batch, first=count))
             count += len(batch)
             elapsed = time.monotonic() - begun
             bar.set_postfix_str(f"{count} images", refresh=False)

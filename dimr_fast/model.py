@@ -8,7 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dimr_fast import ops
 from dimr_fast.config import DiMRConfig, preset
+from dimr_fast.hub import HubModel
 from dimr_fast.layers import (
+    Attention,
     Block,
     Embedding,
     Head,
@@ -78,11 +80,12 @@ class Branch(nn.Module):
         return block(x, td)
 
 
-class DiMR(Operation):
+class DiMR(Operation, HubModel):
     """Multi-resolution diffusion model that predicts the noise in an image (arXiv 2406.09416).
 
     `config` is a `DiMRConfig` or a published configuration object (any object with its attributes;
     it is not changed). Parameters have the names and shapes of the published state dict.
+    `save_pretrained`, `from_pretrained` and `push_to_hub` are `HubModel`'s and its mixin's.
     Raises ValueError naming the field of a configuration that is out of range.
     """
 
@@ -122,6 +125,21 @@ class DiMR(Operation):
             if isinstance(module, Operation):
                 has_it = implementation in ops.OPERATORS[module.operator].names
                 module.implementation = implementation if has_it else "auto"
+        return self
+
+    def set_attention_backend(self, backend: str) -> Self:
+        """Run attention by the named implementation; the other operators stay as they are.
+
+        Named as in diffusers, whose "native" and "flash" are "sdpa" and "flash_attn" here.
+        Raises ValueError where attention has no implementation of that name.
+        """
+        name = {"native": "sdpa", "flash": "flash_attn"}.get(backend, backend)
+        known = ("auto", *ops.OPERATORS["attention"].names)
+        if name not in known:
+            raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(known)}")
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.implementation = name
         return self
 
     def forward(

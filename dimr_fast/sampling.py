@@ -1,155 +1,402 @@
-"""Draw images from a trained model."""
+"""The sampling job: draw images with any number of processes, in any number of runs.
 
-import dataclasses
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+The images are cut into parts of one batch each. A part is always drawn as the same batch, by
+whichever process it falls to, and its file appears whole or not at all; so neither the number of
+processes nor an interruption changes an image.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 from tqdm import tqdm
 
-from dimr_fast.checkpoint import TrainedModel, load_model
+from dimr_fast.checkpoint import TrainedModel, demo_model, load_model
 from dimr_fast.config import require_fields
-from dimr_fast.device import (
-    Precision,
-    keep_freed_memory,
-    resolve_device,
-    resolve_precision,
-)
-from dimr_fast.diffusion import (
-    ConstantGuidance,
-    DiscreteSchedule,
-    dpm_solver_singlestep,
-    guided,
-)
+from dimr_fast.data.scaling import LatentScale
+from dimr_fast.device import keep_freed_memory, resolve_device
 from dimr_fast.files import claim, write_json
-from dimr_fast.inference import optimize_for_inference
+from dimr_fast.image_files import write_array, write_npz, write_png
+from dimr_fast.model import DiMR
 from dimr_fast.pictures import image_grid
-from dimr_fast.seeds import derived_seed
+from dimr_fast.sampler import (
+    Decode,
+    ImageSampler,
+    Sampler,
+    balanced_labels,
+    sample_images,
+)
 
+__all__ = [
+    "FILES",
+    "ImageSampler",
+    "SampleConfig",
+    "Sampler",
+    "balanced_labels",
+    "sample",
+    "sample_images",
+]
 
-@dataclass(frozen=True, kw_only=True)
-class Sampler:
-    """How images are drawn: DPM-Solver++, clipped to pixels, with constant guidance."""
+Format = Literal["grid", "png", "npz"]
 
-    steps: int = 25
-    """Network evaluations per image."""
-    guidance: float = 1.0
-    """Scale of constant guidance; 0 is none."""
-    noise_limit: float = 2.5
-    """Start noise is clamped to ± this: a briefly trained model underestimates rarer values, which
-    then stay behind as bright dots. `inf` leaves it as drawn."""
-    batch_size: int = 64
-    precision: Precision = "auto"
-    seed: int = 0
+REPORT = "sample.json"
+OUTPUTS: dict[Format, str] = {"grid": "grid.png", "png": "images", "npz": "samples.npz"}
+FILES = (OUTPUTS["grid"], REPORT)
+"""What `sample` leaves in its folder by default."""
 
-    def validate(self) -> None:
-        """ValueError naming a setting that is out of range."""
-        guided = self.guidance >= 0 and math.isfinite(self.guidance)
-        require_fields(
-            self,
-            steps=(self.steps > 0, "1 or more"),
-            guidance=(guided, "a finite number, 0 or more"),
-            noise_limit=(self.noise_limit > 0, "a positive number"),
-            batch_size=(self.batch_size > 0, "1 or more"),
-            seed=(self.seed >= 0, "0 or more"),
-        )
-
-
-def sample_images(
-    trained: TrainedModel,
-    labels: Tensor,
-    sampler: Sampler,
-    *,
-    first: int = 0,
-    progress: Callable[[int], object] | None = None,
-) -> Tensor:
-    """Images of the given classes.
-
-    `labels` is int64 `[N]`; the result uint8 `[N, C, H, W]` on the CPU. Image i starts from noise
-    of its own, drawn on the CPU from the seed and `first + i`, so that it does not depend on the
-    batch size. `progress` is called with the number of images of each finished batch.
-    Raises ValueError for labels or settings out of range.
-    """
-    sampler.validate()
-    config = trained.model.config
-    if labels.dim() != 1 or labels.dtype != torch.int64:
-        raise ValueError(f"labels: got {labels.dtype} {tuple(labels.shape)}, expected int64 [N]")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < config.num_classes:
-        raise ValueError(f"labels: got {labels.tolist()}, expected 0..{config.num_classes - 1}")
-    device = next(trained.model.parameters()).device
-    model = optimize_for_inference(trained.model, resolve_precision(sampler.precision, device))
-    schedule = DiscreteSchedule()
-    guidance = ConstantGuidance(sampler.guidance)
-
-    def predict(x: Tensor, condition: Tensor, y: Tensor) -> Tensor:
-        return model(x, log_snr=condition, y=y, last_only=True)[0]
-
-    shape = (config.channels, *config.image_size)
-    images = torch.empty(len(labels), *shape, dtype=torch.uint8)
-    for start in range(0, len(labels), sampler.batch_size):
-        y = labels[start : start + sampler.batch_size].to(device)
-        drawn = [_noise(shape, sampler.seed, first + start + i) for i in range(len(y))]
-        noise = torch.stack(drawn).clamp(-sampler.noise_limit, sampler.noise_limit).to(device)
-        with torch.inference_mode():
-            x = dpm_solver_singlestep(
-                guided(predict, y, config.null_class, guidance),
-                noise,
-                schedule,
-                sampler.steps,
-                clip=trained.scale.range,
-            )
-        images[start : start + len(y)] = trained.scale.to_pixels(x).cpu()
-        if progress is not None:
-            progress(len(y))
-    return images
-
-
-def _noise(shape: tuple[int, ...], seed: int, index: int) -> Tensor:
-    generator = torch.Generator().manual_seed(derived_seed(seed, index))
-    return torch.randn(shape, generator=generator)
-
-
-FILES = ("grid.png", "sample.json")
-"""What `sample` leaves in its folder."""
+PARTS = "parts"
+GRID_ROWS, GRID_COLUMNS = 32, 16
+WAIT = 600.0
+"""Seconds that a process of a launcher waits for the first one to begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """Which images to draw, from what, and how."""
 
-    checkpoint: Path
-    """A checkpoint that training wrote; its EMA weights are used."""
+    checkpoint: Path | None = None
+    """A checkpoint that training wrote, whose EMA weights are used, or the folder of a saved model;
+    None is the model that comes with the package."""
     output: Path
-    """Folder for `grid.png`, one row a class, and `sample.json`; must not hold them yet."""
+    """Folder for what is written, and for `sample.json`, the whole recipe. The same command again
+    goes on with what it holds unfinished; a finished one is left as it is."""
     per_class: int = 10
+    """Images of each class."""
+    count: int | None = None
+    """Images in all, in place of `per_class`: classes are balanced as far as that goes."""
+    classes: tuple[str, ...] = ()
+    """The classes to draw, by name or number; all of them if none is given."""
+    formats: tuple[Format, ...] = ("grid",)
+    """grid: `grid.png`, the first images of each class in a row. png: `images/000000.png` and so
+    on. npz: `samples.npz` as the ADM evaluation suite takes it, `arr_0` uint8 [N, H, W, 3], with
+    labels as `arr_1`."""
+    autoencoder: str | None = None
+    """Folder or name of the AutoencoderKL that decodes what a model of latents draws."""
+    processes: int | None = None
+    """Processes to start; None is one for each GPU, one on a CPU, and one where a launcher such as
+    torchrun has started several."""
     device: str = "auto"
-    sampler: Sampler = Sampler()
+    sampler: Sampler = field(default_factory=Sampler)
+
+    def validate(self) -> None:
+        """ValueError naming a setting that is out of range."""
+        self.sampler.validate()
+        require_fields(
+            self,
+            per_class=(self.per_class > 0, "1 or more"),
+            count=(self.count is None or self.count > 0, "1 or more, or None"),
+            formats=(
+                len(self.formats) > 0 and set(self.formats) <= set(OUTPUTS),
+                f"one or more of {', '.join(OUTPUTS)}",
+            ),
+            processes=(self.processes is None or self.processes > 0, "1 or more, or None"),
+        )
 
 
-def sample(config: SampleConfig) -> Path:
-    """Draw a grid of images, one row a class, with a progress bar; returns the picture's path.
+@dataclass(frozen=True)
+class _Place:
+    """This process among all that draw."""
 
-    Raises, before any work, ValueError for an unusable setting, CheckpointError for an unusable
-    checkpoint, FileExistsError where one of the files is there already and OSError where they
-    cannot be written.
+    rank: int
+    world: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> "_Place":
+        """Read what torchrun and accelerate set; alone where nothing is set."""
+        names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        return cls(*(int(os.environ.get(name, default)) for name, default in names))
+
+    def device(self, device: torch.device) -> torch.device:
+        """That of this process: of several GPUs its own."""
+        if device.type == "cuda" and device.index is None:
+            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        return device
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every process needs to know."""
+
+    config: SampleConfig
+    sampler: Sampler
+    """Nothing left open, so that all processes and runs draw alike."""
+    labels: Tensor
+    class_names: tuple[str, ...]
+    record: dict[str, Any]
+    """All that decides the images and files."""
+
+    def parts(self) -> list[tuple[Path, slice]]:
+        """The file of each part, uint8 [n, 3, H, W], and which images are in it."""
+        size, folder = self.sampler.batch_size, self.config.output / PARTS
+        return [
+            (folder / f"{start:08}.npy", slice(start, min(start + size, len(self.labels))))
+            for start in range(0, len(self.labels), size)
+        ]
+
+    def drawn(self) -> int:
+        """How many images are there."""
+        return sum(part.stop - part.start for path, part in self.parts() if path.exists())
+
+    def image_path(self, index: int) -> Path:
+        return self.config.output / OUTPUTS["png"] / f"{index:06}.png"
+
+
+def sample(config: SampleConfig) -> list[Path]:
+    """Draw images, with a progress bar; returns what was written.
+
+    Finished parts that an earlier run left are kept. Under torchrun or accelerate each process
+    draws its share, and the first one waits for the others, writes the files and returns them; the
+    others return nothing. Raises, before any work, ValueError for an unusable setting and where
+    the output holds another job unfinished; CheckpointError for an unusable checkpoint;
+    DataUnavailableError where the autoencoder's package is missing; FileExistsError where a file
+    is there already; OSError where nothing can be written or a process fails.
     """
-    config.sampler.validate()
-    require_fields(config, per_class=(config.per_class > 0, "1 or more"))
+    config.validate()
+    place = _Place.from_environment()
     device = resolve_device(config.device)
+    processes = _processes(config, place, device)
+    first = place.rank == 0
+    stored = _stored(config.output)
+    if first and stored is not None and stored["finished"]:
+        raise FileExistsError(f"{config.output / REPORT} exists already; choose another output")
+    trained, decode = _load(config, torch.device("cpu") if processes > 1 else place.device(device))
+    if not first:
+        stored = _awaited(config.output)
+    job = _job(config, trained, device, stored)
+    if stored is not None:
+        _refuse_another_job(job, stored)
+    else:
+        claim(config.output, [PARTS, REPORT, *(OUTPUTS[format] for format in config.formats)])
+        write_json(config.output / REPORT, job.record | {"finished": False})
+    total, done = len(job.labels), job.drawn()
+    with tqdm(total=total, initial=done, unit="image", desc="sampling", disable=not first) as bar:
+        if processes > 1:
+            _start_processes(job, device, processes, bar)
+        else:
+            _draw_share(job, ImageSampler(trained, job.sampler, decode), place, bar)
+        while first and job.drawn() < total:
+            bar.set_postfix_str("waiting for the other processes")
+            time.sleep(0.5)
+            bar.update(job.drawn() - bar.n)
+    return _finish(job) if first else []
+
+
+def _processes(config: SampleConfig, place: _Place, device: torch.device) -> int:
+    if place.world > 1:
+        if config.processes not in (None, 1):
+            raise ValueError(
+                f"processes: got {config.processes}, expected None or 1 where a launcher has "
+                f"started {place.world}"
+            )
+        return 1
+    if config.processes is not None:
+        return config.processes
+    if device.type == "cuda" and device.index is None:
+        return torch.cuda.device_count()
+    return 1
+
+
+def _load(config: SampleConfig, device: torch.device) -> tuple[TrainedModel, Decode | None]:
+    """The model, on `device`, and what decodes its latents."""
     if device.type == "cpu":
         keep_freed_memory()
-    trained = load_model(config.checkpoint)
-    claim(config.output, FILES)
+    trained = load_model(config.checkpoint or demo_model())
     trained.model.to(device)
-    classes = trained.classes
-    labels = torch.arange(len(classes)).repeat_interleave(config.per_class)
-    with tqdm(total=len(labels), unit="image", desc="sampling") as bar:
-        images = sample_images(trained, labels, config.sampler, progress=bar.update)
-    grid = config.output / "grid.png"
-    image_grid(images.unflatten(0, (len(classes), config.per_class)), classes, grid)
-    paths = {"checkpoint": str(config.checkpoint), "output": str(config.output)}
-    write_json(config.output / "sample.json", dataclasses.asdict(config) | paths)
-    return grid
+    latents = isinstance(trained.scale, LatentScale)
+    if latents == (config.autoencoder is None):
+        raise ValueError(
+            f"autoencoder: got {config.autoencoder!r}, expected "
+            + ("one to decode latents: --autoencoder PATH" if latents else "None for pixels")
+        )
+    if config.autoencoder is None:
+        return trained, None
+    from dimr_fast.autoencoder import Autoencoder
+
+    return trained, Autoencoder.load(config.autoencoder, device).decode
+
+
+def _job(
+    config: SampleConfig,
+    trained: TrainedModel,
+    device: torch.device,
+    stored: dict[str, Any] | None,
+) -> _Job:
+    chosen = _chosen(config.classes, trained.classes)
+    count = config.count or config.per_class * len(chosen)
+    sampler = config.sampler
+    if sampler.precision == "auto" and stored is not None:
+        # What the machine would choose by itself gives way to what the job began with.
+        sampler = replace(sampler, precision=stored["sampler"]["precision"])
+    sampler = sampler.resolved(trained.scale, device)
+    record = {
+        "dimr_fast": importlib.metadata.version("dimr_fast"),
+        "checkpoint": str(config.checkpoint or "the model that comes with the package"),
+        "weights": _fingerprint(trained.model),
+        "count": count,
+        "classes": [trained.classes[i] for i in chosen.tolist()],
+        "labels": "each class equally often, or once more, going round the classes",
+        "autoencoder": config.autoencoder,
+        "formats": list(config.formats),
+        "sampler": sampler.recipe(trained.scale, device),
+    }
+    labels = chosen[balanced_labels(count, len(chosen))]
+    return _Job(config, sampler, labels, trained.classes, record)
+
+
+def _chosen(wanted: tuple[str, ...], classes: tuple[str, ...]) -> Tensor:
+    """The labels of classes given by name or number, in that order and each once."""
+    if not wanted:
+        return torch.arange(len(classes))
+    labels = []
+    for name in wanted:
+        if name in classes:
+            labels.append(classes.index(name))
+        elif name.isdecimal() and int(name) < len(classes):
+            labels.append(int(name))
+        else:
+            known = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
+            raise ValueError(
+                f"classes: got {name!r}, expected a name ({known}) or 0..{len(classes) - 1}"
+            )
+    return torch.tensor(list(dict.fromkeys(labels)))
+
+
+def _fingerprint(model: DiMR) -> str:
+    """SHA-256 of the weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _stored(output: Path) -> dict[str, Any] | None:
+    """The record of a job that has begun in that folder."""
+    path = output / REPORT
+    try:
+        stored = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise OSError(f"{path}: not readable ({error}); choose another output") from error
+    if not isinstance(stored, dict) or "finished" not in stored:
+        raise FileExistsError(f"{path} exists already; choose another output")
+    return stored
+
+
+def _finished(output: Path) -> bool:
+    stored = _stored(output)
+    return stored is not None and stored["finished"]
+
+
+def _awaited(output: Path) -> dict[str, Any]:
+    """The record that the first process writes when it begins."""
+    deadline = time.monotonic() + WAIT
+    while time.monotonic() < deadline:
+        stored = _stored(output)
+        if stored is not None:
+            return stored
+        time.sleep(0.1)
+    raise TimeoutError(f"{output}: the first process has not begun within {WAIT:.0f} s")
+
+
+def _refuse_another_job(job: _Job, stored: dict[str, Any]) -> None:
+    """ValueError unless the output was begun with these settings."""
+    begun = {**stored, **stored["sampler"]}
+    for name, value in {**job.record, **job.record["sampler"]}.items():
+        # The same weights may have moved; what "sampler" holds is compared one by one.
+        if name not in ("checkpoint", "dimr_fast", "sampler") and begun.get(name) != value:
+            what = "of other weights" if name == "weights" else f"with {name} {begun.get(name)!r}"
+            raise ValueError(
+                f"output: got {job.config.output}, where a job {what} is unfinished; expected the "
+                "same settings, to go on with it, or another folder"
+            )
+
+
+def _start_processes(job: _Job, device: torch.device, processes: int, bar: "tqdm[Any]") -> None:
+    threads = max(1, torch.get_num_threads() // processes)
+    context = spawn(_process, (job, device, processes, threads), processes, join=False)
+    try:
+        while not context.join(timeout=0.2):
+            bar.update(job.drawn() - bar.n)
+        bar.update(job.drawn() - bar.n)
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ChildProcessError(f"process {error.error_index} stopped: {reason}") from error
+    finally:
+        for process in context.processes:
+            process.terminate()
+
+
+def _process(number: int, job: _Job, device: torch.device, processes: int, threads: int) -> None:
+    """What a started process does."""
+    torch.set_num_threads(threads)
+    place = _Place(number, processes, number)
+    trained, decode = _load(job.config, place.device(device))
+    with tqdm(disable=True) as bar:
+        _draw_share(job, ImageSampler(trained, job.sampler, decode), place, bar)
+
+
+def _draw_share(job: _Job, draw: ImageSampler, place: _Place, bar: "tqdm[Any]") -> None:
+    """Draw what is missing of the parts of this process."""
+    missing = [part for part in job.parts()[place.rank :: place.world] if not part[0].exists()]
+    # Where the first process found all parts there, it may have removed them since.
+    if not missing or _finished(job.config.output):
+        return
+    for folder in [PARTS] + [OUTPUTS["png"]] * ("png" in job.config.formats):
+        (job.config.output / folder).mkdir(exist_ok=True)
+    for path, part in missing:
+        images = draw(job.labels[part], first=part.start)
+        if "png" in job.config.formats:
+            for index, image in enumerate(images.permute(0, 2, 3, 1).numpy(), part.start):
+                write_png(image, job.image_path(index))
+        write_array(images.numpy(), path)
+        bar.update(job.drawn() - bar.n)
+
+
+def _finish(job: _Job) -> list[Path]:
+    """Make the files of the parts, then do without the parts."""
+    output = job.config.output
+    if "npz" in job.config.formats:
+        parts = [path for path, _ in job.parts()]
+        write_npz(parts, job.labels.numpy(), output / OUTPUTS["npz"])
+    if "grid" in job.config.formats:
+        _write_grid(job, output / OUTPUTS["grid"])
+    write_json(output / REPORT, job.record | {"finished": True})
+    shutil.rmtree(output / PARTS)
+    # What a killed process was writing.
+    patterns = [f".{name}.*.part" for name in (REPORT, *OUTPUTS.values())]
+    for pattern in (*patterns, f"{OUTPUTS['png']}/.*.part"):
+        for unfinished in output.glob(pattern):
+            unfinished.unlink()
+    return [output / name for name in (*(OUTPUTS[f] for f in job.config.formats), REPORT)]
+
+
+def _write_grid(job: _Job, path: Path) -> None:
+    """A row for each class, with as many columns as every one of them fills."""
+    # Labels go round the classes, so each is among the first of them.
+    classes = job.labels[: len(job.record["classes"])][:GRID_ROWS]
+    places = [(job.labels == label).nonzero().flatten() for label in classes]
+    columns = min(GRID_COLUMNS, *(len(indices) for indices in places))
+    cells = torch.stack([indices[:columns] for indices in places])
+    images: dict[int, Tensor] = {}
+    for part, inside in job.parts():
+        wanted = cells[(cells >= inside.start) & (cells < inside.stop)].tolist()
+        if wanted:
+            pixels = torch.from_numpy(np.load(part))
+            images.update((index, pixels[index - inside.start]) for index in wanted)
+    drawn = torch.stack([images[index] for index in cells.flatten().tolist()])
+    names = [job.class_names[label] for label in classes.tolist()]
+    scale = max(1, min(3, 128 // drawn.shape[-2]))
+    image_grid(drawn.unflatten(0, cells.shape), names, path, scale=scale)

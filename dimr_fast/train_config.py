@@ -30,6 +30,7 @@ FREE = {
     "sample_steps",
     "score_steps",
     "score_images",
+    "score_reference",
     "autoencoder",
     "workers",
     "sharding",
@@ -101,8 +102,10 @@ class TrainConfig:
     sample_steps: int | None = None
     """Draw a grid of samples to `samples/` this often."""
     score_steps: int | None = None
-    """Log the Fréchet distance to held-out tiles this often."""
+    """Log the Fréchet distance, on EfficientNet-Lite0, of samples to `score_reference` this often."""
     score_images: int = 512
+    score_reference: str = "tiles"
+    """"tiles", those held out of training, or a folder or .npz of images."""
     autoencoder: str | None = None
     """Folder or name of the autoencoder that decodes the samples of a model of latents."""
     device: str = "auto"

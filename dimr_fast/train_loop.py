@@ -75,12 +75,12 @@ class TrainLoop:
         parallel: nn.Module,
         loader: Loader,
         processes: Processes,
+        samples: TrainSamples,
     ) -> None:
         self.config, self.state, self.parallel = config, state, parallel
-        self.loader, self.processes = loader, processes
+        self.loader, self.processes, self.samples = loader, processes, samples
         self.schedule = DiscreteSchedule(processes.device)
         self.dtype = DTYPES[config.precision]
-        self.samples = TrainSamples(config, state, processes)
         self.skipped = 0
 
     def run(self, stopped: Callable[[], bool]) -> bool:

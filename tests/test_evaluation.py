@@ -1,4 +1,7 @@
+import importlib
+import importlib.util
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,14 +9,17 @@ import torch
 from torch.nn import functional as F
 
 from dimr_fast.data import DataUnavailableError
+from dimr_fast.data.image_sets import TensorImages
 from dimr_fast.data.tiles import Tiles, load_tiles
-from dimr_fast.evaluation import (
-    EfficientNetLite0Features,
+from dimr_fast.evaluation import frechet_scores, quick_score
+from dimr_fast.features import EfficientNetLite0Features, bare_package
+from dimr_fast.metrics import (
     FeatureStatistics,
     frechet_distance,
-    frechet_scores,
-    image_statistics,
+    inception_score,
+    precision_recall,
 )
+from dimr_fast.summaries import summarize
 
 
 def random_covariance(size: int, rank: int, seed: int) -> torch.Tensor:
@@ -109,6 +115,97 @@ def test_statistics_refuse_what_they_cannot_tell() -> None:
         statistics.update(torch.zeros(3))
 
 
+def test_agrees_with_torchmetrics() -> None:
+    try:
+        if importlib.util.find_spec("torch_fidelity") is None:
+            fid = importlib.import_module("torchmetrics.image.fid")
+        else:
+            # With torch-fidelity but without torchvision torchmetrics does not import.
+            with bare_package("torch_fidelity"):
+                fid = importlib.import_module("torchmetrics.image.fid")
+    except ModuleNotFoundError:
+        pytest.skip("needs torchmetrics (extra: test)")
+
+    class Pixels(torch.nn.Module):
+        num_features = 12
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.float().flatten(1)
+
+    generator = torch.Generator().manual_seed(9)
+    real, drawn = (
+        torch.randint(0, limit, (40, 3, 2, 2), generator=generator, dtype=torch.uint8)
+        for limit in (256, 200)
+    )
+    metric = fid.FrechetInceptionDistance(Pixels()).set_dtype(torch.float64)
+    metric.update(real, real=True)
+    metric.update(drawn, real=False)
+    network: Any = Pixels()
+    expected = summarize(network, TensorImages(real, ""))
+    assert quick_score(network, drawn, expected) == pytest.approx(float(metric.compute()), rel=1e-6)
+
+
+def test_inception_score_of_sure_and_of_unsure_predictions() -> None:
+    sure = 1e3 * torch.eye(4).repeat(25, 1)
+    assert inception_score(sure, splits=1) == pytest.approx((4, 0))
+    assert inception_score(torch.randn(1, 4).expand(50, 4)) == pytest.approx((1, 0))
+    with pytest.raises(ValueError, match="logits: got 9 images, expected 10"):
+        inception_score(sure[:9])
+
+
+def test_inception_score_is_its_formula_over_shuffled_parts() -> None:
+    p = torch.tensor([[0.5, 0.5, 0.0], [0.1, 0.1, 0.8]], dtype=torch.float64)
+    marginal = p.mean(0)
+    expected = torch.special.xlogy(p, p / marginal).sum(1).mean().exp()
+    # the logit of the zero is minus infinity to any precision
+    logits = p.clamp(min=1e-300).log() + 7
+    assert inception_score(logits, splits=1)[0] == pytest.approx(float(expected), rel=1e-12)
+    # In order, each part would hold one class only and score 1.
+    ordered = 1e3 * torch.eye(2).repeat_interleave(1000, 0)
+    mean, deviation = inception_score(ordered)
+    assert 1.98 < mean < 2
+    assert 0 < deviation < 0.02
+
+
+def brute_force(of: torch.Tensor, among: torch.Tensor, k: int) -> float:
+    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a - b).square().sum().sqrt())
+
+    inside = 0
+    for x in of:
+        for i, y in enumerate(among):
+            others = sorted(distance(y, z) for j, z in enumerate(among) if j != i)
+            if distance(x, y) <= others[k - 1]:
+                inside += 1
+                break
+    return inside / len(of)
+
+
+def test_precision_and_recall_agree_with_brute_force() -> None:
+    generator = torch.Generator().manual_seed(10)
+    reference = 100 + torch.randn(40, 5, generator=generator, dtype=torch.float64)
+    samples = 100.5 + 0.7 * torch.randn(33, 5, generator=generator, dtype=torch.float64)
+    found = precision_recall(samples, reference, k=3, chunk=7)
+    expected = brute_force(samples, reference, 3), brute_force(reference, samples, 3)
+    assert found == pytest.approx(expected)
+    assert 0 < expected[1] < expected[0] < 1
+
+
+def test_precision_and_recall_of_constructed_sets() -> None:
+    generator = torch.Generator().manual_seed(11)
+    two = torch.randn(60, 8, generator=generator)
+    two[30:] += 100
+    assert precision_recall(two, two) == (1, 1)
+    # Samples of one of two modes are all good and cover half.
+    near = two[:30] + 1e-3
+    precision, recall = precision_recall(near, two)
+    assert precision == 1
+    assert recall == 0.5
+    assert precision_recall(two + 1e4, two) == (0, 0)
+    with pytest.raises(ValueError, match="samples: got 3 images, expected more than k = 3"):
+        precision_recall(two[:3], two)
+
+
 def test_features_do_not_depend_on_the_batch(features: EfficientNetLite0Features) -> None:
     generator = torch.Generator().manual_seed(7)
     images = torch.randint(0, 256, (3, 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -144,8 +241,7 @@ def test_scores_put_training_tiles_between_themselves_and_noise(
     assert "Fréchet distance on EfficientNet-Lite0 at 128x128" in str(scores)
     assert "60 images against 112 held-out" in str(scores)
 
-    same = image_statistics(features, originals)
-    assert frechet_distance(same.mean, same.covariance, same.mean, same.covariance) < 1e-9
+    assert quick_score(features, originals, summarize(features, TensorImages(originals, ""))) < 1e-9
 
 
 def test_scores_need_images(features: EfficientNetLite0Features) -> None:

@@ -389,9 +389,10 @@ def test_samples_and_scores_come_on_schedule(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("efficientnet_lite_pytorch", reason="needs the feature network's package")
-    from dimr_fast import train_samples
+    from dimr_fast import references
 
-    monkeypatch.setattr(train_samples, "load_tiles", lambda size: training.load_tiles(size, 16))
+    monkeypatch.setattr(references, "load_tiles", lambda size: training.load_tiles(size, 16))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     train(config(tmp_path, steps=4, sample_steps=2, score_steps=4, score_images=8))
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
         "00000002.png",

@@ -54,7 +54,7 @@ class LatentScale:
         return None
 
     def to_model(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """A sample, fp32 [B, C, H, W], of moments [B, 2C, H, W] by unit Gaussian noise [B, C, H, W].
+        """A sample, fp32 [B, C, H, W], of moments [B, 2C, H, W], by unit Gaussian noise like it.
 
         Log variances are clamped to -30..20, as the autoencoder's own sampling does.
         """

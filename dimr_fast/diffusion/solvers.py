@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +14,43 @@ from dimr_fast.diffusion.schedule import DiscreteSchedule
 
 NoiseFn = Callable[[Tensor, Tensor], Tensor]
 """A noise prediction from `x` [B, ...] and the time `t` in (0, 1], 0-d or [B]."""
+
+Spacing = Literal["time", "log_snr"]
+"""Whether the times of a solver's grid are uniform in time, as published, or in `λ = log(α/σ)`."""
+
+
+class Solver(Protocol):
+    """What each of `SOLVERS` is: from noise at t = 1 to a sample at t = 1/1000.
+
+    All follow one contract. `steps` is the number of network evaluations, whatever the solver makes
+    of them. The coefficients are float64 numbers known before the first evaluation, so the loop
+    never waits for the device.
+
+    `noise_fn(x, t)`: the predicted noise, shaped like `x`, at the 0-d time `t` in [1/1000, 1],
+    which lies on the CPU, where it can be looked at without waiting; a network whose condition is
+    `log_snr` wants `8·t − 4` (`guided` does that). `x`: unit Gaussian noise [B, ...]; the state
+    keeps its dtype. `spacing`: of the grid's times. Uniform in time, the last interval spans a
+    large part of λ, in which these solvers work; uniform in λ they come much closer to the exact
+    solution, but spend many evaluations on the last traces of noise. `clip`: the range of the data,
+    to which every predicted image is clipped: pixels have one, latents (and the published sampler)
+    none. `progress`: called after every evaluation. Returns the sample, shaped like `x`; runs
+    without gradients.
+
+    Raises ValueError for `steps` not a whole number of at least 1, for another `spacing`, for an
+    empty `clip`, for `x` not floating point and for a prediction of another shape.
+    """
+
+    def __call__(
+        self,
+        noise_fn: NoiseFn,
+        x: Tensor,
+        schedule: DiscreteSchedule,
+        steps: int,
+        *,
+        spacing: Spacing = "time",
+        clip: tuple[float, float] | None = None,
+        progress: Callable[[], object] | None = None,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -37,48 +76,141 @@ def dpm_solver_singlestep(
     schedule: DiscreteSchedule,
     steps: int,
     *,
+    spacing: Spacing = "time",
     clip: tuple[float, float] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> Tensor:
     """Solve from t = 1 to t = 1/1000 with DPM-Solver++ (single-step, order 3), as published.
 
-    Takes exactly `steps` network evaluations, on a grid uniform in time: groups of three, and at
-    the end two and one, one, or two of them where `steps` mod 3 is 0, 1 or 2. The coefficients are
-    float64 numbers known before the first evaluation, so the loop never waits for the device.
-
-    `noise_fn(x, t)`: the predicted noise, shaped like `x`, at the 0-d time `t` in [1/1000, 1],
-    which lies on the CPU, where it can be looked at without waiting; a network whose condition is
-    `log_snr` wants `8·t − 4` (`guided` does that). `x`: unit Gaussian noise [B, ...]; the state
-    keeps its dtype. `clip`: the range of the data, to which every predicted image is clipped:
-    pixels have one, latents (and the published sampler) none. `progress`: called after every
-    evaluation. Returns the sample, shaped like `x`; runs without gradients.
-
-    Raises ValueError for `steps` not a whole number of at least 1, for an empty `clip`, for `x`
-    not floating point and for a prediction of another shape.
+    The grid has `steps` intervals: groups of three, and at the end two and one, one, or two of them
+    where `steps` mod 3 is 0, 1 or 2. See `Solver` for arguments and errors.
 
     Source: Lu et al. 2022, arXiv 2211.01095 (clipping: its static thresholding), and arXiv
     2206.00927 for the split into orders.
     """
+    _check(x, steps, spacing, clip)
+    return _follow(_plan(schedule, steps, spacing), noise_fn, x, clip, progress)
+
+
+@torch.no_grad()
+def dpm_solver_multistep(
+    noise_fn: NoiseFn,
+    x: Tensor,
+    schedule: DiscreteSchedule,
+    steps: int,
+    *,
+    order: Literal[1, 2, 3] = 2,
+    spacing: Spacing = "time",
+    clip: tuple[float, float] | None = None,
+    progress: Callable[[], object] | None = None,
+) -> Tensor:
+    """Solve with multistep DPM-Solver++ of the given order, one evaluation a step.
+
+    Order 1 is DDIM without noise (eta 0), 2 is "2M", 3 is "3M". The grid has `steps` intervals.
+    The first steps have the order that the predictions so far allow; of fewer than 15 steps the
+    last two have at most 2 and 1, which is more stable. See `Solver` for arguments and errors;
+    ValueError for another `order` too.
+
+    Order 3 integrates the parabola through three predictions exactly. diffusers halves its
+    curvature, which leaves errors of second order.
+
+    Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2 and appendix; Song et al. 2020, arXiv
+    2010.02502 (DDIM).
+    """
+    _check(x, steps, spacing, clip)
+    if order not in (1, 2, 3):
+        raise ValueError(f"order: got {order!r}, expected 1, 2 or 3")
+    images: list[Tensor] = []
+    for step in _multistep_plan(schedule, steps, order, spacing):
+        image = _predict(noise_fn, x, step.time, step.alpha, step.sigma, clip)
+        images = [image, *images][:order]
+        x = step.keep * x
+        for weight, earlier in zip(step.weights, images, strict=False):
+            x = x + weight * earlier
+        if progress is not None:
+            progress()
+    return x
+
+
+@torch.no_grad()
+def heun(
+    noise_fn: NoiseFn,
+    x: Tensor,
+    schedule: DiscreteSchedule,
+    steps: int,
+    *,
+    spacing: Spacing = "time",
+    clip: tuple[float, float] | None = None,
+    progress: Callable[[], object] | None = None,
+) -> Tensor:
+    """Solve with Heun's method on `x/α` over `σ/α`: order 2, two evaluations an interval.
+
+    The grid has `⌈steps/2⌉` intervals; where `steps` is odd the last one is an Euler step of one
+    evaluation. See `Solver` for arguments and errors.
+
+    Source: Karras et al. 2022, arXiv 2206.00364, algorithm 1.
+    """
+    _check(x, steps, spacing, clip)
+    times = _grid(schedule, -(-steps // 2), spacing)
+    groups = [_heun_group(schedule, begin, end) for begin, end in pairwise(times)]
+    if steps % 2:
+        groups[-1] = groups[-1][:1]
+    return _follow(groups, noise_fn, x, clip, progress)
+
+
+SolverName = Literal["dpm++", "dpm++2m", "dpm++3m", "ddim", "heun"]
+
+SOLVERS: dict[SolverName, Solver] = {
+    "dpm++": dpm_solver_singlestep,
+    "dpm++2m": partial(dpm_solver_multistep, order=2),
+    "dpm++3m": partial(dpm_solver_multistep, order=3),
+    "ddim": partial(dpm_solver_multistep, order=1),
+    "heun": heun,
+}
+"""The solvers by name; "dpm++" is the published one."""
+
+
+def _check(x: Tensor, steps: int, spacing: Spacing, clip: tuple[float, float] | None) -> None:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps: got {steps!r}, expected a whole number of at least 1")
+    if spacing not in get_args(Spacing):
+        raise ValueError(f"spacing: got {spacing!r}, expected one of {get_args(Spacing)}")
     if clip is not None and not clip[0] < clip[1]:
         raise ValueError(f"clip: got {clip}, expected a lower and a higher number")
     if not x.is_floating_point():
         raise ValueError(f"x: got {x.dtype}, expected a floating-point dtype")
-    time_dtype = torch.promote_types(x.dtype, torch.float32)
-    for group in _plan(schedule, steps):
+
+
+def _predict(
+    noise_fn: NoiseFn,
+    x: Tensor,
+    time: float,
+    alpha: float,
+    sigma: float,
+    clip: tuple[float, float] | None,
+) -> Tensor:
+    """The image x̂0 that the network sees in `x`, clipped; shape and dtype of `x`."""
+    t = torch.full((), time, dtype=torch.promote_types(x.dtype, torch.float32), device="cpu")
+    noise = noise_fn(x, t)
+    if noise.shape != x.shape:
+        raise ValueError(
+            f"noise_fn: returned shape {tuple(noise.shape)}, expected that of x, {tuple(x.shape)}"
+        )
+    image = (x - sigma * noise.to(x.dtype)) / alpha
+    return image if clip is None else image.clamp(*clip)
+
+
+def _follow(
+    groups: Sequence[Sequence[_Stage]],
+    noise_fn: NoiseFn,
+    x: Tensor,
+    clip: tuple[float, float] | None,
+    progress: Callable[[], object] | None,
+) -> Tensor:
+    for group in groups:
         start, first = x, None
         for stage in group:
-            t = torch.full((), stage.time, dtype=time_dtype, device="cpu")
-            noise = noise_fn(x, t)
-            if noise.shape != x.shape:
-                raise ValueError(
-                    f"noise_fn: returned shape {tuple(noise.shape)}, "
-                    f"expected that of x, {tuple(x.shape)}"
-                )
-            image = (x - stage.sigma * noise.to(x.dtype)) / stage.alpha
-            if clip is not None:
-                image = image.clamp(*clip)
+            image = _predict(noise_fn, x, stage.time, stage.alpha, stage.sigma, clip)
             first = image if first is None else first
             x = stage.start * start + stage.first * first + stage.latest * image
             if progress is not None:
@@ -86,11 +218,22 @@ def dpm_solver_singlestep(
     return x
 
 
-def _plan(schedule: DiscreteSchedule, steps: int) -> list[list[_Stage]]:
+def _grid(schedule: DiscreteSchedule, intervals: int, spacing: Spacing) -> list[float]:
+    last = 1 / schedule.num_steps
+    if spacing == "time":
+        inner = [1 + (last - 1) * i / intervals for i in range(1, intervals)]
+    else:
+        least, most = schedule.half_log_snr(1.0), schedule.half_log_snr(last)
+        inner = [
+            schedule.time_at(least + (most - least) * i / intervals) for i in range(1, intervals)
+        ]
+    return [1.0, *inner, last]
+
+
+def _plan(schedule: DiscreteSchedule, steps: int, spacing: Spacing = "time") -> list[list[_Stage]]:
     groups, rest = divmod(steps, 3)
     orders = [3] * groups + [rest] if rest else [3] * (groups - 1) + [2, 1]
-    last = 1 / schedule.num_steps
-    grid = [1 + (last - 1) * i / steps for i in range(steps)] + [last]
+    grid = _grid(schedule, steps, spacing)
     ends = accumulate(orders, initial=0)
     return [_group(schedule, grid[begin : end + 1]) for begin, end in pairwise(ends)]
 
@@ -128,3 +271,85 @@ def _group(schedule: DiscreteSchedule, times: Sequence[float]) -> list[_Stage]:
             )
         )
     return stages
+
+
+def _heun_group(schedule: DiscreteSchedule, begin: float, end: float) -> list[_Stage]:
+    """An Euler step from one time to the other, and the same with the mean of both ends' slopes.
+
+    The slope of `x/α` over `σ/α` is `(x/α − x̂0)/(σ/α)`. With `r` the ratio of `σ/α` at the end to
+    that at the beginning, the Euler step is `x/α ← r·x/α + (1 − r)·x̂0`, and putting it into the
+    mean of slopes leaves `r·x/α + (1 − r)·((2 − 1/r)·x̂0 + 1/r·x̂0′)/2`.
+    """
+    (alpha, sigma), (end_alpha, end_sigma) = schedule.alpha_sigma(begin), schedule.alpha_sigma(end)
+    log_ratio = schedule.half_log_snr(begin) - schedule.half_log_snr(end)
+    whole = -end_alpha * math.expm1(log_ratio)
+    inverse = math.exp(-log_ratio)
+    start = end_sigma / sigma
+    return [
+        _Stage(begin, alpha, sigma, start, first=whole, latest=0.0),
+        _Stage(
+            end,
+            end_alpha,
+            end_sigma,
+            start,
+            first=whole * (2 - inverse) / 2,
+            latest=whole * inverse / 2,
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One evaluation, at `time`, to the state `keep·x + Σ weights·x̂0`, latest prediction first."""
+
+    time: float
+    alpha: float
+    sigma: float
+    keep: float
+    weights: tuple[float, ...]
+
+
+def _multistep_plan(
+    schedule: DiscreteSchedule, steps: int, order: int, spacing: Spacing
+) -> list[_Step]:
+    times = _grid(schedule, steps, spacing)
+    rates = [schedule.alpha_sigma(t) for t in times]
+    growth = [schedule.half_log_snr(b) - schedule.half_log_snr(a) for a, b in pairwise(times)]
+    plan = []
+    for i in range(steps):
+        possible = min(order, i + 1, steps - i if steps < 15 else order)
+        alpha, sigma = rates[i + 1]
+        weights = _multistep_weights(growth[i::-1][:possible])
+        plan.append(
+            _Step(
+                time=times[i],
+                alpha=rates[i][0],
+                sigma=rates[i][1],
+                keep=sigma / rates[i][1],
+                weights=tuple(alpha * weight for weight in weights),
+            )
+        )
+    return plan
+
+
+def _multistep_weights(growth: Sequence[float]) -> tuple[float, ...]:
+    """What each prediction, latest first, adds to the next image per unit of `α`.
+
+    `growth` is that of λ in this step, then in those before it, one for each order. The solution
+    integrates the polynomial through the predictions over λ against an exponential; with `s` the
+    growth since this step began, the integrals of 1, s and s² are those below.
+    """
+    h, *earlier = growth
+    constant = -math.expm1(-h)
+    if not earlier:
+        return (constant,)
+    if len(earlier) == 1:
+        # For the slope's integral h/2·(1 − e⁻ʰ), as published: equal to leading order.
+        slope = h * constant / 2 / earlier[0]
+        return constant + slope, -slope
+    linear = h - constant
+    square = h * h - 2 * linear
+    before, second = earlier
+    curvature = (linear * before + square) / (before + second)
+    slope = (linear + curvature) / before
+    return constant + slope, -slope - curvature / second, curvature / second

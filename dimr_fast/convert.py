@@ -1,0 +1,219 @@
+"""Published `.pth` files to safetensors and back; nothing is kept that does not load as it was."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dimr_fast.checkpoint import EMA_PREFIX, CheckpointError, load_checkpoint, load_published
+from dimr_fast.config import PRESETS, DiMRConfig, preset_of, require_fields
+from dimr_fast.data.scaling import LatentScale, PixelScale, scale_to_dict
+from dimr_fast.files import write_atomically, write_folder
+from dimr_fast.hub import CONFIG, WEIGHTS, canonical, read_config, read_tensors, write_tensors
+from dimr_fast.model import DiMR
+
+PUBLISHED, SAFETENSORS = (".pth", ".pt"), ".safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Which weights to write again, and as what."""
+
+    input: Path
+    """A published .pth; a .safetensors file, of bare weights or of a training run (then its EMA
+    weights are taken); or a folder that was exported or saved."""
+    output: Path
+    """NAME.pth as the published code loads it, NAME.safetensors with the same names, or a folder;
+    must not be there yet."""
+    preset: str | None = None
+    """The model's size; by default the preset that the weights fit."""
+    config: Path | None = None
+    """A file like a folder's config.json, for a model that is no preset; what it says of classes
+    and scale is kept."""
+
+    def validate(self) -> None:
+        """ValueError naming a setting that is out of range."""
+        require_fields(
+            self,
+            preset=(self.preset is None or self.preset in PRESETS, f"one of {', '.join(PRESETS)}"),
+            config=(self.config is None or self.preset is None, "None beside preset"),
+        )
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written, and what there is to say of it."""
+
+    output: Path
+    parameters: int
+    preset: str | None
+    remarks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        known = f", {self.preset}" if self.preset else ""
+        written = f"wrote {self.output}: {self.parameters:,} parameters{known}"
+        return "\n".join([f"{written}; loaded again, it gives the same outputs", *self.remarks])
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Weights under their canonical names, and what was said of them."""
+
+    weights: dict[str, Tensor]
+    config: DiMRConfig | None = None
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+
+
+def convert(config: ConvertConfig) -> Conversion:
+    """Write the weights of `config.input` to `config.output`.
+
+    The output appears only after it was loaded again, its weights and the outputs of a model of
+    them being exactly those of the input. Raises, before any work, ValueError for an unusable
+    setting, FileExistsError where there is an output already and CheckpointError for an input that
+    is unusable or, in a `.pth`, holds anything but tensors; CheckpointError where what was written
+    differs; and OSError where nothing can be written.
+    """
+    config.validate()
+    output, kind = config.output, config.output.suffix
+    if output.exists():
+        raise FileExistsError(f"{output} exists already; choose another output")
+    source = _read(config.input, config.input.suffix)
+    model, notes = _model(source, config)
+    expected = _outputs(model)
+    if not all(prediction.isfinite().all() for prediction in expected):
+        raise CheckpointError(f"{config.input}: its model's predictions are not finite")
+    remarks = source.remarks
+
+    def verify(unfinished: Path) -> None:
+        written = _read(unfinished, kind)
+        again = DiMR.from_weights(model.config, written.weights, output)
+        weights = (source.weights[name] for name in written.weights)
+        if not (_equal(written.weights.values(), weights) and _equal(_outputs(again), expected)):
+            raise CheckpointError(f"{output}: loaded again, it differs from {config.input}")
+
+    def write_file(unfinished: Path) -> None:
+        if kind == SAFETENSORS:
+            write_tensors(unfinished, source.weights, {"format": "pt"})
+        else:
+            # Of a tensor that is part of a larger storage, torch.save would write all of that.
+            torch.save({name: value.clone() for name, value in source.weights.items()}, unfinished)
+        verify(unfinished)
+
+    def write_model(unfinished: Path) -> None:
+        card = {"name": output.absolute().name}
+        model.save_pretrained(unfinished, config=notes, model_card_kwargs=card)
+        verify(unfinished)
+
+    if kind in (*PUBLISHED, SAFETENSORS):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, write_file)
+    else:
+        notes, assumed = _with_data(model.config, notes)
+        remarks += tuple(f"{remark}; if not so, correct {output / CONFIG}" for remark in assumed)
+        write_folder(output, write_model)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return Conversion(output, count, preset_of(model.config), remarks)
+
+
+def _read(path: Path, kind: str) -> _Source:
+    """What is in a folder or, by the end of its name, in a file; weights are read as used."""
+    config: DiMRConfig | None = None
+    notes: dict[str, Any] = {}
+    remarks: list[str] = []
+    if path.is_dir():
+        config, notes = read_config(path / CONFIG)
+        weights, _ = read_tensors(path / WEIGHTS)
+    elif kind == SAFETENSORS:
+        weights, metadata = read_tensors(path)
+        if "config" in metadata:
+            ema, said = load_checkpoint(path, EMA_PREFIX)
+            weights = {name.removeprefix(EMA_PREFIX): value for name, value in ema.items()}
+            config = DiMRConfig.from_dict(said["config"])
+            notes = {name: said[name] for name in ("classes", "scale") if name in said}
+            remarks.append("took the EMA weights of a training checkpoint")
+    else:
+        weights = load_published(path)
+    weights, removed = canonical(weights)
+    if removed:
+        parts = ", ".join(f"`{part}.`" for part in sorted(removed))
+        remarks.append(f"removed {parts} from the weights' names")
+    return _Source(weights, config, notes, tuple(remarks))
+
+
+def _model(source: _Source, config: ConvertConfig) -> tuple[DiMR, dict[str, Any]]:
+    """The model of the source's weights, and the notes on it; CheckpointError if nothing fits."""
+    if config.config is not None:
+        given, notes = read_config(config.config)
+        return DiMR.from_weights(given, source.weights, config.input), notes
+    if source.config is not None and config.preset is None:
+        return DiMR.from_weights(source.config, source.weights, config.input), source.notes
+    if config.preset is not None:
+        sized = _sized(config.preset, source.weights)
+        return DiMR.from_weights(sized, source.weights, config.input), source.notes
+    for name in _alike(source.weights):
+        try:
+            sized = _sized(name, source.weights)
+            return DiMR.from_weights(sized, source.weights, config.input), source.notes
+        except CheckpointError:
+            continue
+    raise CheckpointError(
+        f"{config.input}: its weights fit none of {', '.join(PRESETS)}; describe the model by "
+        "--config"
+    )
+
+
+def _alike(weights: dict[str, Tensor]) -> list[str]:
+    """The presets whose first weight has the shape of these; to compare all takes seconds."""
+    first = weights.get("stages.0.input_layer.1.weight")
+    if first is None:
+        return []
+    low = {name: config.stage_configs[0] for name, config in PRESETS.items()}
+    shapes = {
+        name: (branch.dim, PRESETS[name].channels, *2 * (branch.input_feature_ratio,))
+        for name, branch in low.items()
+    }
+    return [name for name, shape in shapes.items() if shape == tuple(first.shape)]
+
+
+def _sized(name: str, weights: dict[str, Tensor]) -> DiMRConfig:
+    """The preset with as many classes as the weights have."""
+    table = weights.get("stages.0.class_embeds.weight")
+    classes = PRESETS[name].num_classes if table is None else max(1, len(table))
+    return dataclasses.replace(PRESETS[name], num_classes=classes)
+
+
+def _with_data(config: DiMRConfig, notes: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The notes with classes and scale, and what of it was assumed.
+
+    The published models of latents see them times 0.18215. Of those of pixels no recipe is known;
+    −1..1 is what the field does.
+    """
+    latents = config.channels == 4
+    found, assumed = dict(notes), []
+    if "classes" not in found:
+        found["classes"] = [str(number) for number in range(config.null_class)]
+        assumed.append("assumed that the classes are called by their numbers")
+    if "scale" not in found:
+        found["scale"] = scale_to_dict(LatentScale() if latents else PixelScale(127.5, 127.5))
+        assumed.append(f"assumed inputs of {'latents × 0.18215' if latents else 'pixels, −1..1'}")
+    return found, assumed
+
+
+def _outputs(model: DiMR) -> list[Tensor]:
+    """Predictions for a fixed input: two images, two times, a class and none."""
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(2, config.channels, *config.image_size, generator=generator).to(dtype)
+    y = torch.tensor([0, config.null_class])
+    with torch.inference_mode():
+        return model(x, log_snr=torch.tensor([-3.0, 2.0]), y=y)
+
+
+def _equal(a: Iterable[Tensor], b: Iterable[Tensor]) -> bool:
+    return all(torch.equal(left, right) for left, right in zip(a, b, strict=True))

@@ -1,0 +1,200 @@
+"""A model as a folder, or as a repository of the Hugging Face Hub: configuration, weights, card."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dimr_fast.card import model_card
+from dimr_fast.config import DiMRConfig
+from dimr_fast.files import write_atomically
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+NOTES = ("classes", "scale", "recipe", "scores", "license")
+"""What `config.json` may hold beside the model's own configuration."""
+
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""The parts that torch.compile, data parallelism and others put into the names of parameters."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, damaged or of another kind; the message names the file."""
+
+
+class HubModel(nn.Module, PyTorchModelHubMixin):
+    """A model of a `DiMRConfig` that is saved to and loaded from folders and the Hub."""
+
+    config: DiMRConfig
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        map_location: str | torch.device = "cpu",
+        **download: Any,
+    ) -> Self:
+        """The model in a folder of `save_pretrained` or in a repository of the Hub.
+
+        It is in evaluation mode and has the weights' dtype. `download` are options of
+        `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`, `local_files_only`
+        and others. No code of the repository is run. Raises CheckpointError where there is no such
+        model, or one whose files are damaged or do not fit together.
+        """
+        folder = _local_folder(str(pretrained_model_name_or_path), download)
+        config, _ = read_config(folder / CONFIG)
+        weights, _ = read_tensors(folder / WEIGHTS)
+        # In memory of their own: what is read as it is used would change with the file.
+        own = {name: tensor.clone() for name, tensor in weights.items()}
+        return cls.from_weights(config, own, folder / WEIGHTS).to(map_location)
+
+    @classmethod
+    def from_weights(cls, config: DiMRConfig, weights: Mapping[str, Tensor], source: Path) -> Self:
+        """A model in evaluation mode that uses these very tensors as its parameters.
+
+        Raises CheckpointError naming `source` where they do not fit the configuration.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        misfits = _misfits(model.state_dict(), weights)
+        if misfits:
+            raise CheckpointError(
+                f"{source}: {len(misfits)} weights do not fit the configuration, first {misfits[0]}"
+            )
+        model.load_state_dict(dict(weights), strict=True, assign=True)
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        config: Any = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Write `config.json`, `model.safetensors` and, unless there is one, `README.md`.
+
+        `config` holds what else is known of the model, as JSON values under the names in `NOTES`:
+        `classes`, `scale`, `recipe`, `scores`, `license`; it goes into `config.json` and into the
+        card. `push_to_hub` takes it likewise. Other options are those of huggingface_hub's mixin.
+        Raises ValueError for a note of another name.
+        """
+        folder, notes = Path(save_directory), dict(config or {})
+        own = self.config.to_dict()
+        notes = {name: value for name, value in notes.items() if name not in own}
+        for name in notes:
+            if name not in NOTES:
+                raise ValueError(f"config: got {name!r}, expected only {', '.join(NOTES)}")
+        card = {"name": folder.resolve().name, **notes, **(model_card_kwargs or {})}
+        return super().save_pretrained(
+            folder, config={**own, **notes}, model_card_kwargs=card, **options
+        )
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card with what `save_pretrained` was told."""
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return ModelCard(model_card(config=self.config, parameters=parameters, **kwargs))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        weights, _ = canonical(self.state_dict())
+        # Other libraries look for this word.
+        write_tensors(save_directory / WEIGHTS, weights, {"format": "pt"})
+
+
+def canonical(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+    """The weights under the names they have in a bare model, and the wrappers' parts left out.
+
+    Raises ValueError where two names become one.
+    """
+    renamed: dict[str, Tensor] = {}
+    removed: set[str] = set()
+    for name, tensor in weights.items():
+        parts = name.split(".")
+        removed.update(part for part in parts if part in WRAPPERS)
+        bare = ".".join(part for part in parts if part not in WRAPPERS)
+        if bare in renamed:
+            raise ValueError(f"weights: got two of the name {bare!r}, expected one")
+        renamed[bare] = tensor
+    return renamed, removed
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, which appears whole or not at all. Raises OSError where it cannot.
+
+    What was at `path` stays until the new file is complete.
+    """
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        write_atomically(path, lambda part: save_file(whole, part, metadata=metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def read_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors whose names begin with `prefix`, on the CPU, and the metadata of such a file.
+
+    Tensors are read from the file as they are used. Raises CheckpointError where it is missing or
+    damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
+
+
+def read_config(path: Path) -> tuple[DiMRConfig, dict[str, Any]]:
+    """The model's configuration in a `config.json`, and what else it says: see `NOTES`.
+
+    Raises CheckpointError where the file is missing, damaged or of another kind of model.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"holds {type(values).__name__}, expected an object")
+        notes = {name: values.pop(name) for name in NOTES if name in values}
+        return DiMRConfig.from_dict(values), notes
+    except OSError as error:
+        raise CheckpointError(f"{path.parent}: not a readable checkpoint ({error})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not the configuration of a DiMR model ({error})") from error
+
+
+def _local_folder(name: str, download: dict[str, Any]) -> Path:
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(
+            f"{name}: a file, expected a folder; dimr_fast.checkpoint.load_model reads files"
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], **download))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{name}: no such folder, and the Hub gave no model of that name ({reason})"
+        ) from error
+
+
+def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Where names, shapes or kinds of number differ, in words."""
+
+    def describe(tensor: Tensor | None) -> str:
+        if tensor is None:
+            return "nothing"
+        kind = "" if tensor.is_floating_point() else f"{tensor.dtype} "
+        return f"{kind}{list(tensor.shape)}"
+
+    pairs = {
+        name: (describe(found.get(name)), describe(expected.get(name)))
+        for name in [*expected, *(name for name in found if name not in expected)]
+    }
+    return [f"{name}: got {a}, expected {b}" for name, (a, b) in pairs.items() if a != b]

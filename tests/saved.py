@@ -1,0 +1,22 @@
+"""What tests of saved models share."""
+
+import torch
+from torch import Tensor
+
+from dimr_fast import DiMR
+
+
+def randomised(model: DiMR) -> DiMR:
+    """Every parameter away from its initial value, so that all of them matter."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def inputs() -> dict[str, Tensor]:
+    """Two images, times and classes for the `tiny` preset."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 16, 16, generator=generator)
+    return {"x": x, "log_snr": torch.tensor([-3.0, 2.0]), "y": torch.tensor([1, 6])}

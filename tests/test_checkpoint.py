@@ -1,0 +1,246 @@
+"""Models as folders: written whole or not at all, read back, refused where something is wrong."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from saved import inputs, randomised
+
+from dimr_fast import DiMR, checkpoint, cli
+from dimr_fast.checkpoint import (
+    CheckpointError,
+    TrainedModel,
+    demo_model,
+    load_model,
+    save_checkpoint,
+    save_model,
+)
+from dimr_fast.data.scaling import LatentScale, PixelScale, Scale, scale_to_dict
+from dimr_fast.export import ExportConfig, export
+
+CLASSES = ("sea", "coast", "ice", "sand", "wood", "town")
+RECIPE = {"config": {"learning_rate": 0.004, "data": "tiles"}, "result": {"steps": 3520}}
+SCORES = {"recipe": "Fréchet distance on EfficientNet-Lite0, 1536 images", "samples": 176.25}
+
+
+@pytest.fixture(scope="module")
+def trained() -> TrainedModel:
+    return TrainedModel(randomised(DiMR.from_preset("tiny")), CLASSES, PixelScale(71.5, 48.25))
+
+
+@pytest.fixture
+def folder(trained: TrainedModel, tmp_path: Path) -> Path:
+    save_model(trained, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("scale", [PixelScale(71.5, 48.25), LatentScale(0.5)])
+def test_a_folder_gives_back_model_classes_and_scale(
+    trained: TrainedModel, scale: Scale, tmp_path: Path
+) -> None:
+    save_model(TrainedModel(trained.model, CLASSES, scale), tmp_path / "deep" / "model")
+    loaded = load_model(tmp_path / "deep" / "model")
+    assert (loaded.classes, loaded.scale) == (CLASSES, scale)
+    assert loaded.model.config == trained.model.config
+    assert not loaded.model.training
+    with torch.no_grad():
+        pairs = zip(loaded.model(**inputs()), trained.model(**inputs()), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_card_carries_recipe_scores_and_pictures(trained: TrainedModel, tmp_path: Path) -> None:
+    picture = tmp_path / "grid.png"
+    picture.write_bytes(b"pixels")
+    folder = tmp_path / "tiles-1"
+    save_model(
+        trained, folder, recipe=RECIPE, scores=SCORES, license="cc-by-4.0", pictures=[picture]
+    )
+    assert (folder / "grid.png").read_bytes() == b"pixels"
+    card = (folder / "README.md").read_text()
+    _, metadata, text = card.split("---\n", 2)
+    assert "license: cc-by-4.0" in metadata
+    assert "# tiles-1\n" in text
+    assert "![grid](grid.png)" in text
+    assert f"{sum(p.numel() for p in trained.model.parameters()):,} parameters" in text
+    assert ", ".join(CLASSES) in text
+    assert f"```json\n{json.dumps(RECIPE, indent=2)}\n```" in text
+    assert json.dumps(SCORES, indent=2) in text
+    for words in ("preset `tiny`", "pixels, scaled with mean 71.5", "--checkpoint tiles-1"):
+        assert words in text
+    written = json.loads((folder / "config.json").read_text())
+    assert (written["recipe"], written["scores"]) == (RECIPE, SCORES)
+
+
+def test_what_is_unknown_the_card_calls_unknown(folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    for words in ("not recorded", "not been scored", "No licence"):
+        assert words in card
+
+
+def test_a_folder_appears_whole_or_not_at_all(
+    trained: TrainedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(FileExistsError, match="exists already"):
+        save_model(trained, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.raises(TypeError):
+        save_model(trained, folder.parent / "other", recipe={"value": object()})
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(DiMR, "generate_model_card", full)
+    with pytest.raises(OSError, match="no space"):
+        save_model(trained, folder.parent / "other")
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def damage(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    values.update(changes)
+    kept = {name: value for name, value in values.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+DAMAGES = [
+    (lambda f: (f / "config.json").unlink(), "not a readable checkpoint.*config.json"),
+    (lambda f: (f / "model.safetensors").unlink(), "not a readable checkpoint"),
+    (lambda f: (f / "config.json").write_text("{"), "not the configuration of a DiMR model"),
+    (lambda f: (f / "config.json").write_text("[]"), "holds list"),
+    (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "not the configuration"),
+    (lambda f: damage(f, width=3), "not the configuration.*width"),
+    (lambda f: damage(f, num_classes=-1), "num_classes: got -1"),
+    (lambda f: damage(f, classes=None), "it lacks 'classes'"),
+    (lambda f: damage(f, scale={"kind": "volts"}), "kind: got 'volts'"),
+    (
+        lambda f: damage(f, num_classes=9),
+        r"1 weights do not fit .*class_embeds.weight: got \[7, 24\], expected \[9, 24\]",
+    ),
+    (lambda f: damage(f, norm_type="RMSN"), r"weights do not fit .*got nothing, expected"),
+]
+
+
+@pytest.mark.parametrize(("harm", "message"), DAMAGES)
+def test_a_damaged_or_foreign_folder_is_named(folder: Path, harm: Any, message: str) -> None:
+    harm(folder)
+    with pytest.raises(CheckpointError, match=f"{folder}.*{message}"):
+        load_model(folder)
+
+
+def test_every_truncation_of_the_weights_is_noticed(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for length in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=f"{weights}: not a readable checkpoint"):
+            load_model(folder)
+
+
+def test_a_loaded_model_does_not_change_with_its_file(trained: TrainedModel, folder: Path) -> None:
+    loaded = load_model(folder).model
+    weights = folder / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.write(bytes(weights.stat().st_size))
+    for name, value in trained.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_loading_leaves_the_random_state_alone(folder: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    load_model(folder)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_demo_model_is_found_or_missed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
+    with pytest.raises(CheckpointError, match="no demo model"):
+        demo_model()
+    shutil.copytree(folder, tmp_path / "pretrained" / "demo")
+    assert load_model(demo_model()).classes == CLASSES
+
+
+def test_the_demo_model_that_ships_is_small_and_whole() -> None:
+    try:
+        folder = demo_model()
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 8_000_000
+    demo = load_model(folder)
+    assert len(demo.classes) == demo.model.config.null_class == 6
+    assert "has not been scored" not in (folder / "README.md").read_text()
+
+
+@pytest.fixture
+def run(trained: TrainedModel, tmp_path: Path) -> Path:
+    """What training leaves in its folder, with averaged weights that are not the last ones."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    state = trained.model.state_dict()
+    tensors = {f"model.{name}": torch.zeros_like(value) for name, value in state.items()}
+    tensors |= {f"ema.{name}": value for name, value in state.items()}
+    metadata = {
+        "config": trained.model.config.to_dict(),
+        "classes": CLASSES,
+        "scale": scale_to_dict(trained.scale),
+        "recipe": {"learning_rate": 0.125},
+        "step": 77,
+    }
+    save_checkpoint(folder / "checkpoint.safetensors", tensors, metadata)
+    return folder
+
+
+def test_export_writes_the_averaged_model_and_what_the_run_says(
+    trained: TrainedModel, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {"config": {"learning_rate": 0.25, "output": "/home/me/run"}, "result": {"steps": 8}}
+    (run / "train.json").write_text(json.dumps(record))
+    (run / "loss.png").write_bytes(b"curve")
+    sampled = {"sampling": {"checkpoint": "/home/me/run/checkpoint.safetensors", "steps": 25}}
+    (run / "scores.json").write_text(json.dumps(SCORES | sampled))
+    output = tmp_path / "shared"
+    arguments = ["export", "--checkpoint", run / "checkpoint.safetensors", "--output", output]
+    arguments += ["--scores", run / "scores.json", "--license", "apache-2.0"]
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    assert str(output) in capsys.readouterr().out
+    loaded = load_model(output)
+    for name, value in trained.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value)
+    written = json.loads((output / "config.json").read_text())
+    assert written["recipe"] == {"config": {"learning_rate": 0.25}, "result": {"steps": 8}}
+    assert written["scores"] == SCORES | {"sampling": {"steps": 25}}
+    card = (output / "README.md").read_text()
+    assert "![loss](loss.png)" in card
+    assert "/home/me" not in card
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_export_without_a_record_asks_the_checkpoint(run: Path, tmp_path: Path) -> None:
+    export(ExportConfig(checkpoint=run / "checkpoint.safetensors", output=tmp_path / "shared"))
+    written = json.loads((tmp_path / "shared" / "config.json").read_text())
+    assert written["recipe"] == {"recipe": {"learning_rate": 0.125}, "step": 77}
+
+
+def test_export_refuses_before_it_writes(run: Path, folder: Path, tmp_path: Path) -> None:
+    checkpoint = run / "checkpoint.safetensors"
+    (run / "bad.json").write_text("[1]")
+    output = tmp_path / "shared"
+    for error, message, changes in (
+        (CheckpointError, "expected a checkpoint of training", {"checkpoint": folder}),
+        (CheckpointError, "not a readable checkpoint", {"checkpoint": run / "none"}),
+        (ValueError, "bad.json: got list", {"scores": run / "bad.json"}),
+        (OSError, "none.json", {"scores": run / "none.json"}),
+        (ValueError, "pictures: got .*not there: .*none.png", {"pictures": (run / "none.png",)}),
+    ):
+        values: dict[str, Any] = {"checkpoint": checkpoint, "output": output, **changes}
+        with pytest.raises(error, match=message):
+            export(ExportConfig(**values))
+        assert not output.exists()

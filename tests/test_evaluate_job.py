@@ -1,0 +1,532 @@
+"""Scoring as a user does it: what is read, what is said, what is kept and what is refused."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dimr_fast import DiMR, cli, evaluation, references
+from dimr_fast.checkpoint import save_checkpoint
+from dimr_fast.data.image_sets import FolderImages, NpzImages, TensorImages, open_images
+from dimr_fast.data.scaling import LatentScale, PixelScale, Scale, scale_to_dict
+from dimr_fast.data.tiles import Tiles
+from dimr_fast.evaluation import EvaluateConfig, Scores, evaluate, quick_score
+from dimr_fast.features import InceptionFeatures, bare_package, file_hash
+from dimr_fast.metrics import inception_score, precision_recall
+from dimr_fast.references import reference_summary, user_cache
+from dimr_fast.sampling import Sampler, balanced_labels, sample_images
+from dimr_fast.summaries import summarize
+
+
+class Colours(torch.nn.Module):
+    """A feature network that costs nothing: the mean and deviation of each colour."""
+
+    name = "colours"
+    input_size = 16
+    resize = "none"
+    weights_hash = "0"
+    calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        Colours.calls += 1
+        pixels = images.float().flatten(2)
+        return torch.cat([pixels.mean(2), pixels.std(2)], 1)
+
+
+@pytest.fixture
+def colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "EfficientNetLite0Features", Colours)
+    Colours.calls = 0
+
+
+def drawn(count: int, seed: int = 0, size: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, 3, size, size)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def write_folder(images: Tensor, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:04}.png")
+    return folder
+
+
+def write_npz(images: Tensor, path: Path, **others: Any) -> Path:
+    np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy(), **others)
+    return path
+
+
+def read(images: Any) -> Tensor:
+    return torch.cat(list(images.batches(7)))
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    return write_folder(drawn(20, seed=1), tmp_path / "real")
+
+
+def config(tmp_path: Path, reference: Path | str, **changes: Any) -> EvaluateConfig:
+    values: dict[str, Any] = {
+        "reference": str(reference),
+        "output": tmp_path / "out",
+        "cache": tmp_path / "cache",
+        "device": "cpu",
+    }
+    return EvaluateConfig(**(values | changes))
+
+
+def numbers(scores: Scores) -> tuple[float, float | None, float | None]:
+    return scores.distance, scores.precision, scores.recall
+
+
+def test_images_come_back_as_they_were(tmp_path: Path) -> None:
+    images = drawn(17)
+    folder = write_folder(images, tmp_path / "folder")
+    npz = write_npz(images, tmp_path / "images.npz", arr_1=np.arange(17) % 4)
+    sets = FolderImages(folder), NpzImages(npz), TensorImages(images, "memory")
+    for found in sets:
+        assert (found.count, found.size) == (17, (16, 16))
+        assert torch.equal(read(found), images)
+        assert read(found).is_contiguous()
+    assert sets[1].classes == "4 classes, 4 to 5 images each"
+    np.savez_compressed(tmp_path / "small.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+    assert torch.equal(read(open_images(tmp_path / "small.npz")), images)
+
+
+def test_sub_folders_are_classes_and_grey_images_have_three_channels(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        write_folder(drawn(3), tmp_path / "images" / name)
+    Image.new("L", (16, 16), 9).save(tmp_path / "images" / "dog" / "grey.JPG")
+    found = open_images(tmp_path / "images")
+    assert (found.count, found.classes) == (7, "2 classes, 3 to 4 images each")
+    assert "(jpg, png)" in found.source
+    assert read(found)[6].unique().tolist() == [9]
+
+
+def test_fingerprints_tell_images_apart(tmp_path: Path) -> None:
+    images = drawn(4)
+    other = images.clone()
+    other[3, 2, 15, 15] ^= 1
+    tensors = [TensorImages(x, "").fingerprint for x in (images, images.clone(), other)]
+    assert tensors[0] == tensors[1] != tensors[2]
+    files = [write_npz(x, tmp_path / f"{i}.npz") for i, x in enumerate((images, other))]
+    assert NpzImages(files[0]).fingerprint != NpzImages(files[1]).fingerprint
+    folder = write_folder(images, tmp_path / "folder")
+    before = FolderImages(folder).fingerprint
+    assert FolderImages(folder).fingerprint == before
+    (folder / "0003.png").write_bytes((folder / "0002.png").read_bytes())
+    assert FolderImages(folder).fingerprint != before
+
+
+def write_checkpoint(path: Path, scale: Scale) -> Path:
+    torch.manual_seed(0)
+    model = DiMR.from_preset("tiny")
+    tensors = {f"ema.{name}": value for name, value in model.state_dict().items()}
+    metadata = {
+        "config": model.config.to_dict(),
+        "classes": tuple("abcdef"),
+        "scale": scale_to_dict(scale),
+    }
+    save_checkpoint(path, tensors, metadata)
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "checkpoint.safetensors", PixelScale(100.0, 50.0))
+
+
+@pytest.mark.usefixtures("colours")
+def test_a_checkpoint_a_folder_and_an_npz_of_the_same_images_score_the_same(
+    tmp_path: Path, reference: Path, checkpoint: Path
+) -> None:
+    sampler = Sampler(steps=2, batch_size=8, precision="fp32")
+    options: dict[str, Any] = {"checkpoint": checkpoint, "count": 14, "sampler": sampler}
+    scores = evaluate(config(tmp_path, reference, **options))
+    assert scores.recipe["images"]["labels"] == "6 classes, 2 to 3 images each"
+    sampling = scores.recipe["sampling"]
+    assert (sampling["steps"], sampling["seed"], sampling["precision"]) == (2, 0, "fp32")
+    assert sampling["guidance"] == sampler.guidance
+
+    trained = evaluation.load_model(checkpoint)
+    images = sample_images(trained, balanced_labels(14, 6), sampler)
+    folder = write_folder(images, tmp_path / "folder")
+    again = config(tmp_path, reference, images=folder, output=tmp_path / "out1")
+    assert numbers(evaluate(again)) == numbers(scores)
+    npz = write_npz(images, tmp_path / "images.npz")
+    again = config(tmp_path, reference, images=npz, output=tmp_path / "out2")
+    assert numbers(evaluate(again)) == numbers(scores)
+
+
+@pytest.mark.usefixtures("colours")
+def test_latents_are_decoded(
+    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Doubling:
+        """Stands in for an autoencoder: each position of a latent becomes four pixels."""
+
+        downsampling = 2
+
+        @classmethod
+        def load(cls, name: str, device: torch.device) -> "Doubling":
+            assert (name, device.type) == ("folder", "cpu")
+            return cls()
+
+        def decode(self, latents: Tensor) -> Tensor:
+            pixels = (latents * 40 + 128).clamp(0, 255).to(torch.uint8)
+            return pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    monkeypatch.setitem(sys.modules, "dimr_fast.autoencoder", SimpleNamespace(Autoencoder=Doubling))
+    path = write_checkpoint(tmp_path / "latents.safetensors", LatentScale())
+    sampler = Sampler(steps=2, precision="fp32")
+    options: dict[str, Any] = {"checkpoint": path, "count": 10, "sampler": sampler}
+    scores = evaluate(config(tmp_path, reference, autoencoder="folder", **options))
+    assert scores.recipe["images"]["size"] == "32x32"
+    assert scores.recipe["sampling"]["autoencoder"] == "folder"
+    with pytest.raises(ValueError, match="autoencoder: got None, expected one"):
+        evaluate(config(tmp_path, reference, output=tmp_path / "out1", **options))
+
+
+@pytest.mark.usefixtures("colours")
+def test_the_whole_recipe_is_said_and_written(
+    tmp_path: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folder(drawn(12), tmp_path / "fake" / "images")
+    said = {"sampler": {"steps": 33, "guidance": 0.4}, "labels": "six of one class"}
+    (tmp_path / "fake" / "sample.json").write_text(json.dumps(said))
+    arguments = ["--images", folder, "--reference", reference, "--cache", tmp_path / "cache"]
+    arguments += ["--output", tmp_path / "out"]
+    assert cli.main(["evaluate", *map(str, arguments)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Fréchet distance on colours: ")
+    for said in ("count 12", "steps 33", "guidance 0.4", "16x16", "count 20", torch.__version__):
+        assert said in out
+    assert "12 images are few" in out
+    assert "Only scores of 12 images and this reference compare" in out
+    assert "FID and the Inception score were not computed" in out
+    assert "labels six of one class" in out
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert report["recipe"]["reference"]["fingerprint"] == FolderImages(reference).fingerprint
+    assert report["recipe"]["sampling"]["sampler"]["steps"] == 33
+    assert f"{report['distance']:.2f}" in out
+    assert 0 <= report["precision"] <= 1
+    assert report["inception_score"] is None
+
+    before = (tmp_path / "out" / "evaluation.json").read_bytes()
+    assert cli.main(["evaluate", *map(str, arguments)]) == 2
+    assert "evaluation.json exists already" in capsys.readouterr().err
+    assert (tmp_path / "out" / "evaluation.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("colours")
+def test_images_of_another_size_are_noted(tmp_path: Path, reference: Path) -> None:
+    folder = write_folder(drawn(12, size=8), tmp_path / "fake")
+    scores = evaluate(config(tmp_path, reference, images=folder))
+    assert any("differ in size" in note for note in scores.notes)
+    assert any("the balance of labels is unknown" in note for note in scores.notes)
+    assert scores.recipe["sampling"].startswith("unknown")
+
+
+@pytest.mark.usefixtures("colours")
+def test_tiles_are_cut_to_the_size_of_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tiles(size: int) -> Tiles:
+        images, labels = drawn(12, size=size), torch.arange(12) % 6
+        corners = torch.zeros(12, 2, dtype=torch.int64)
+        return Tiles(images[:0], labels[:0], corners[:0], images, labels, corners)
+
+    monkeypatch.setattr(references, "load_tiles", tiles)
+    folder = write_folder(drawn(12, size=64), tmp_path / "fake")
+    scores = evaluate(config(tmp_path, "tiles", images=folder))
+    assert scores.distance < 1e-9
+    found = scores.recipe["reference"]
+    assert (found["size"], found["count"]) == ("64x64", 12)
+    assert found["labels"] == "6 classes, 2 images each"
+    assert "satellite tiles" in found["source"]
+    with pytest.raises(ValueError, match="expected square ones"):
+        references.Reference.open("tiles", (8, 16))
+
+
+@pytest.mark.usefixtures("colours")
+def test_a_reference_is_computed_once(tmp_path: Path, reference: Path) -> None:
+    network: Any = Colours()
+    images, cache = FolderImages(reference), tmp_path / "cache"
+    first = reference_summary(network, images, cache)
+    calls = Colours.calls
+    second = reference_summary(network, FolderImages(reference), cache)
+    assert (first.cached, second.cached, Colours.calls) == (False, True, calls)
+    for name in ("mean", "factor", "features"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert first.features.shape == (20, 6)
+    assert quick_score(network, read(images), second) < 1e-9
+
+    other: Any = Colours()
+    other.weights_hash = "1"
+    assert not reference_summary(other, images, cache).cached
+    assert len(list(cache.iterdir())) == 2
+
+
+def damaged(path: Path) -> Iterator[None]:
+    """One way after the other to spoil an entry of the cache."""
+    whole, tensors = path.read_bytes(), load_file(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    yield
+    flipped = bytearray(whole)
+    flipped[-5] ^= 64
+    path.write_bytes(flipped)
+    yield
+    path.write_text("something else")
+    yield
+    save_file(tensors, path, metadata={"key": "foreign", "hash": "0"})
+    yield
+
+
+def test_a_damaged_or_foreign_entry_is_computed_anew(tmp_path: Path) -> None:
+    network: Any = Colours()
+    images, cache = TensorImages(drawn(12), ""), tmp_path / "cache"
+    first = reference_summary(network, images, cache)
+    (entry,) = cache.iterdir()
+    spoilt = 0
+    for _ in damaged(entry):
+        spoilt += 1
+        again = reference_summary(network, images, cache)
+        assert not again.cached
+        assert torch.equal(again.factor, first.factor)
+        assert reference_summary(network, images, cache).cached
+    assert spoilt == 4
+    assert list(cache.iterdir()) == [entry]
+
+
+def test_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert user_cache() == tmp_path / "dimr_fast"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    for platform, expected in (("linux", ".cache"), ("darwin", "Library/Caches")):
+        monkeypatch.setattr(references.sys, "platform", platform)
+        assert user_cache() == tmp_path / expected / "dimr_fast"
+
+
+def test_few_features_are_kept_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dimr_fast.summaries.KEPT", 5)
+    images, network = drawn(23), Colours()
+    found = summarize(network, TensorImages(images, ""), batch_size=4)
+    assert torch.equal(found.features, network(images[[0, 4, 9, 13, 18]]))
+    assert found.mean.double() == pytest.approx(network(images).double().mean(0))
+
+
+def bad_folder(tmp_path: Path) -> Path:
+    return write_folder(drawn(12), tmp_path / "fake")
+
+
+def truncated(tmp_path: Path) -> Path:
+    folder = bad_folder(tmp_path)
+    for name in ("0003.png", "0007.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-30])
+    return folder
+
+
+def mixed(tmp_path: Path) -> Path:
+    folder = bad_folder(tmp_path)
+    Image.new("RGB", (40, 20)).save(folder / "grid.png")
+    return folder
+
+
+def empty(tmp_path: Path) -> Path:
+    (tmp_path / "fake").mkdir()
+    return tmp_path / "fake"
+
+
+def floats(tmp_path: Path) -> Path:
+    np.savez(tmp_path / "fake.npz", arr_0=np.zeros((12, 16, 16, 3), np.float32))
+    return tmp_path / "fake.npz"
+
+
+def other_arrays(tmp_path: Path) -> Path:
+    np.savez(tmp_path / "fake.npz", images=np.zeros((12, 16, 16, 3), np.uint8))
+    return tmp_path / "fake.npz"
+
+
+def no_npz(tmp_path: Path) -> Path:
+    (tmp_path / "fake.npz").write_text("text")
+    return tmp_path / "fake.npz"
+
+
+def few(tmp_path: Path) -> Path:
+    return write_folder(drawn(9), tmp_path / "fake")
+
+
+@pytest.mark.usefixtures("colours")
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (truncated, r"images: got 2 of 12 files in .*cannot be read, first .*0003\.png"),
+        (mixed, r"several sizes in .*: 12 of 16x16, 1 of 40x20, such as .*grid\.png"),
+        (empty, r"images: got .*fake without images, expected \.png"),
+        (floats, r"images: got arr_0 of float32 \(12, 16, 16, 3\)"),
+        (other_arrays, r"images: got .* with images, expected arr_0"),
+        (no_npz, r"images: got .*fake\.npz, expected an \.npz file"),
+        (few, "images: got 9 images, expected 10 or more"),
+        (lambda path: path / "missing", r"images: got .*missing, expected a folder"),
+    ],
+)
+def test_unusable_images_are_named_before_any_work(
+    tmp_path: Path, reference: Path, images: Any, message: str
+) -> None:
+    path = images(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        evaluate(config(tmp_path, reference, images=path))
+    with pytest.raises(ValueError, match=message.replace("images: got 9", "reference: got 9")):
+        evaluate(config(tmp_path, path, images=reference))
+    assert not (tmp_path / "out").exists()
+    assert Colours.calls == 0
+
+
+@pytest.mark.usefixtures("colours")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "images, checkpoint: got 0 of them, expected one"),
+        ({"images": "fake", "checkpoint": "x"}, "images, checkpoint: got 2 of them"),
+        ({"checkpoint": "x", "count": 9}, "count: got 9, expected 10 or more"),
+        ({"images": "fake", "sampler": Sampler(steps=0)}, "steps: got 0"),
+        ({"images": "fake", "inception_weights": "missing"}, "inception_weights: got .*https://"),
+    ],
+)
+def test_bad_settings_name_the_setting(
+    tmp_path: Path, reference: Path, changes: dict[str, Any], message: str
+) -> None:
+    bad_folder(tmp_path)
+    paths = {n: tmp_path / v if isinstance(v, str) else v for n, v in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        evaluate(config(tmp_path, reference, **paths))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_npz_is_found_out(tmp_path: Path) -> None:
+    path = write_npz(drawn(12), tmp_path / "fake.npz")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"images: got .*fake\.npz, which is damaged"):
+        read(open_images(path))
+
+
+@pytest.mark.usefixtures("colours")
+def test_inception_statistics_need_inception(tmp_path: Path) -> None:
+    np.savez(tmp_path / "real.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    images = bad_folder(tmp_path)
+    with pytest.raises(ValueError, match="Inception statistics without images"):
+        evaluate(config(tmp_path, tmp_path / "real.npz", images=images))
+
+
+def test_statistics_alone_give_no_precision_nor_recall(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wide(InceptionFeatures):
+        """The same features without the network."""
+
+        weights_hash = "0"
+
+        def __init__(self, weights: Path) -> None:
+            torch.nn.Module.__init__(self)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images.float().flatten(1).repeat(1, 3)[:, :2048]
+
+        def logits(self, features: Tensor) -> Tensor:
+            return features[:, :10]
+
+    monkeypatch.setattr(evaluation, "InceptionFeatures", Wide)
+    monkeypatch.setattr(references, "InceptionFeatures", Wide)
+    images = write_npz(drawn(12), tmp_path / "fake.npz")
+    options: dict[str, Any] = {"images": images, "inception_weights": images}
+    path = tmp_path / "real.npz"
+    np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))
+    scores = evaluate(config(tmp_path, path, **options))
+    assert (scores.precision, scores.recall) == (None, None)
+    assert any("holds no images" in note for note in scores.notes)
+    assert scores.recipe["reference"]["distance to"] == "mu and sigma of the file"
+    assert file_hash(path) in scores.recipe["reference"]["fingerprint"]
+    for mu, message in ((np.zeros(64), r"mu \(64,\)"), (np.full(2048, np.nan), "not finite")):
+        np.savez(path, mu=mu, sigma=np.eye(2048))
+        with pytest.raises(ValueError, match=message):
+            evaluate(config(tmp_path, path, **options, output=tmp_path / "out1"))
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file as the published one is, but random."""
+    try:
+        with bare_package("torch_fidelity"):
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ModuleNotFoundError:
+        pytest.skip("needs torch-fidelity (pip install --no-deps torch-fidelity)")
+
+    class Untrained(FeatureExtractorInceptionV3):  # type: ignore[misc]
+        def load_state_dict(self, *_: Any, **__: Any) -> None:
+            pass
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
+    torch.manual_seed(0)
+    network = Untrained("inception-v3-compat", ["2048"], str(path))
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            # Keeps what passes through of the same size.
+            torch.nn.init.kaiming_normal_(module.weight)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_inception_end_to_end(tmp_path: Path, inception_weights: Path) -> None:
+    images, real = drawn(10) // 2, drawn(10, seed=1)
+    mu, sigma = np.linspace(0, 1, 2048), 0.01 * np.eye(2048)
+    # As the ADM suite has it: what it gives beside images takes the place of their statistics.
+    reference = write_npz(real, tmp_path / "real.npz", mu=mu, sigma=sigma)
+    file = write_npz(images, tmp_path / "fake.npz")
+    options: dict[str, Any] = {"images": file, "inception_weights": inception_weights}
+    scores = evaluate(config(tmp_path, reference, **options))
+    # A score on any other weights is no FID.
+    assert scores.metric == "Fréchet distance on Inception v3"
+    assert any("not the published ones" in note for note in scores.notes)
+    assert "torch-fidelity" in scores.recipe["versions"]
+
+    network = InceptionFeatures(inception_weights)
+    features = network(images).double()
+    assert features.shape == (10, 2048)
+    deviations = torch.linalg.svdvals(features - features.mean(0)) / 3
+    shift = (features.mean(0) - torch.from_numpy(mu)).square().sum()
+    # One of the two covariances is a multiple of the identity: standard deviations 0.1.
+    expected = shift + deviations.square().sum() + 20.48 - 0.2 * deviations.sum()
+    assert scores.distance == pytest.approx(float(expected), rel=1e-6)
+    logits = network.logits(features.float())
+    assert logits.shape == (10, 1008)
+    assert scores.inception_score == pytest.approx(inception_score(logits), rel=1e-5)
+    assert scores.inception_score[0] >= 1
+    cached = reference_summary(network, NpzImages(reference), tmp_path / "cache")
+    assert cached.cached
+    assert (scores.precision, scores.recall) == precision_recall(features.float(), cached.features)
+
+
+def test_inception_weights_of_another_kind_are_refused(
+    tmp_path: Path, inception_weights: Path
+) -> None:
+    for name, value in (("a", {"x": torch.zeros(1)}), ("b", Path("not a tensor"))):
+        torch.save(value, tmp_path / name)
+        with pytest.raises(ValueError, match=r"inception_weights: got .*, expected the state dict"):
+            InceptionFeatures(tmp_path / name)
+    published = dataclasses.make_dataclass("Published", ["weights_hash"])("6726825d" + "0" * 56)
+    assert InceptionFeatures.published.fget(published)  # type: ignore[attr-defined]

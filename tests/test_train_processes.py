@@ -1,0 +1,216 @@
+"""Training as it is launched: killed and resumed, on one process and on two, on a full disk."""
+
+import json
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dimr_fast.checkpoint import load_checkpoint, load_model
+from dimr_fast.train_state import CHECKPOINT
+
+pytest.importorskip("accelerate", reason="needs the accelerate package")
+
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of ten pictures of noise."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("dark", "light"):
+        (folder / name).mkdir()
+        for number in range(10):
+            pixels = torch.randint(0, 128, (16, 16, 3), generator=generator, dtype=torch.uint8)
+            pixels += 127 * (name == "light")
+            Image.fromarray(pixels.numpy()).save(folder / name / f"{number}.png")
+    return folder
+
+
+def command(images: Path, output: Path, *changes: str, processes: int = 1) -> list[str]:
+    """What a user types; every step is saved, so that a kill may hit the writing."""
+    settings = [
+        f"data={images}",
+        "preset=tiny",
+        "minutes=none",
+        f"steps={STEPS}",
+        "batch_size=8",
+        "precision=fp32",
+        "checkpoint_minutes=1e-9",
+        "device=cpu",
+        *changes,
+    ]
+    words = [word for setting in settings for word in ("--set", setting)]
+    launch = [sys.executable, "-m"]
+    if processes > 1:
+        launch += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    return [*launch, "dimr_fast.training", "--output", str(output), *words]
+
+
+def run(
+    words: list[str], limit: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=limit,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(words: list[str]) -> None:
+    done = run(words)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def kill_after(words: list[str], checkpoint: Path, step: int) -> None:
+    """SIGKILL to all processes of a run once its checkpoint has come so far."""
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while reached(checkpoint) < step:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.003)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def reached(checkpoint: Path) -> int:
+    """The step of a checkpoint, from its header alone: the file may be replaced at any moment."""
+    try:
+        with checkpoint.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            return int(json.loads(file.read(size))["__metadata__"]["step"])
+    except FileNotFoundError:
+        return -1
+
+
+def contents(run: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(run / CHECKPOINT)[0]
+
+
+def assert_same(a: Path, b: Path) -> None:
+    one, other = contents(a), contents(b)
+    assert one.keys() == other.keys()
+    assert len(one["losses"]) == STEPS
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.fixture(scope="module")
+def alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process that nobody disturbed."""
+    output = tmp_path_factory.mktemp("alone") / "run"
+    finish(command(images, output))
+    return output
+
+
+@pytest.fixture(scope="module")
+def together(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run on two processes."""
+    output = tmp_path_factory.mktemp("together") / "run"
+    finish(command(images, output, processes=2))
+    return output
+
+
+def test_a_killed_run_goes_on_bit_for_bit(images: Path, alone: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    words = command(images, output)
+    kill_after(words, output / CHECKPOINT, 3)
+    kill_after([*words, "--resume"], output / CHECKPOINT, 11)
+    finish([*words, "--resume"])
+    assert_same(output, alone)
+    # What the killed processes had begun to write is gone.
+    assert not list(output.glob(".*"))
+
+
+def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(
+    images: Path, together: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    words = command(images, output, processes=2)
+    kill_after(words, output / CHECKPOINT, 7)
+    finish([*words, "--resume"])
+    assert_same(output, together)
+
+
+@pytest.mark.parametrize("kind", ["none", "fsdp2"])
+def test_two_processes_train_what_one_does(
+    images: Path, alone: Path, together: Path, tmp_path: Path, kind: str
+) -> None:
+    run = together
+    if kind == "fsdp2":
+        run = tmp_path / "run"
+        words = command(images, run, "sharding=fsdp2", "accumulation=2", processes=2)
+        kill_after(words, run / CHECKPOINT, 5)
+        finish([*words, "--resume"])
+    one, two = contents(alone), contents(run)
+    assert one.keys() == two.keys()
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-3, atol=1e-4)
+    # A shard's whole, under the published names.
+    assert all(two[name].shape == tensor.shape for name, tensor in one.items())
+    assert load_model(run / CHECKPOINT).classes == ("dark", "light")
+
+
+def test_a_disk_that_is_full_keeps_the_checkpoint_before(
+    images: Path, alone: Path, tmp_path: Path
+) -> None:
+    """The first checkpoint, without the optimizer's state, fits; those after it do not."""
+    size = (alone / CHECKPOINT).stat().st_size
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size * 3 // 4, resource.RLIM_INFINITY))
+
+    output = tmp_path / "run"
+    words = command(images, output, "steps=3")
+    done = run(words, limit)
+    assert done.returncode == 2
+    assert "no checkpoint at step 1:" in done.stderr + done.stdout
+    assert "the previous one stays" in done.stderr + done.stdout
+    assert "dimr-fast: error: " in done.stderr.splitlines()[-1]
+    assert load_checkpoint(output / CHECKPOINT)[1]["step"] == 0
+    # With room again, the run goes on from there.
+    finish([*command(images, output), "--resume"])
+    assert_same(output, alone)
+
+
+def test_ctrl_c_on_one_of_two_processes_stops_both_with_a_checkpoint(
+    images: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        command(images, output, "steps=100000", processes=2),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while reached(output / CHECKPOINT) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert out.count("stopped at step") == 1
+    assert f"go on with: dimr-fast train --output {output} --resume" in out
+    assert (output / "train.json").exists()
