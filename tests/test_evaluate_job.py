@@ -415,6 +415,25 @@ def test_bad_settings_name_the_setting(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_jpeg_cut_short_is_found_out_and_named(tmp_path: Path) -> None:
+    Image.fromarray(drawn(1, size=64)[0].permute(1, 2, 0).numpy()).save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "b.jpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"images: got .*b\.jpg, expected a whole image"):
+        read(FolderImages(tmp_path))
+
+
+@pytest.mark.usefixtures("colours")
+def test_a_cache_that_cannot_be_written_is_said_before_any_work(
+    tmp_path: Path, reference: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    images = bad_folder(tmp_path)
+    with pytest.raises(OSError, match="cache"):
+        evaluate(config(tmp_path, reference, images=images))
+    assert Colours.calls == 0
+
+
 def test_a_damaged_npz_is_found_out(tmp_path: Path) -> None:
     path = write_npz(drawn(12), tmp_path / "fake.npz")
     data = bytearray(path.read_bytes())
