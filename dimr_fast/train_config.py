@@ -102,7 +102,7 @@ class TrainConfig:
     sample_steps: int | None = None
     """Draw a grid of samples to `samples/` this often."""
     score_steps: int | None = None
-    """Log the Fréchet distance of samples to `score_reference`, on EfficientNet-Lite0, this often."""
+    """Log the Fréchet distance of samples to `score_reference` this often."""
     score_images: int = 512
     score_reference: str = "tiles"
     """"tiles", those held out of training, or a folder or .npz of images."""
