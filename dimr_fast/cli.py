@@ -103,6 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="dimr-fast", description=__doc__, args=arguments
         )
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; nothing more can be printed, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, CheckpointError, DataUnavailableError) as error:
         print(f"dimr-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

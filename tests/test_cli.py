@@ -149,6 +149,13 @@ def test_a_bad_setting_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "batch_size?" in message
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m dimr_fast info | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout == "versions\n"
+    assert done.stderr == ""
+
+
 def test_help_and_info_through_the_module() -> None:
     for arguments, expected in ((["--help"], "demo"), (["info"], "depthwise_conv2d")):
         command = [sys.executable, "-m", "dimr_fast", *arguments]
