@@ -28,7 +28,7 @@ ALLOWED = {
     "inference": {"model", "layers", "ops"},
     "diffusion": {"diffusion"},
     "data": {"data", "files", "seeds"},
-    "processes": {"device"},
+    "processes": {"data", "device"},
     "optim": set(),
     "checkpoint": {"hub", "model", "config", "data", "files"},
     "pictures": {"data", "files"},

@@ -21,6 +21,7 @@ from dimr_fast.train_state import CHECKPOINT
 pytest.importorskip("accelerate", reason="needs the accelerate package")
 
 STEPS = 30
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,6 @@ def command(images: Path, output: Path, *changes: str, processes: int = 1) -> li
         "batch_size=8",
         "precision=fp32",
         "checkpoint_minutes=1e-9",
-        "device=cpu",
         *changes,
     ]
     words = [word for setting in settings for word in ("--set", setting)]
@@ -66,7 +66,7 @@ def run(
         text=True,
         check=False,
         preexec_fn=limit,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
 
 
@@ -82,7 +82,7 @@ def kill_after(words: list[str], checkpoint: Path, step: int) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
     deadline = time.monotonic() + 120
     while reached(checkpoint) < step:
@@ -127,6 +127,7 @@ def together(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on two processes."""
     output = tmp_path_factory.mktemp("together") / "run"
     finish(command(images, output, processes=2))
+    assert json.loads((output / "train.json").read_text())["result"]["processes"] == 2
     return output
 
 
@@ -200,7 +201,7 @@ def test_ctrl_c_on_one_of_two_processes_stops_both_with_a_checkpoint(
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
     while reached(output / CHECKPOINT) < 3:
         assert process.poll() is None
