@@ -60,7 +60,6 @@ def in_parallel(model: DiMR, config: TrainConfig, processes: Processes) -> nn.Mo
     return nn.parallel.DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
 
