@@ -18,7 +18,11 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     target = Path(path)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         write(unfinished)
+        # safetensors' files are for their owner's eyes alone, whatever the user's custom.
+        unfinished.chmod(mode)
         with open(unfinished, "rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(target)
