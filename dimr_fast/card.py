@@ -56,7 +56,7 @@ def model_card(
             "It has not been scored.",
         ),
         "## Use",
-        _use(name, scalable=classes is not None and scale is not None),
+        _use(name, kind, scalable=classes is not None and scale is not None),
         "## Limits",
         "It knows the classes and the size above and nothing else, and it repeats whatever its "
         "training pictures show too often or not at all. What it draws is no record of anything "
@@ -92,10 +92,10 @@ def _data(config: DiMRConfig, classes: list[str] | None, scale: Mapping[str, Any
 def _block(values: dict[str, Any] | None, introduction: str, unknown: str) -> str:
     if not values:
         return unknown
-    return f"{introduction}\n\n```json\n{json.dumps(values, indent=2)}\n```"
+    return f"{introduction}\n\n```json\n{json.dumps(values, indent=2, ensure_ascii=False)}\n```"
 
 
-def _use(name: str, scalable: bool) -> str:
+def _use(name: str, kind: str, scalable: bool) -> str:
     python = (
         "With `dimr_fast` installed:\n\n```python\nfrom dimr_fast import DiMR\n\n"
         f'model = DiMR.from_pretrained("{name}")  # this folder, or its name on the Hub\n'
@@ -103,7 +103,10 @@ def _use(name: str, scalable: bool) -> str:
     )
     if not scalable:
         return python
+    parts, option = "this folder", ""
+    if kind == "latents":
+        parts, option = "this folder and the autoencoder of its latents", " --autoencoder FOLDER"
     return (
-        f"{python}\n\nTo draw pictures, from a copy of this folder:\n\n"
-        f"```sh\ndimr-fast sample --checkpoint {name} --output samples\n```"
+        f"{python}\n\nTo draw pictures, from a copy of {parts}:\n\n"
+        f"```sh\ndimr-fast sample --checkpoint {name}{option} --output samples\n```"
     )

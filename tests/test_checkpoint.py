@@ -67,11 +67,19 @@ def test_the_card_carries_recipe_scores_and_pictures(trained: TrainedModel, tmp_
     assert f"{sum(p.numel() for p in trained.model.parameters()):,} parameters" in text
     assert ", ".join(CLASSES) in text
     assert f"```json\n{json.dumps(RECIPE, indent=2)}\n```" in text
-    assert json.dumps(SCORES, indent=2) in text
+    assert json.dumps(SCORES, indent=2, ensure_ascii=False) in text
     for words in ("preset `tiny`", "pixels, scaled with mean 71.5", "--checkpoint tiles-1"):
         assert words in text
     written = json.loads((folder / "config.json").read_text())
     assert (written["recipe"], written["scores"]) == (RECIPE, SCORES)
+
+
+def test_the_card_of_a_model_of_latents_asks_for_an_autoencoder(
+    trained: TrainedModel, tmp_path: Path
+) -> None:
+    save_model(TrainedModel(trained.model, CLASSES, LatentScale()), tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "--checkpoint model --autoencoder" in card
 
 
 def test_what_is_unknown_the_card_calls_unknown(folder: Path) -> None:
@@ -129,6 +137,11 @@ def test_a_damaged_or_foreign_folder_is_named(folder: Path, harm: Any, message: 
     harm(folder)
     with pytest.raises(CheckpointError, match=f"{folder}.*{message}"):
         load_model(folder)
+
+
+def test_whoever_may_read_the_configuration_may_read_the_weights(folder: Path) -> None:
+    modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
 
 
 def test_every_truncation_of_the_weights_is_noticed(folder: Path) -> None:
