@@ -63,7 +63,8 @@ def device_name(device: torch.device) -> str:
     """The device in words, for a report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 @cache

@@ -56,10 +56,11 @@ class TrainSummary:
     def sentence(self, config: TrainConfig) -> str:
         """The end of the run in words; how to go on, where it was interrupted."""
         verb = "stopped" if self.interrupted else "trained"
+        several = f", {self.processes} processes" if self.processes > 1 else ""
         text = (
             f"{verb} at step {self.steps:,} after {self.seconds / 60:.1f} minutes "
-            f"({self.images_per_second:.0f} images/s, {self.parameters / 1e6:.1f}M parameters, "
-            f"{self.precision}, {self.device}); "
+            f"({self.images_per_second:.0f} images/s, {self.parameters:,} parameters, "
+            f"{self.precision}, {self.device}{several}); "
             f"loss {self.first_loss:.3f} -> {self.last_loss:.3f}; "
             f"wrote {config.output / CHECKPOINT}"
         )
