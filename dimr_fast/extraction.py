@@ -92,8 +92,9 @@ class ExtractSummary:
         if not self.finished:
             return f"{self.output}: this process has made its shards; others are at work"
         text = (
-            f"wrote {self.output}: {self.images:,} images of {self.classes:,} classes in "
-            f"{self.shards:,} shards; skipped {len(self.skipped):,} unreadable"
+            f"wrote {self.output}: {self.images:,} images of {self.classes:,} "
+            f"class{'es' * (self.classes != 1)} in {self.shards:,} "
+            f"shard{'s' * (self.shards != 1)}; skipped {len(self.skipped):,} unreadable"
         )
         lines = [f"  {name}: {reason}" for name, reason in self.skipped[:10]]
         if len(self.skipped) > 10:
