@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_bit_for_bit(images: Path, alone: Path, tmp_path: P
     output = tmp_path / "run"
     words = command(images, output)
     kill_after(words, output / CHECKPOINT, 3)
-    kill_after([*words, "--resume"], output / CHECKPOINT, 11)
+    kill_after([*words, "--set", "workers=1", "--resume"], output / CHECKPOINT, 11)
     finish([*words, "--resume"])
     assert_same(output, alone)
     # What the killed processes had begun to write is gone.
@@ -189,6 +189,26 @@ def test_a_disk_that_is_full_keeps_the_checkpoint_before(
     # With room again, the run goes on from there.
     finish([*command(images, output), "--resume"])
     assert_same(output, alone)
+
+
+def test_a_signal_to_all_of_a_job_leaves_it_time_to_save(images: Path, tmp_path: Path) -> None:
+    """Its reading processes get it too, from a launcher, a scheduler or a terminal."""
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        command(images, output, "steps=100000", "workers=2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while reached(output / CHECKPOINT) < 3:
+        assert process.poll() is None
+        time.sleep(0.003)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors[-2000:]
+    assert "stopped at step" in out
 
 
 def test_ctrl_c_on_one_of_two_processes_stops_both_with_a_checkpoint(
