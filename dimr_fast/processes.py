@@ -3,11 +3,14 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dimr_fast.device import resolve_device
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,23 @@ class Processes:
             torch.distributed.all_reduce(values)
         return values
 
+    def gather(self, values: Tensor) -> Tensor:
+        """The tensors [n, ...] of all processes as one [count·n, ...], on each, in their order."""
+        if self.count == 1:
+            return values
+        values = values.to(self.device).contiguous()
+        parts = [torch.empty_like(values) for _ in range(self.count)]
+        torch.distributed.all_gather(parts, values)
+        return torch.cat(parts)
+
+    def from_first(self, value: T) -> T:
+        """What the first process passes, on each of them."""
+        if self.count > 1:
+            values = [value]
+            torch.distributed.broadcast_object_list(values, device=self.device)
+            (value,) = values
+        return value
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
@@ -42,14 +62,19 @@ def join_processes(device: str) -> Processes:
     Several processes have a GPU each where there are GPUs and `device` is "auto" or "cuda", and are
     on the CPU otherwise. Raises ValueError for a device that cannot be had.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
         return Processes(0, 1, resolve_device(device))
     if device not in ("auto", "cuda", "cpu"):
         raise ValueError(f"device: got {device!r}, expected auto, cuda or cpu for many processes")
     from accelerate import PartialState
 
+    # Without `cpu`, accelerate takes each process for the only one where there is no GPU.
+    cpu = device == "cpu" or not torch.cuda.is_available()
     # The first process may be busy for long while the others wait: drawing samples, writing.
-    state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=4))
+    state = PartialState(cpu=cpu, timeout=timedelta(hours=4))
     if device == "cuda" and state.device.type != "cuda":
         raise ValueError("device: got 'cuda', expected one that is usable here")
+    if state.num_processes != count:
+        raise RuntimeError(f"joined {state.num_processes} processes, not the {count} of the launch")
     return Processes(state.process_index, state.num_processes, state.device)
