@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -432,6 +433,21 @@ def test_a_cache_that_cannot_be_written_is_said_before_any_work(
     with pytest.raises(OSError, match="cache"):
         evaluate(config(tmp_path, reference, images=images))
     assert Colours.calls == 0
+
+
+@pytest.mark.usefixtures("colours")
+def test_a_cache_on_a_full_disk_is_an_error_of_the_system(
+    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no traceback of the library that writes it."""
+
+    def full(*args: Any, **metadata: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    images = bad_folder(tmp_path)
+    monkeypatch.setattr("dimr_fast.files.save_file", full)
+    with pytest.raises(OSError, match=r"cache.*\.safetensors: No space left on device"):
+        evaluate(config(tmp_path, reference, images=images))
 
 
 def test_a_damaged_npz_is_found_out(tmp_path: Path) -> None:
