@@ -40,7 +40,7 @@ class TrainLog:
 
     def scalars(self, step: int, **values: float) -> None:
         """A line of figures."""
-        with _reported(step):
+        with _reported():
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
             if self._board is not None:
@@ -54,7 +54,8 @@ class TrainLog:
 
     def close(self) -> None:
         if self._board is not None:
-            self._board.close()
+            with _reported():
+                self._board.close()
 
 
 def _step(line: str) -> float:
@@ -66,11 +67,11 @@ def _step(line: str) -> float:
 
 
 @contextmanager
-def _reported(step: int) -> Iterator[None]:
+def _reported() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        tqdm.write(f"not logged at step {step}: {error}")
+        tqdm.write(f"not logged: {error}")
 
 
 def require_tensorboard() -> None:
