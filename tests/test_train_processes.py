@@ -1,5 +1,6 @@
 """Training as it is launched: killed and resumed, on one process and on two, on a full disk."""
 
+import dataclasses
 import json
 import math
 import os
@@ -20,8 +21,10 @@ from dimr_fast.checkpoint import load_checkpoint, load_model
 from dimr_fast.data.latents import FORMAT, MANIFEST, open_shard, write_shard
 from dimr_fast.data.loader import batch_indices
 from dimr_fast.data.scaling import LatentScale, scale_to_dict
+from dimr_fast.train_config import TrainConfig
 from dimr_fast.train_loop import NONFINITE
 from dimr_fast.train_state import CHECKPOINT
+from dimr_fast.training import train
 
 pytest.importorskip("accelerate", reason="needs the accelerate package")
 
@@ -199,7 +202,7 @@ def test_processes_left_to_choose_by_themselves_choose_alike(
 
 
 def test_what_is_not_finite_in_one_process_is_left_out_by_all(tmp_path: Path) -> None:
-    """Latents, one of them spoilt; each process computes its share of a batch in two parts."""
+    """Of latents one is spoilt. Each process computes its share of a batch in two parts."""
     count, bad = 20, 13
     moments = torch.randn(count, 2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
     moments[bad] = math.nan
@@ -220,6 +223,15 @@ def test_what_is_not_finite_in_one_process_is_left_out_by_all(tmp_path: Path) ->
     run = tmp_path / "run"
     settings = ("nonfinite=skip", "accumulation=2", "steps=6", "milestone_steps=1")
     finish(command(folder, run, *settings, processes=2))
+
+    # One process alone sees the same numbers, the noise in its latents too.
+    words = command(folder, tmp_path / "alone", *settings)
+    config = TrainConfig.read(None, words[words.index("--set") + 1 :: 2], tmp_path / "alone")
+    train(config)
+    losses = [contents(path)["losses"] for path in (run, tmp_path / "alone")]
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4, equal_nan=True)
+    with pytest.raises(ValueError, match="image_size: got 16, expected none: latents have their"):
+        train(dataclasses.replace(config, output=tmp_path / "other", image_size=16))
 
     batches = [batch_indices(count, 8, 0, step) for step in range(6)]
     spoilt = [step for step, batch in enumerate(batches) if bad in batch]

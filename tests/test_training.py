@@ -261,6 +261,8 @@ def test_an_unwritable_output_fails_before_any_work(tmp_path: Path) -> None:
         ({"sharding": "fsdp2"}, "sharding: got 'fsdp2' on one process"),
         ({"sharding": "fsdp2", "precision": "fp16"}, "sharding: got 'fsdp2', expected none with"),
         ({"score_images": 1}, "score_images: got 1"),
+        ({"nonfinite": "ignore"}, "nonfinite: got 'ignore', expected one of stop, skip"),
+        ({"precision": "fp8"}, "precision: got 'fp8', expected one of auto, fp32"),
         ({"preset": "huge"}, "preset: got 'huge'"),
         ({"device": "abacus"}, "device: got 'abacus'"),
     ],
