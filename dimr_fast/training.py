@@ -144,14 +144,15 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     samples = TrainSamples(config, state, processes, examples.labels)
     loop = TrainLoop(config, state, parallel, loader, processes, samples)
     if processes.first:
-        if resume:
-            remove_unfinished(config.output)
-        else:
+        if not resume:
             claim(config.output, FILES)
-        config.write(config.output / CONFIG)
+        remove_unfinished(config.output)
     processes.wait()
     if not resume:
         state.save(path, write=processes.first)
+    if processes.first:
+        # After the checkpoint: a run that was killed before that can be started again.
+        config.write(config.output / CONFIG)
     with _stop_on_signal() as stopped:
         interrupted = loop.run(stopped)
     state.save(path, write=processes.first)

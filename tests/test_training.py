@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dimr_fast import DiMR, train_loop, training
+from dimr_fast import DiMR, train_loop, train_state, training
 from dimr_fast.checkpoint import CheckpointError, load_checkpoint, load_model
 from dimr_fast.data.tiles import Tiles
 from dimr_fast.train_config import TrainConfig
@@ -99,6 +99,21 @@ def test_a_run_interrupted_before_its_first_step_goes_on(
             train(config(tmp_path / "parts"))
     train(config(tmp_path / "parts"), resume=True)
     assert same_tensors(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_killed_in_its_first_checkpoint_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, *args: Any) -> None:
+        path.with_name(f".{path.name}.1.part").write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_state, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(tmp_path, steps=1))
+    train(config(tmp_path, steps=1))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_training_works_outside_the_main_thread(tmp_path: Path) -> None:
