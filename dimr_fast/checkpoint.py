@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dimr_fast.config import DiMRConfig
 from dimr_fast.data.scaling import Scale, scale_from_dict, scale_to_dict
-from dimr_fast.files import write_folder
-from dimr_fast.hub import CONFIG, CheckpointError, read_config, read_tensors, write_tensors
+from dimr_fast.files import write_folder, write_tensors
+from dimr_fast.hub import CONFIG, CheckpointError, read_config, read_tensors
 from dimr_fast.model import DiMR
 
 EMA_PREFIX = "ema."

@@ -12,8 +12,8 @@ from torch import Tensor
 from dimr_fast.checkpoint import EMA_PREFIX, CheckpointError, load_checkpoint, load_published
 from dimr_fast.config import PRESETS, DiMRConfig, preset_of, require_fields
 from dimr_fast.data.scaling import LatentScale, PixelScale, scale_to_dict
-from dimr_fast.files import write_atomically, write_folder
-from dimr_fast.hub import CONFIG, WEIGHTS, canonical, read_config, read_tensors, write_tensors
+from dimr_fast.files import write_atomically, write_folder, write_tensors
+from dimr_fast.hub import CONFIG, WEIGHTS, canonical, read_config, read_tensors
 from dimr_fast.model import DiMR
 
 PUBLISHED, SAFETENSORS = (".pth", ".pt"), ".safetensors"

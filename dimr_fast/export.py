@@ -1,6 +1,7 @@
 """A training run as a model to share: its EMA weights, configuration, recipe and scores."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from dimr_fast.checkpoint import CheckpointError, load_checkpoint, load_model, s
 from dimr_fast.config import require_fields
 
 PLACES = ("output", "checkpoint")
-"""Settings that say where files lay, which is nobody else's business."""
+"""Settings that only say where files lay, which is nobody else's business."""
+FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\s]+/)+")
+"""The folders of an absolute path, anywhere in a text but in a URL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +77,12 @@ def _recipe(checkpoint: Path) -> dict[str, Any]:
 
 
 def _without_places(values: Any) -> Any:
-    if not isinstance(values, dict):
-        return values
-    return {name: _without_places(v) for name, v in values.items() if name not in PLACES}
+    """The same JSON value, with no more of other paths than the last name."""
+    if isinstance(values, dict):
+        return {name: _without_places(v) for name, v in values.items() if name not in PLACES}
+    if isinstance(values, list):
+        return [_without_places(value) for value in values]
+    return FOLDERS.sub("", values) if isinstance(values, str) else values
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -15,14 +15,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 from tqdm import tqdm
 
 from dimr_fast.autoencoder import Autoencoder
 from dimr_fast.config import require_fields
 from dimr_fast.data.images import ImageFiles, UnreadableImageError, list_images, read_image
 from dimr_fast.data.latents import (
-    DTYPES,
     FORMAT,
     MANIFEST,
     DamagedShardError,
@@ -31,8 +29,9 @@ from dimr_fast.data.latents import (
     write_shard,
 )
 from dimr_fast.data.scaling import LatentScale, scale_to_dict
-from dimr_fast.device import resolve_device
+from dimr_fast.device import DTYPES, resolve_device
 from dimr_fast.files import claim, write_json
+from dimr_fast.processes import Place, start_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,48 +117,14 @@ class _Job:
     def path(self, number: int) -> Path:
         return self.config.output / f"shard-{number:05}.safetensors"
 
+    def shards(self, place: Place) -> range:
+        """The numbers of the shards that a process makes."""
+        return range(place.rank, self.count, place.count)
+
     def part(self, number: int) -> slice:
         """Which of the images are in a shard."""
         first = number * self.config.shard_size
         return slice(first, min(first + self.config.shard_size, len(self.files.names)))
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A process among all of a launch and among those on its machine (`local`)."""
-
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
-
-    @classmethod
-    def from_environment(cls) -> "_Place":
-        """What torchrun or accelerate has set; alone where nothing is set."""
-        rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-        world, local_world = (
-            int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        )
-        return cls(rank, world, local_rank, local_world)
-
-    def part(self, number: int, parts: int) -> "_Place":
-        """That of the process `number` of `parts` which this one starts."""
-        return _Place(
-            self.rank * parts + number,
-            self.world * parts,
-            self.local_rank * parts + number,
-            self.local_world * parts,
-        )
-
-    def device(self, device: torch.device) -> torch.device:
-        """This process's own, where only "cuda" is asked for."""
-        if device.type == "cuda" and device.index is None:
-            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
-        return device
-
-    def shards(self, job: _Job) -> range:
-        """The numbers of the shards that this process makes."""
-        return range(self.rank, job.count, self.world)
 
 
 def extract(config: ExtractConfig) -> ExtractSummary:
@@ -179,7 +144,7 @@ def extract(config: ExtractConfig) -> ExtractSummary:
     files = list_images(config.images)
     if config.output.resolve().is_relative_to(config.images.resolve()):
         raise ValueError(f"output: got {config.output}, expected a folder outside the images'")
-    place = _Place.from_environment()
+    place = Place.from_environment()
     shards = -(-len(files.names) // config.shard_size)
     processes = min(_processes(config, device, place), shards)
     own_device = place.device(device) if processes == 1 else torch.device("cpu")
@@ -196,20 +161,24 @@ def extract(config: ExtractConfig) -> ExtractSummary:
     claim(config.output, ())
     _refuse_other_latents(job)
     places = [place.part(number, processes) for number in range(processes)]
-    total = sum(_length(job.part(number)) for place in places for number in place.shards(job))
+    total = sum(_length(job.part(number)) for place in places for number in job.shards(place))
     with tqdm(total=total, unit="image", desc="extracting", disable=place.rank > 0) as bar:
         if processes == 1:
             _make_shards(job, autoencoder, place, bar.update)
         else:
             del autoencoder
-            _start_processes(job, device, places, bar)
-    return _finish(job, scale, alone=place.world == 1)
+            done = torch.zeros(processes, dtype=torch.int64).share_memory_()
+            arguments = (job, device, places, done)
+            start_processes(
+                _process, arguments, processes, lambda: bar.update(int(done.sum()) - bar.n)
+            )
+    return _finish(job, scale, alone=place.count == 1)
 
 
-def _processes(config: ExtractConfig, device: torch.device, place: _Place) -> int:
+def _processes(config: ExtractConfig, device: torch.device, place: Place) -> int:
     if config.processes is not None:
         return config.processes
-    if place.world > 1:
+    if place.count > 1:
         return 1
     if device.type == "cuda":
         return torch.cuda.device_count() if device.index is None else 1
@@ -250,27 +219,8 @@ def _refuse_other_latents(job: _Job) -> None:
                 )
 
 
-def _start_processes(
-    job: _Job, device: torch.device, places: list[_Place], bar: "tqdm[Any]"
-) -> None:
-    done = torch.zeros(len(places), dtype=torch.int64).share_memory_()
-    context = spawn(_process, (job, device, places, done), len(places), join=False)
-    try:
-        finished = False
-        while not finished:
-            finished = context.join(timeout=0.2)
-            if int(done.sum()) > bar.n:
-                bar.update(int(done.sum()) - bar.n)
-    except (ProcessRaisedException, ProcessExitedException) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ChildProcessError(f"process {error.error_index} stopped: {reason}") from error
-    finally:
-        for process in context.processes:
-            process.terminate()
-
-
 def _process(
-    number: int, job: _Job, device: torch.device, places: list[_Place], done: Tensor
+    number: int, job: _Job, device: torch.device, places: list[Place], done: Tensor
 ) -> None:
     """What a started process does; `done` counts its images for the one that started it."""
     place, parent = places[number], os.getppid()
@@ -284,15 +234,15 @@ def _process(
 
 
 def _make_shards(
-    job: _Job, autoencoder: Autoencoder, place: _Place, progress: Callable[[int], object]
+    job: _Job, autoencoder: Autoencoder, place: Place, progress: Callable[[int], object]
 ) -> None:
     """Make the shards of this place that are not there, and whole, already."""
     threads = torch.get_num_threads()
     # Sums in another number of threads round differently, and processes share the processors.
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(max(1, _processors() // place.local_world)) as decoders:
-            for number in place.shards(job):
+        with ThreadPoolExecutor(max(1, _processors() // place.local_count)) as decoders:
+            for number in job.shards(place):
                 path = job.path(number)
                 for unfinished in path.parent.glob(f".{path.name}.*.part"):
                     unfinished.unlink()

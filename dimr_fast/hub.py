@@ -8,12 +8,11 @@ from typing import Any, Self
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dimr_fast.card import model_card
 from dimr_fast.config import DiMRConfig
-from dimr_fast.files import write_atomically
+from dimr_fast.files import write_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 NOTES = ("classes", "scale", "recipe", "scores", "license")
@@ -122,18 +121,6 @@ def canonical(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str
             raise ValueError(f"weights: got two of the name {bare!r}, expected one")
         renamed[bare] = tensor
     return renamed, removed
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, which appears whole or not at all. Raises OSError where it cannot.
-
-    What was at `path` stays until the new file is complete.
-    """
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        write_atomically(path, lambda part: save_file(whole, part, metadata=metadata))
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
 
 
 def read_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:

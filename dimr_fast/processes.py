@@ -1,14 +1,19 @@
-"""The processes of a job: one, or those that torchrun or `accelerate launch` started."""
+"""The processes of a job: one, those that a launcher started, or those that the job starts."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 
 from dimr_fast.data import DataUnavailableError
 from dimr_fast.device import resolve_device
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,23 @@ class Processes:
             torch.distributed.all_reduce(values)
         return values
 
+    def gather(self, values: Tensor) -> Tensor:
+        """The tensors [n, ...] of all processes as one [count·n, ...], on each, in their order."""
+        if self.count == 1:
+            return values
+        values = values.to(self.device).contiguous()
+        parts = [torch.empty_like(values) for _ in range(self.count)]
+        torch.distributed.all_gather(parts, values)
+        return torch.cat(parts)
+
+    def from_first(self, value: T) -> T:
+        """What the first process passes, on each of them."""
+        if self.count > 1:
+            values = [value]
+            torch.distributed.broadcast_object_list(values, device=self.device)
+            (value,) = values
+        return value
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
@@ -44,7 +66,8 @@ def join_processes(device: str) -> Processes:
     on the CPU otherwise. Raises ValueError for a device that cannot be had and
     DataUnavailableError where accelerate is missing.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
         return Processes(0, 1, resolve_device(device))
     if device not in ("auto", "cuda", "cpu"):
         raise ValueError(f"device: got {device!r}, expected auto, cuda or cpu for many processes")
@@ -56,7 +79,63 @@ def join_processes(device: str) -> Processes:
     except ModuleNotFoundError as error:
         raise DataUnavailableError("the accelerate package", extra="train") from error
 
-    # Unless it is told so, accelerate leaves processes without a GPU to themselves.
+    # Without `cpu`, accelerate takes each process for the only one where there is no GPU.
     # The first process may be busy for long while the others wait: drawing samples, writing.
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=4))
+    if state.num_processes != count:
+        raise RuntimeError(f"joined {state.num_processes} processes, not the {count} of the launch")
     return Processes(state.process_index, state.num_processes, state.device)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process among all `count` of a job that never talk, and those on its machine (`local`)."""
+
+    rank: int
+    count: int
+    local_rank: int
+    local_count: int
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """What torchrun or accelerate has set; alone where nothing is set."""
+        defaults = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+        return cls(*(int(os.environ.get(name, default)) for name, default in defaults))
+
+    def part(self, number: int, parts: int) -> "Place":
+        """That of the process `number` of `parts` which this one starts."""
+        return Place(
+            self.rank * parts + number,
+            self.count * parts,
+            self.local_rank * parts + number,
+            self.local_count * parts,
+        )
+
+    def device(self, device: torch.device) -> torch.device:
+        """This process's own of several GPUs, where only "cuda" is asked for."""
+        if device.type == "cuda" and device.index is None:
+            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        return device
+
+
+def start_processes(
+    work: Callable[..., object],
+    arguments: tuple[Any, ...],
+    count: int,
+    meanwhile: Callable[[], object],
+) -> None:
+    """Run `work(number, *arguments)` in `count` new processes, and `meanwhile` now and then here.
+
+    Raises ChildProcessError where one fails; then, and whatever else ends the wait, all end.
+    """
+    context = spawn(work, arguments, count, join=False)
+    try:
+        while not context.join(timeout=0.2):
+            meanwhile()
+        meanwhile()
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ChildProcessError(f"process {error.error_index} stopped: {reason}") from error
+    finally:
+        for process in context.processes:
+            process.terminate()

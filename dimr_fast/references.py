@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,7 +26,7 @@ from dimr_fast.data.image_sets import (
 )
 from dimr_fast.data.tiles import load_tiles
 from dimr_fast.features import FeatureNetwork, InceptionFeatures, file_hash
-from dimr_fast.files import claim, write_atomically
+from dimr_fast.files import claim, write_tensors
 from dimr_fast.metrics import covariance_factor
 from dimr_fast.summaries import KEPT, FeatureSummary, summarize
 
@@ -137,8 +136,7 @@ def reference_summary(
         return found
     summary = summarize(network, images, progress)
     tensors = _tensors(summary)
-    metadata = {"key": key, "hash": _hash(tensors)}
-    write_atomically(path, lambda part: save_file(tensors, part, metadata=metadata))
+    write_tensors(path, tensors, {"key": key, "hash": _hash(tensors)})
     return summary
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -82,6 +82,10 @@ class Sampler:
             guidance_interval=(interval[0] <= interval[1], "the least time, then the largest"),
             noise_limit=(self.noise_limit is None or self.noise_limit > 0, "a positive number"),
             batch_size=(self.batch_size > 0, "1 or more"),
+            precision=(
+                self.precision in get_args(Precision),
+                f"one of {', '.join(get_args(Precision))}",
+            ),
             seed=(self.seed >= 0, "0 or more"),
         )
 

@@ -8,7 +8,6 @@ processes nor an interruption changes an image.
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 from tqdm import tqdm
 
 from dimr_fast.checkpoint import TrainedModel, demo_model, load_model
@@ -29,6 +27,7 @@ from dimr_fast.files import claim, write_json
 from dimr_fast.image_files import write_array, write_npz, write_png
 from dimr_fast.model import DiMR
 from dimr_fast.pictures import image_grid
+from dimr_fast.processes import Place, start_processes
 from dimr_fast.sampler import (
     Decode,
     ImageSampler,
@@ -104,27 +103,6 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """This process among all that draw."""
-
-    rank: int
-    world: int
-    local_rank: int
-
-    @classmethod
-    def from_environment(cls) -> "_Place":
-        """Read what torchrun and accelerate set; alone where nothing is set."""
-        names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        return cls(*(int(os.environ.get(name, default)) for name, default in names))
-
-    def device(self, device: torch.device) -> torch.device:
-        """That of this process: of several GPUs its own."""
-        if device.type == "cuda" and device.index is None:
-            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
-        return device
-
-
-@dataclass(frozen=True)
 class _Job:
     """What every process needs to know."""
 
@@ -163,7 +141,7 @@ def sample(config: SampleConfig) -> list[Path]:
     is there already; OSError where nothing can be written or a process fails.
     """
     config.validate()
-    place = _Place.from_environment()
+    place = Place.from_environment()
     device = resolve_device(config.device)
     processes = _processes(config, place, device)
     first = place.rank == 0
@@ -182,7 +160,9 @@ def sample(config: SampleConfig) -> list[Path]:
     total, done = len(job.labels), job.drawn()
     with tqdm(total=total, initial=done, unit="image", desc="sampling", disable=not first) as bar:
         if processes > 1:
-            _start_processes(job, device, processes, bar)
+            threads = max(1, torch.get_num_threads() // processes)
+            arguments = (job, place, device, processes, threads)
+            start_processes(_process, arguments, processes, lambda: bar.update(job.drawn() - bar.n))
         else:
             _draw_share(job, ImageSampler(trained, job.sampler, decode), place, bar)
         while first and job.drawn() < total:
@@ -192,12 +172,12 @@ def sample(config: SampleConfig) -> list[Path]:
     return _finish(job) if first else []
 
 
-def _processes(config: SampleConfig, place: _Place, device: torch.device) -> int:
-    if place.world > 1:
+def _processes(config: SampleConfig, place: Place, device: torch.device) -> int:
+    if place.count > 1:
         if config.processes not in (None, 1):
             raise ValueError(
                 f"processes: got {config.processes}, expected None or 1 where a launcher has "
-                f"started {place.world}"
+                f"started {place.count}"
             )
         return 1
     if config.processes is not None:
@@ -324,33 +304,20 @@ def _refuse_another_job(job: _Job, stored: dict[str, Any]) -> None:
             )
 
 
-def _start_processes(job: _Job, device: torch.device, processes: int, bar: "tqdm[Any]") -> None:
-    threads = max(1, torch.get_num_threads() // processes)
-    context = spawn(_process, (job, device, processes, threads), processes, join=False)
-    try:
-        while not context.join(timeout=0.2):
-            bar.update(job.drawn() - bar.n)
-        bar.update(job.drawn() - bar.n)
-    except (ProcessRaisedException, ProcessExitedException) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ChildProcessError(f"process {error.error_index} stopped: {reason}") from error
-    finally:
-        for process in context.processes:
-            process.terminate()
-
-
-def _process(number: int, job: _Job, device: torch.device, processes: int, threads: int) -> None:
+def _process(
+    number: int, job: _Job, place: Place, device: torch.device, processes: int, threads: int
+) -> None:
     """What a started process does."""
     torch.set_num_threads(threads)
-    place = _Place(number, processes, number)
+    place = place.part(number, processes)
     trained, decode = _load(job.config, place.device(device))
     with tqdm(disable=True) as bar:
         _draw_share(job, ImageSampler(trained, job.sampler, decode), place, bar)
 
 
-def _draw_share(job: _Job, draw: ImageSampler, place: _Place, bar: "tqdm[Any]") -> None:
+def _draw_share(job: _Job, draw: ImageSampler, place: Place, bar: "tqdm[Any]") -> None:
     """Draw what is missing of the parts of this process."""
-    missing = [part for part in job.parts()[place.rank :: place.world] if not part[0].exists()]
+    missing = [part for part in job.parts()[place.rank :: place.count] if not part[0].exists()]
     # Where the first process found all parts there, it may have removed them since.
     if not missing or _finished(job.config.output):
         return

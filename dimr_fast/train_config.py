@@ -113,6 +113,8 @@ class TrainConfig:
 
     def validate(self) -> None:
         """ValueError naming a setting that is out of range."""
+        choices = {name: getattr(self, name) for name in ("precision", "sharding", "nonfinite")}
+        _typed_fields(type(self), choices)
         minutes, clip = self.minutes, self.max_grad_norm
         timed = self.steps is not None if minutes is None else minutes > 0
 

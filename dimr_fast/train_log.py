@@ -1,7 +1,10 @@
 """What a training run says of itself: lines of `log.jsonl`, TensorBoard, MFU."""
 
 import json
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from dimr_fast.config import DiMRConfig
 from dimr_fast.data import DataUnavailableError
@@ -21,26 +25,27 @@ LOG = "log.jsonl"
 class TrainLog:
     """Appends to `log.jsonl` in `folder` and, with `tensorboard`, to event files beside it.
 
-    Lines from `step` on, which a run that was killed wrote after its last checkpoint, are removed.
-    Raises DataUnavailableError where TensorBoard is wanted and missing.
+    Lines of steps after `step`, which a run that was killed wrote after its last checkpoint, are
+    removed. What cannot be written later is reported, and the run goes on. Raises
+    DataUnavailableError where TensorBoard is wanted and missing.
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
         self._path = folder / LOG
         lines = self._path.read_text().splitlines() if self._path.exists() else []
-        # A last line may be cut short.
-        whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        whole = [line for line in lines if _step(line) <= step]
         text = "".join(f"{line}\n" for line in whole)
         write_atomically(self._path, lambda part: part.write_text(text))
         self._board = _summary_writer(folder / "tensorboard", step) if tensorboard else None
 
     def scalars(self, step: int, **values: float) -> None:
         """A line of figures."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        with _reported():
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            if self._board is not None:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
 
     def image(self, step: int, picture: Tensor) -> None:
         """A picture uint8 [H, W, 3], to TensorBoard only."""
@@ -49,7 +54,24 @@ class TrainLog:
 
     def close(self) -> None:
         if self._board is not None:
-            self._board.close()
+            with _reported():
+                self._board.close()
+
+
+def _step(line: str) -> float:
+    """The step of a line; none is before that of one that was cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return math.inf
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"not logged: {error}")
 
 
 def require_tensorboard() -> None:
@@ -63,7 +85,7 @@ def require_tensorboard() -> None:
 def _summary_writer(folder: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=step)
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 @cache

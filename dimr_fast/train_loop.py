@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 import torch
@@ -91,13 +91,16 @@ class TrainLoop:
         rate = Rate(state.step, state.seconds)
         saved = state.seconds
         state.model.train()
-        with tqdm(
-            total=1.0,
-            initial=min(progress(config, state), 1.0),
-            bar_format=BAR,
-            mininterval=0.5,
-            disable=not first,
-        ) as bar:
+        with (
+            nullcontext() if log is None else closing(log),
+            tqdm(
+                total=1.0,
+                initial=min(progress(config, state), 1.0),
+                bar_format=BAR,
+                mininterval=0.5,
+                disable=not first,
+            ) as bar,
+        ):
             self._began = time.monotonic() - state.seconds
             _, stop = self._agree(0.0, stopped())
             while progress(config, state) < 1 and not stop:
@@ -129,8 +132,6 @@ class TrainLoop:
                 paused = time.monotonic()
                 self.samples.draw_when_due(log)
                 self._began += time.monotonic() - paused
-        if log is not None:
-            log.close()
         return stop
 
     def _gradients(self, batch: Batch) -> tuple[Tensor, float]:
@@ -219,28 +220,33 @@ class TrainLoop:
             state.scaler.update()
             return
         state.scaler.update()
-        path = config.output / NONFINITE
-        self._inspect(batch, loss, norm)
+        kept = self._inspect(batch, loss, norm)
         what = f"loss {loss}, gradient norm {norm} at step {state.step + 1}"
         self.skipped += 1
         if config.nonfinite == "stop" or self.skipped == MOST_SKIPPED:
             count = f", the {MOST_SKIPPED}th in a row" if config.nonfinite == "skip" else ""
             raise FloatingPointError(
-                f"{what}{count}; {path} holds the batch and the state before it, "
-                f"{config.output / CHECKPOINT} the last checkpoint"
+                f"{what}{count}; {kept}; {config.output / CHECKPOINT} is the last checkpoint"
             )
         if self.processes.first:
-            tqdm.write(f"{what}: step left out; {path} holds the batch and the state")
+            tqdm.write(f"{what}: step left out; {kept}")
 
-    def _inspect(self, batch: Batch, loss: float, norm: float) -> None:
-        """Write what led to a loss that is not finite: this process's inputs, the whole state."""
-        inputs = [torch.cat(parts) for parts in zip(*self._inputs(batch), strict=True)]
+    def _inspect(self, batch: Batch, loss: float, norm: float) -> str:
+        """Write what led to a loss that is not finite, inputs and state; what there is to say."""
         names = ("input.x0", "input.y", "input.step", "input.noise")
-        named = dict(zip(names, inputs, strict=True)) | {"input.indices": batch.indices}
-        tensors = self.state.tensors()
+        parts = zip(*self._inputs(batch), strict=True)
+        inputs = {name: torch.cat(part) for name, part in zip(names, parts, strict=True)}
+        inputs["input.indices"] = batch.indices
+        whole = {name: self.processes.gather(part) for name, part in inputs.items()}
+        tensors = self.state.tensors(keep=self.processes.first)
+        path = self.config.output / NONFINITE
         if self.processes.first:
             metadata = self.state.metadata() | {"loss": str(loss), "gradient_norm": str(norm)}
-            save_checkpoint(self.config.output / NONFINITE, tensors | named, metadata)
+            try:
+                save_checkpoint(path, tensors | whole, metadata)
+            except OSError as error:
+                return f"the batch could not be written ({error})"
+        return f"{path} holds the batch and the state before it"
 
     def _save(self, milestone: bool) -> None:
         """Write the checkpoint; where that fails, say so and go on with the previous one."""

@@ -69,25 +69,24 @@ class TrainSamples:
         )
         if not grid and not score:
             return
-        tensors = self.state.tensors()
+        averaged = self.state.tensors(EMA_PREFIX, keep=log is not None)
         if log is not None:
-            trained = self._averaged(tensors)
-            if grid:
-                self._draw_grid(trained, log)
+            trained = self._trained(averaged)
+            try:
+                if grid:
+                    self._draw_grid(trained, log)
+            except OSError as error:
+                tqdm.write(f"no samples at step {step}: {error}")
             if score:
                 log.scalars(step, frechet_distance=self._score(trained))
         self.processes.wait()
 
-    def _averaged(self, tensors: dict[str, Tensor]) -> TrainedModel:
+    def _trained(self, averaged: dict[str, Tensor]) -> TrainedModel:
         branches = self.state.model.config.stage_configs
         plain = tuple(replace(branch, checkpointing=False) for branch in branches)
         model = DiMR(replace(self.state.model.config, stage_configs=plain))
         model.load_state_dict(
-            {
-                name.removeprefix(EMA_PREFIX): value
-                for name, value in tensors.items()
-                if name.startswith(EMA_PREFIX)
-            }
+            {name.removeprefix(EMA_PREFIX): value for name, value in averaged.items()}
         )
         model.to(self.processes.device).eval()
         return TrainedModel(model, self.state.classes, self.state.scale)

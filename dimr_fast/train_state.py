@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dimr_fast.checkpoint import EMA_PREFIX, CheckpointError, load_checkpoint, save_checkpoint
-from dimr_fast.data.scaling import Scale, scale_to_dict
+from dimr_fast.data.scaling import Scale, scale_from_dict, scale_to_dict
+from dimr_fast.files import write_atomically
 from dimr_fast.model import DiMR
 from dimr_fast.optim import EMA
 
@@ -46,16 +47,27 @@ class TrainState:
         branches = (replace(b, checkpointing=False) for b in self.model.config.stage_configs)
         return replace(self.model.config, stage_configs=tuple(branches)).to_dict()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors, whole, under the names that they have on disk; every process must ask."""
-        whole: dict[str, Tensor] = {}
+    def tensors(self, prefix: str = "", *, keep: bool = True) -> dict[str, Tensor]:
+        """The tensors whose names, those on disk, begin with `prefix`; whole.
+
+        Every process must ask, since shards are gathered. One that does not `keep` them gets none:
+        what is sharded may be too much for one device, so it is gathered one by one.
+        """
+        found: dict[str, Tensor] = {}
+        for name, tensor in self._named():
+            if name.startswith(prefix):
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                if keep:
+                    found[name] = whole if whole is tensor else whole.cpu()
+        return found
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
-            whole[MODEL_PREFIX + name] = _whole(parameter.detach())
-            whole[EMA_PREFIX + name] = _whole(self.ema.tensors[name])
+            yield MODEL_PREFIX + name, parameter.detach()
+            yield EMA_PREFIX + name, self.ema.tensors[name]
             for key, value in self.optimizer.state[parameter].items():
-                whole[f"{OPTIMIZER_PREFIX}{key}.{name}"] = _whole(value)
-        whole["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        return whole
+                yield f"{OPTIMIZER_PREFIX}{key}.{name}", value
+        yield "losses", torch.tensor(self.losses, dtype=torch.float64)
 
     def metadata(self) -> dict[str, Any]:
         """What a checkpoint says beside its tensors."""
@@ -74,14 +86,15 @@ class TrainState:
 
         What was there stays until the new one is whole. Raises OSError where it cannot be written.
         """
-        tensors = self.tensors()
+        tensors = self.tensors(keep=write)
         if write:
             save_checkpoint(path, tensors, self.metadata())
 
     def load(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Take over what `read_state` found at `path`.
 
-        Raises CheckpointError for another model or recipe.
+        That includes the scale of inputs: measured again it might round differently. Raises
+        CheckpointError for another model, recipe or other classes.
         """
         if metadata.get("config") != json.loads(json.dumps(self._config)):
             raise CheckpointError(f"{path}: holds another model than this run trains")
@@ -89,7 +102,13 @@ class TrainState:
             if self.recipe.get(name) != value:
                 ours = self.recipe.get(name)
                 raise CheckpointError(f"{path}: was trained with {name} {value}, not {ours}")
+        classes = tuple(metadata.get("classes", ()))
+        if classes != self.classes:
+            raise CheckpointError(
+                f"{path}: was trained with classes {_some(classes)}, not {_some(self.classes)}"
+            )
         try:
+            self.scale = scale_from_dict(metadata["scale"])
             self.step, self.seconds = metadata["step"], metadata["seconds"]
             self.losses = tensors["losses"].tolist()
             self.scaler.load_state_dict(metadata["scaler"])
@@ -141,14 +160,14 @@ def keep_milestone(path: Path, step: int, newest: int | None) -> None:
     try:
         os.link(path, kept)
     except OSError:  # a file system without links
-        shutil.copyfile(path, kept)
+        write_atomically(kept, lambda part: shutil.copyfile(path, part))
     if newest is not None:
         for _, other in milestones(path)[:-newest]:
             other.unlink()
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _some(classes: tuple[str, ...]) -> str:
+    return ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
 
 
 def _fill(target: Tensor, value: Tensor) -> None:

@@ -20,7 +20,13 @@ from dimr_fast.data.images import ImageFolder
 from dimr_fast.data.latents import MANIFEST, LatentShards
 from dimr_fast.data.loader import Loader
 from dimr_fast.data.tiles import load_tiles
-from dimr_fast.device import device_name, keep_freed_memory, precision_name, resolve_precision
+from dimr_fast.device import (
+    DTYPES,
+    device_name,
+    keep_freed_memory,
+    precision_name,
+    resolve_precision,
+)
 from dimr_fast.files import claim, remove_unfinished, write_json
 from dimr_fast.model import DiMR
 from dimr_fast.optim import EMA, adamw
@@ -39,7 +45,7 @@ FILES = (CHECKPOINT, CONFIG, LOG, "loss.png", "train.json")
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """How a run went; losses are means over its first 20 and last 100 steps."""
+    """How a run went; losses are means over its first 20 and last 100 steps that were finite."""
 
     steps: int
     seconds: float
@@ -116,8 +122,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     if stored is not None and precision == "auto":
         # Timing the machine again might choose otherwise.
         precision = stored[1].get("recipe", {}).get("precision", precision)
-    dtype = resolve_precision(precision, device)
-    config = dataclasses.replace(config, precision=precision_name(dtype))
+    # Each process times the machine for itself, and close calls fall either way.
+    precision = processes.from_first(precision_name(resolve_precision(precision, device)))
+    dtype = DTYPES[precision]
+    config = dataclasses.replace(config, precision=precision)
     torch.manual_seed(config.seed)
     model = _new_model(config, examples).to(device)
     parallel = in_parallel(model, config, processes)
@@ -137,32 +145,33 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     samples = TrainSamples(config, state, processes, examples.labels)
     loop = TrainLoop(config, state, parallel, loader, processes, samples)
     if processes.first:
-        if resume:
-            remove_unfinished(config.output)
-        else:
+        if not resume:
             claim(config.output, FILES)
-        config.write(config.output / CONFIG)
+        remove_unfinished(config.output)
     processes.wait()
     if not resume:
         state.save(path, write=processes.first)
+    if processes.first:
+        # After the checkpoint: a run that was killed before that can be started again.
+        config.write(config.output / CONFIG)
     with _stop_on_signal() as stopped:
         interrupted = loop.run(stopped)
     state.save(path, write=processes.first)
+    finite = [loss for loss in state.losses if math.isfinite(loss)]
     summary = TrainSummary(
         steps=state.step,
         seconds=state.seconds,
         images_per_second=state.step * config.batch_size / state.seconds if state.seconds else 0.0,
-        first_loss=_mean(state.losses[:20]),
-        last_loss=_mean(state.losses[-100:]),
+        first_loss=_mean(finite[:20]),
+        last_loss=_mean(finite[-100:]),
         parameters=sum(p.numel() for p in model.parameters()),
         processes=processes.count,
         device=device_name(device),
-        precision=precision_name(dtype),
+        precision=precision,
         torch=torch.__version__,
         interrupted=interrupted,
     )
     if processes.first:
-        finite = [loss for loss in state.losses if math.isfinite(loss)]
         if finite:
             loss_curve(finite, config.output / "loss.png")
         write_json(

@@ -213,11 +213,13 @@ def run(trained: TrainedModel, tmp_path: Path) -> Path:
 def test_export_writes_the_averaged_model_and_what_the_run_says(
     trained: TrainedModel, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = {"config": {"learning_rate": 0.25, "output": "/home/me/run"}, "result": {"steps": 8}}
+    settings = {"learning_rate": 0.25, "output": "/home/me/run", "data": "/home/me/photos"}
+    record = {"config": settings, "result": {"steps": 8}}
     (run / "train.json").write_text(json.dumps(record))
     (run / "loss.png").write_bytes(b"curve")
     sampled = {"sampling": {"checkpoint": "/home/me/run/checkpoint.safetensors", "steps": 25}}
-    (run / "scores.json").write_text(json.dumps(SCORES | sampled))
+    said = {"reference": ["/home/me/real (png)", "files /home/me/real 12ab", "https://a.b/c/d"]}
+    (run / "scores.json").write_text(json.dumps(SCORES | sampled | said))
     output = tmp_path / "shared"
     arguments = ["export", "--checkpoint", run / "checkpoint.safetensors", "--output", output]
     arguments += ["--scores", run / "scores.json", "--license", "apache-2.0"]
@@ -227,8 +229,10 @@ def test_export_writes_the_averaged_model_and_what_the_run_says(
     for name, value in trained.model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], value)
     written = json.loads((output / "config.json").read_text())
-    assert written["recipe"] == {"config": {"learning_rate": 0.25}, "result": {"steps": 8}}
-    assert written["scores"] == SCORES | {"sampling": {"steps": 25}}
+    settings = {"learning_rate": 0.25, "data": "photos"}
+    assert written["recipe"] == {"config": settings, "result": {"steps": 8}}
+    said = {"reference": ["real (png)", "files real 12ab", "https://a.b/c/d"]}
+    assert written["scores"] == SCORES | {"sampling": {"steps": 25}} | said
     card = (output / "README.md").read_text()
     assert "![loss](loss.png)" in card
     assert "/home/me" not in card

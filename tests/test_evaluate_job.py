@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -374,7 +375,7 @@ def few(tmp_path: Path) -> Path:
     [
         (truncated, r"images: got 2 of 12 files in .*cannot be read, first .*0003\.png"),
         (mixed, r"several sizes in .*: 12 of 16x16, 1 of 40x20, such as .*grid\.png"),
-        (empty, r"images: got .*fake without images, expected \.png"),
+        (empty, r"images: got .*fake without images, expected some of \.avif"),
         (floats, r"images: got arr_0 of float32 \(12, 16, 16, 3\)"),
         (other_arrays, r"images: got .* with images, expected arr_0"),
         (no_npz, r"images: got .*fake\.npz, expected an \.npz file"),
@@ -415,6 +416,23 @@ def test_bad_settings_name_the_setting(
     assert not (tmp_path / "out").exists()
 
 
+def test_scored_images_are_decoded_as_those_for_training(tmp_path: Path) -> None:
+    """Sixteen bits are not clipped to white, and no kind of file is passed over."""
+    Image.fromarray(np.full((4, 4), 20_000, np.uint16)).save(tmp_path / "a.png")
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "b.png")
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "c.tif")
+    Image.new("L", (4, 4), 9).save(tmp_path / ".hidden.png")
+    pixels = read(FolderImages(tmp_path))
+    assert pixels[:, :, 0, 0].tolist() == [[77, 77, 77], [255, 255, 255], [1, 2, 3]]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be seen upright it has to be turned
+    folder = tmp_path / "turned"
+    folder.mkdir()
+    Image.new("RGB", (4, 8)).save(folder / "d.png", exif=exif)
+    with pytest.raises(ValueError, match=r"images: got .*d\.png, upright 8x4, expected 4x8"):
+        read(FolderImages(folder))
+
+
 def test_a_jpeg_cut_short_is_found_out_and_named(tmp_path: Path) -> None:
     Image.fromarray(drawn(1, size=64)[0].permute(1, 2, 0).numpy()).save(tmp_path / "a.jpg")
     data = (tmp_path / "a.jpg").read_bytes()
@@ -432,6 +450,21 @@ def test_a_cache_that_cannot_be_written_is_said_before_any_work(
     with pytest.raises(OSError, match="cache"):
         evaluate(config(tmp_path, reference, images=images))
     assert Colours.calls == 0
+
+
+@pytest.mark.usefixtures("colours")
+def test_a_cache_on_a_full_disk_is_an_error_of_the_system(
+    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no traceback of the library that writes it."""
+
+    def full(*args: Any, **metadata: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    images = bad_folder(tmp_path)
+    monkeypatch.setattr("dimr_fast.files.save_file", full)
+    with pytest.raises(OSError, match=r"cache.*\.safetensors: No space left on device"):
+        evaluate(config(tmp_path, reference, images=images))
 
 
 def test_a_damaged_npz_is_found_out(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from dimr_fast.autoencoder import Autoencoder
 from dimr_fast.cli import main
-from dimr_fast.data import latents as latents_module
 from dimr_fast.data.images import ImageFolder
 from dimr_fast.data.latents import DamagedShardError, LatentShards, open_shard
 from dimr_fast.data.scaling import LatentScale
@@ -144,8 +143,7 @@ def test_processes_of_a_launcher_leave_the_same_files(
 
 KILLED_IN_THE_THIRD_SHARD = """
 import os, pickle, signal, sys
-from dimr_fast import extraction
-from dimr_fast.data import latents
+from dimr_fast import extraction, files
 
 def save_half(tensors, path, metadata):
     if "shard-00002" in path.name:
@@ -153,7 +151,7 @@ def save_half(tensors, path, metadata):
         os.kill(os.getpid(), signal.SIGKILL)
     save_file(tensors, path, metadata)
 
-save_file, latents.save_file = latents.save_file, save_half
+save_file, files.save_file = files.save_file, save_half
 extraction.extract(pickle.load(sys.stdin.buffer))
 """
 
@@ -317,7 +315,7 @@ def test_a_full_disk_keeps_what_is_there(
 
     config = dataclasses.replace(config, output=tmp_path / "out")
     with monkeypatch.context() as full:
-        full.setattr(latents_module, "save_file", save_until_full)
+        full.setattr("dimr_fast.files.save_file", save_until_full)
         with pytest.raises(OSError, match=r"shard-00002\.safetensors: No space left"):
             extract(config)
     assert contents(config.output).keys() == {"shard-00000.safetensors", "shard-00001.safetensors"}
@@ -340,7 +338,7 @@ def test_bad_settings_are_refused_before_any_work(config: ExtractConfig, tmp_pat
         ({"batch_size": 0}, "batch_size: got 0, expected 1 or more"),
         ({"shard_size": 0}, "shard_size: got 0"),
         ({"processes": 0}, "processes: got 0"),
-        ({"dtype": "fp8"}, "dtype: got 'fp8', expected one of fp32, fp16, bf16"),
+        ({"dtype": "fp8"}, "dtype: got 'fp8', expected one of fp32, bf16, fp16"),
         ({"images": tmp_path / "nowhere"}, "expected an existing folder"),
         ({"autoencoder": str(tmp_path)}, "autoencoder: got"),
         ({"output": config.images / "latents"}, "expected a folder outside the images'"),

@@ -27,7 +27,7 @@ ALLOWED = {
     "model": {"hub", "layers", "ops", "config"},
     "inference": {"model", "layers", "ops"},
     "diffusion": {"diffusion"},
-    "data": {"data", "files", "seeds"},
+    "data": {"data", "device", "files", "seeds"},
     "processes": {"data", "device"},
     "optim": set(),
     "checkpoint": {"hub", "model", "config", "data", "files"},
@@ -47,7 +47,7 @@ ALLOWED = {
         "seeds",
     },
     "autoencoder": {"data"},
-    "extraction": {"autoencoder", "config", "data", "device"} | LEAVES,
+    "extraction": {"autoencoder", "config", "data", "device", "processes"} | LEAVES,
     **{
         job: {
             "model",

@@ -503,6 +503,7 @@ def test_pixels_need_no_autoencoder(trained: TrainedModel, tmp_path: Path) -> No
     [
         ({"steps": 0}, "steps: got 0"),
         ({"batch_size": 0}, "batch_size: got 0"),
+        ({"precision": "fp8"}, "precision: got 'fp8', expected one of auto, fp32"),
         ({"seed": -1}, "seed: got -1"),
         ({"guidance": math.inf}, "guidance: got inf"),
         ({"guidance": -0.1}, r"guidance: got -0\.1"),

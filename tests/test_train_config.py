@@ -1,10 +1,13 @@
 """One typed configuration: from YAML and words, with errors that name the setting."""
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from dimr_fast.config import PRESETS
+from dimr_fast.extraction import ExtractConfig
 from dimr_fast.train_config import FREE, TrainConfig, shipped_recipes
 
 
@@ -90,6 +93,17 @@ def test_the_published_recipes_are_the_published_ones(tmp_path: Path, name: str)
     assert (config.ema_decay, config.ema_warmup, config.label_dropout) == (0.9999, False, 0.1)
     latent = 32 if "256" in name else 64
     assert PRESETS[config.preset].image_size == (latent, latent)
+    # No sampling of latents is asked for without what decodes them: the recipe runs as it is.
+    assert config.autoencoder is not None or config.sample_steps is config.score_steps is None
+
+
+@pytest.mark.parametrize("name", ["imagenet256_xl2r", "imagenet256_g2r", "imagenet512_xl3r"])
+def test_the_extraction_that_a_recipe_names_has_these_options(name: str) -> None:
+    text = shipped_recipes()[name].read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if "dimr-fast extract" in line)
+    words = re.findall(r"--([a-z-]+)", line)
+    fields = {field.name.replace("_", "-") for field in dataclasses.fields(ExtractConfig)}
+    assert {"images", "image-size", "autoencoder", "output"} == set(words) <= fields
 
 
 def test_free_settings_are_settings() -> None:

@@ -1,6 +1,8 @@
 """Training as it is launched: killed and resumed, on one process and on two, on a full disk."""
 
+import dataclasses
 import json
+import math
 import os
 import resource
 import signal
@@ -16,7 +18,13 @@ import torch
 from PIL import Image
 
 from dimr_fast.checkpoint import load_checkpoint, load_model
+from dimr_fast.data.latents import FORMAT, MANIFEST, open_shard, write_shard
+from dimr_fast.data.loader import batch_indices
+from dimr_fast.data.scaling import LatentScale, scale_to_dict
+from dimr_fast.train_config import TrainConfig
+from dimr_fast.train_loop import NONFINITE
 from dimr_fast.train_state import CHECKPOINT
+from dimr_fast.training import train
 
 pytest.importorskip("accelerate", reason="needs the accelerate package")
 
@@ -135,7 +143,7 @@ def test_a_killed_run_goes_on_bit_for_bit(images: Path, alone: Path, tmp_path: P
     output = tmp_path / "run"
     words = command(images, output)
     kill_after(words, output / CHECKPOINT, 3)
-    kill_after([*words, "--resume"], output / CHECKPOINT, 11)
+    kill_after([*words, "--set", "workers=1", "--resume"], output / CHECKPOINT, 11)
     finish([*words, "--resume"])
     assert_same(output, alone)
     # What the killed processes had begun to write is gone.
@@ -159,7 +167,8 @@ def test_two_processes_train_what_one_does(
     run = together
     if kind == "fsdp2":
         run = tmp_path / "run"
-        words = command(images, run, "sharding=fsdp2", "accumulation=2", processes=2)
+        seldom = ("checkpoint_minutes=0.005",)  # to gather takes longer than a step
+        words = command(images, run, "sharding=fsdp2", "accumulation=2", *seldom, processes=2)
         kill_after(words, run / CHECKPOINT, 5)
         finish([*words, "--resume"])
     one, two = contents(alone), contents(run)
@@ -168,6 +177,77 @@ def test_two_processes_train_what_one_does(
     # A shard's whole, under the published names.
     assert all(two[name].shape == tensor.shape for name, tensor in one.items())
     assert load_model(run / CHECKPOINT).classes == ("dark", "light")
+
+
+BETWEEN_TWO_MINDS = """
+import os, sys
+from dimr_fast import cli, device
+
+device._bf16_is_faster = lambda: os.environ["RANK"] == "1"
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_processes_left_to_choose_by_themselves_choose_alike(
+    images: Path, together: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU they share the CPU; which precision is faster there, the first one says."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    script = tmp_path / "script.py"
+    script.write_text(BETWEEN_TWO_MINDS)
+    words = command(images, tmp_path / "run", "precision=auto", "device=auto", processes=2)
+    place = words.index("dimr_fast.training")
+    finish([*words[: place - 1], str(script), "train", *words[place + 1 :]])
+    assert json.loads((tmp_path / "run" / "train.json").read_text())["result"]["processes"] == 2
+    assert_same(tmp_path / "run", together)
+
+
+def test_what_is_not_finite_in_one_process_is_left_out_by_all(tmp_path: Path) -> None:
+    """Of latents one is spoilt. Each process computes its share of a batch in two parts."""
+    count, bad = 20, 13
+    moments = torch.randn(count, 2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    moments[bad] = math.nan
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    write_shard(folder / "shard.safetensors", moments, torch.arange(count) % 2, {})
+    about = open_shard(folder / "shard.safetensors").about
+    entry = {"file": "shard.safetensors", "count": count, "sha256": about["sha256"]}
+    manifest = {
+        "format": FORMAT,
+        "classes": {"dark": 10, "light": 10},
+        "shape": [8, 16, 16],
+        "dtype": "fp32",
+        "scale": scale_to_dict(LatentScale()),
+        "shards": [entry],
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    run = tmp_path / "run"
+    settings = ("nonfinite=skip", "accumulation=2", "steps=6", "milestone_steps=1")
+    finish(command(folder, run, *settings, processes=2))
+
+    # One process alone sees the same numbers, the noise in its latents too.
+    words = command(folder, tmp_path / "alone", *settings)
+    config = TrainConfig.read(None, words[words.index("--set") + 1 :: 2], tmp_path / "alone")
+    train(config)
+    losses = [contents(path)["losses"] for path in (run, tmp_path / "alone")]
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4, equal_nan=True)
+    with pytest.raises(ValueError, match="image_size: got 16, expected none: latents have their"):
+        train(dataclasses.replace(config, output=tmp_path / "other", image_size=16))
+
+    batches = [batch_indices(count, 8, 0, step) for step in range(6)]
+    spoilt = [step for step, batch in enumerate(batches) if bad in batch]
+    assert 0 < len(spoilt) < 6
+    assert contents(run)["losses"].isnan().nonzero().flatten().tolist() == spoilt
+    assert all(p.isfinite().all() for p in load_model(run / CHECKPOINT).model.parameters())
+    assert "NaN" not in (run / "train.json").read_text()
+    # What was kept is the batch of all processes, and the state before it.
+    kept, metadata = load_checkpoint(run / NONFINITE)
+    assert metadata["step"] == spoilt[-1]
+    assert kept["input.indices"].tolist() == batches[spoilt[-1]].tolist()
+    of_nan = kept["input.x0"].flatten(1).isnan().all(1)
+    assert kept["input.indices"][of_nan].tolist() == [bad]
+    before, _ = load_checkpoint(run / f"checkpoint-{spoilt[-1]:08d}.safetensors")
+    assert all(torch.equal(kept[name], before[name]) for name in before if name != "losses")
 
 
 def test_a_disk_that_is_full_keeps_the_checkpoint_before(
@@ -190,6 +270,26 @@ def test_a_disk_that_is_full_keeps_the_checkpoint_before(
     # With room again, the run goes on from there.
     finish([*command(images, output), "--resume"])
     assert_same(output, alone)
+
+
+def test_a_signal_to_all_of_a_job_leaves_it_time_to_save(images: Path, tmp_path: Path) -> None:
+    """Its reading processes get it too, from a launcher, a scheduler or a terminal."""
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        command(images, output, "steps=100000", "workers=2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while reached(output / CHECKPOINT) < 3:
+        assert process.poll() is None
+        time.sleep(0.003)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors[-2000:]
+    assert "stopped at step" in out
 
 
 def test_ctrl_c_on_one_of_two_processes_stops_both_with_a_checkpoint(

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dimr_fast import DiMR, train_loop, training
+from dimr_fast import DiMR, train_loop, train_state, training
 from dimr_fast.checkpoint import CheckpointError, load_checkpoint, load_model
 from dimr_fast.data.tiles import Tiles
 from dimr_fast.train_config import TrainConfig
@@ -97,6 +99,21 @@ def test_a_run_interrupted_before_its_first_step_goes_on(
             train(config(tmp_path / "parts"))
     train(config(tmp_path / "parts"), resume=True)
     assert same_tensors(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_killed_in_its_first_checkpoint_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, *args: Any) -> None:
+        path.with_name(f".{path.name}.1.part").write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_state, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(tmp_path, steps=1))
+    train(config(tmp_path, steps=1))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_training_works_outside_the_main_thread(tmp_path: Path) -> None:
@@ -259,6 +276,8 @@ def test_an_unwritable_output_fails_before_any_work(tmp_path: Path) -> None:
         ({"sharding": "fsdp2"}, "sharding: got 'fsdp2' on one process"),
         ({"sharding": "fsdp2", "precision": "fp16"}, "sharding: got 'fsdp2', expected none with"),
         ({"score_images": 1}, "score_images: got 1"),
+        ({"nonfinite": "ignore"}, "nonfinite: got 'ignore', expected one of stop, skip"),
+        ({"precision": "fp8"}, "precision: got 'fp8', expected one of auto, fp32"),
         ({"preset": "huge"}, "preset: got 'huge'"),
         ({"device": "abacus"}, "device: got 'abacus'"),
     ],
@@ -351,7 +370,15 @@ def test_too_many_steps_left_out_stop_the_run(
         train(config(tmp_path, steps=30, nonfinite="skip"))
 
 
-def test_milestones_stay_and_the_oldest_go(tmp_path: Path) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_milestones_stay_and_the_oldest_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def without_links(*args: Any) -> None:
+        raise OSError("a file system without links")
+
+    if not links:
+        monkeypatch.setattr("os.link", without_links)
     train(config(tmp_path, milestone_steps=2, milestones=3))
     kept = milestones(tmp_path / CHECKPOINT)
     assert [step for step, _ in kept] == [4, 6, 8]
@@ -378,11 +405,61 @@ def test_the_log_has_a_line_every_so_often_and_none_twice(tmp_path: Path) -> Non
     )
     assert all(0 < line["mfu"] < 1 for line in lines(tmp_path))
     assert list((tmp_path / "tensorboard").iterdir())
-    # As after a kill: lines past the checkpoint, the last one cut short.
+    # As after a full disk and a kill: a line within another, some past the checkpoint, one cut.
     with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('{"step": 10, "loss": 1.0}\n{"step": 1')
-    train(config(tmp_path, steps=12, log_steps=2), resume=True)
+        file.write('{"step": 7, "lo{"step": 8, "loss": 1.0}\n{"step": 10, "loss": 1.0}\n{"step": 1')
+    train(config(tmp_path, steps=12, log_steps=2, tensorboard=True), resume=True)
     assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8, 10, 12]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [event.step for event in events] == [2, 4, 6, 8, 10, 12]
+
+
+def test_what_cannot_be_logged_or_drawn_is_reported_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = TrainLoop._gradients
+
+    def without_room(*args: Any) -> Any:
+        if not (tmp_path / "samples").exists():
+            (tmp_path / "samples").write_text("a file where a folder is to be")
+            (tmp_path / "log.jsonl").unlink()
+            (tmp_path / "log.jsonl").mkdir()
+        return original(*args)
+
+    monkeypatch.setattr(TrainLoop, "_gradients", without_room)
+    assert train(config(tmp_path, steps=2, log_steps=2, sample_steps=2)).steps == 2
+    said = capsys.readouterr()
+    assert "not logged: " in said.out + said.err
+    assert "no samples at step 2: " in said.out + said.err
+
+
+def test_a_batch_that_cannot_be_kept_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {3})
+
+    def full(*args: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(train_loop, "save_checkpoint", full)
+    with pytest.raises(FloatingPointError, match=r"loss nan, .* could not be written \(no space"):
+        train(config(tmp_path))
+
+
+def test_a_run_goes_on_with_the_classes_and_the_scale_it_began_with(tmp_path: Path) -> None:
+    for name, level in (("cats", 60), ("dogs", 180)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        picture = Image.new("RGB", (16, 16), (level, 0, 0))
+        picture.save(tmp_path / "images" / name / "0.png")
+    run = config(tmp_path / "run", data=str(tmp_path / "images"), image_size=16, steps=1)
+    train(run)
+    scale = load_model(tmp_path / "run" / CHECKPOINT).scale
+    Image.new("RGB", (16, 16), (250, 0, 0)).save(tmp_path / "images" / "dogs" / "0.png")
+    train(dataclasses.replace(run, steps=2), resume=True)
+    assert load_model(tmp_path / "run" / CHECKPOINT).scale == scale
+    (tmp_path / "images" / "cats").rename(tmp_path / "images" / "eels")
+    with pytest.raises(CheckpointError, match="trained with classes cats, dogs, not dogs, eels"):
+        train(dataclasses.replace(run, steps=3), resume=True)
 
 
 def test_samples_and_scores_come_on_schedule(

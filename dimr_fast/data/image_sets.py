@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-"""Files of a folder that are taken for images."""
+from dimr_fast.data.images import EXTENSIONS, UnreadableImageError, decode_image, is_image
 
 
 class ImageSet(Protocol):
@@ -77,15 +76,18 @@ class TensorImages:
 class FolderImages:
     """Image files under a folder, sub-folders included, in the order of their paths.
 
-    Raises ValueError, from the files' headers alone, where there is no image, one cannot be read,
-    or sizes differ; images of sub-folders are of a class each.
+    They are decoded as those that a model trains on (see `data.images`), but never resized. Raises
+    ValueError, from the files' headers alone, where there is no image, one cannot be read, or sizes
+    differ; images of sub-folders are of a class each.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
+        self.files = sorted(f for f in path.rglob("*") if is_image(f.name))
         if not self.files:
-            raise ValueError(f"images: got {path} without images, expected {', '.join(SUFFIXES)}")
+            raise ValueError(
+                f"images: got {path} without images, expected some of {', '.join(EXTENSIONS)}"
+            )
         sizes, unreadable = self._headers()
         if unreadable:
             raise ValueError(
@@ -138,10 +140,15 @@ class FolderImages:
 
     def _read(self, file: Path) -> Tensor:
         try:
-            with Image.open(file) as image:
-                pixels = np.array(image.convert("RGB"))
-        except Exception as error:  # as above
-            raise ValueError(f"images: got {file}, expected a whole image ({error})") from error
+            pixels = np.array(decode_image(file))
+        except UnreadableImageError as error:
+            reason = error.reason
+            raise ValueError(f"images: got {file}, expected a whole image ({reason})") from error
+        if pixels.shape[:2] != self.size:
+            raise ValueError(
+                f"images: got {file}, upright {pixels.shape[1]}x{pixels.shape[0]}, expected "
+                f"{self.size[1]}x{self.size[0]}"
+            )
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

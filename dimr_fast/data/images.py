@@ -69,7 +69,7 @@ def list_images(folder: Path) -> ImageFiles:
     with os.scandir(folder) as entries:
         seen = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != "."]
     classes = tuple(sorted(name for name, is_folder in seen if is_folder))
-    loose = sorted(name for name, is_folder in seen if not is_folder and _is_image(name))
+    loose = sorted(name for name, is_folder in seen if not is_folder and is_image(name))
     if loose and classes:
         raise ValueError(
             f"image folder: got {folder} with images ({loose[0]}, …) beside folders "
@@ -100,7 +100,7 @@ def read_image(path: Path, size: int) -> Tensor:
 
     Raises UnreadableImageError for a file that is missing, damaged or no image.
     """
-    image = _decode(path)
+    image = decode_image(path)
     while min(image.size) >= 2 * size:
         half = (image.width // 2, image.height // 2)
         image = image.resize(half, Image.Resampling.BOX)
@@ -118,7 +118,7 @@ def find_unreadable(folder: Path) -> dict[str, str]:
 
     def reason(name: str) -> str | None:
         try:
-            _decode(folder / name)
+            decode_image(folder / name)
         except UnreadableImageError as error:
             return error.reason
         return None
@@ -175,7 +175,8 @@ def _pixel_scale(folder: ImageFolder) -> PixelScale:
     return PixelScale(round(mean.item(), 3), round(variance.sqrt().item(), 3))
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether the name of a file is that of an image; hidden files are none."""
     return name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
@@ -184,10 +185,11 @@ def _images_below(root: Path, folder: str) -> Iterator[str]:
     for path, folders, names in os.walk(root / folder, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
         inside = os.path.relpath(path, root)
-        yield from (f"{inside}/{name}" for name in names if _is_image(name))
+        yield from (f"{inside}/{name}" for name in names if is_image(name))
 
 
-def _decode(path: Path) -> Image.Image:
+def decode_image(path: Path) -> Image.Image:
+    """The whole image in RGB, as `read_image` says; UnreadableImageError likewise."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)

@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dimr_fast.data.scaling import LatentScale, scale_from_dict
-from dimr_fast.files import write_atomically
+from dimr_fast.device import DTYPES
+from dimr_fast.files import write_tensors
 
 MANIFEST = "manifest.json"
 FORMAT = "dimr_fast latents 1"
 ABOUT = "dimr_fast"
 """The one entry of a shard's metadata: safetensors writes several in any order."""
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class DamagedShardError(OSError):
@@ -59,11 +58,7 @@ def write_shard(path: Path, moments: Tensor, labels: Tensor, about: dict[str, An
     The same arguments give the same bytes.
     """
     text = json.dumps({**about, "sha256": _checksum(moments, labels)})
-    tensors = {"moments": moments, "labels": labels}
-    try:
-        write_atomically(path, lambda part: save_file(tensors, part, metadata={ABOUT: text}))
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+    write_tensors(path, {"moments": moments, "labels": labels}, {ABOUT: text})
 
 
 def _checksum(moments: Tensor, labels: Tensor) -> str:

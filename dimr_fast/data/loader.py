@@ -1,5 +1,6 @@
 """Which examples each step of a training reads, on any number of processes, from any step on."""
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -70,6 +71,7 @@ class Loader:
             sampler=count(self.step),
             num_workers=self._workers,
             pin_memory=self._pin_memory,
+            worker_init_fn=_leave_signals_to_the_job,
         )
         for batch in loader:
             self.step = batch.step + 1
@@ -103,6 +105,15 @@ class _Steps(Dataset[Batch]):
         mirrored = torch.rand(self.batch_size, generator=generator)[part] < 0.5 * self.mirror
         raw = self.examples.read(indices, mirrored)
         return Batch(step, indices, raw, self.examples.labels[indices])
+
+
+def _leave_signals_to_the_job(worker: int) -> None:
+    """Launchers and terminals signal workers too, whose end would end the job before it can save.
+
+    They end when the job tells them to, or is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batch_indices(count: int, batch_size: int, seed: int, step: int) -> Tensor:
