@@ -102,14 +102,14 @@ class TrainLoop:
             ) as bar,
         ):
             self._began = time.monotonic() - state.seconds
-            _, stop = self._agree(0.0, stopped())
+            stop, _, _ = self._agree(stopped())
             while progress(config, state) < 1 and not stop:
                 lr = learning_rate(config, state.step, progress(config, state))
                 for group in state.optimizer.param_groups:
                     group["lr"] = lr
                 batch = next(batches)
-                loss, norm = self._gradients(batch)
-                mean, stop = self._agree(loss, stopped())
+                gradients = self._gradients(batch)
+                stop, mean, norm = self._agree(stopped(), *gradients)
                 self._update(batch, mean, norm)
                 state.losses.append(mean)
                 state.step += 1
@@ -134,7 +134,7 @@ class TrainLoop:
                 self._began += time.monotonic() - paused
         return stop
 
-    def _gradients(self, batch: Batch) -> tuple[Tensor, float]:
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Gradients of this step's batch; this process's loss and the norm of all gradients."""
         config, state, device = self.config, self.state, self.processes.device
         parts = list(self._inputs(batch))
@@ -154,7 +154,7 @@ class TrainLoop:
         state.scaler.unscale_(state.optimizer)
         limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit)
-        return total, (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        return total, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _inputs(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Images, labels (some dropped), diffusion steps and noise, in `accumulation` parts.
@@ -163,10 +163,8 @@ class TrainLoop:
         any number of them.
         """
         config, state, device = self.config, self.state, self.processes.device
-        size, shape = (
-            config.batch_size,
-            (state.model.config.channels, *state.model.config.image_size),
-        )
+        size = config.batch_size
+        shape = (state.model.config.channels, *state.model.config.image_size)
         share = size // self.processes.count
         mine = slice(self.processes.rank * share, (self.processes.rank + 1) * share)
         torch.manual_seed(derived_seed(config.seed, 0, batch.step))
@@ -193,14 +191,21 @@ class TrainLoop:
             self.parallel.set_requires_gradient_sync(last)  # type: ignore[operator]
         return nullcontext()
 
-    def _agree(self, loss: Tensor | float, stopped: bool) -> tuple[float, bool]:
-        """The mean loss and whether any process was stopped; sets the clock to the first one's."""
-        values = torch.zeros(3, dtype=torch.float64, device=self.processes.device)
-        values[0] = loss
-        values[1] = stopped
-        values[2] = time.monotonic() - self._began if self.processes.first else 0.0
-        total, any_stopped, self.state.seconds = self.processes.sum(values).tolist()
-        return total / self.processes.count, any_stopped > 0
+    def _agree(
+        self, stopped: bool, loss: Tensor | float = 0.0, norm: Tensor | float = 0.0
+    ) -> tuple[bool, float, float]:
+        """Whether any process was stopped, the mean loss and the first one's gradient norm.
+
+        Sets the clock to the first one's. This is where a step waits for the device, once.
+        """
+        values = torch.zeros(4, dtype=torch.float64, device=self.processes.device)
+        values[0] = stopped
+        values[1] = loss
+        if self.processes.first:
+            values[2] = norm
+            values[3] = time.monotonic() - self._began
+        any_stopped, total, first_norm, self.state.seconds = self.processes.sum(values).tolist()
+        return any_stopped > 0, total / self.processes.count, first_norm
 
     def _update(self, batch: Batch, loss: float, norm: float) -> None:
         """Take the step, if loss and gradient are finite; else do as `nonfinite` says."""
