@@ -71,6 +71,7 @@ def join_processes(device: str) -> Processes:
         return Processes(0, 1, resolve_device(device))
     if device not in ("auto", "cuda", "cpu"):
         raise ValueError(f"device: got {device!r}, expected auto, cuda or cpu for many processes")
+    # Not told so, accelerate takes each process for the only one where there is no GPU.
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if on_cpu and device == "cuda":
         raise ValueError("device: got 'cuda', expected one that is usable here")
@@ -79,7 +80,6 @@ def join_processes(device: str) -> Processes:
     except ModuleNotFoundError as error:
         raise DataUnavailableError("the accelerate package", extra="train") from error
 
-    # Without `cpu`, accelerate takes each process for the only one where there is no GPU.
     # The first process may be busy for long while the others wait: drawing samples, writing.
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=4))
     if state.num_processes != count:

@@ -189,10 +189,9 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def test_processes_left_to_choose_by_themselves_choose_alike(
-    images: Path, together: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, together: Path, tmp_path: Path
 ) -> None:
     """Without a GPU they share the CPU; which precision is faster there, the first one says."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     script = tmp_path / "script.py"
     script.write_text(BETWEEN_TWO_MINDS)
     words = command(images, tmp_path / "run", "precision=auto", "device=auto", processes=2)
