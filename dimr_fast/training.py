@@ -240,4 +240,8 @@ if __name__ == "__main__":
     # As `accelerate launch -m dimr_fast.training` and torchrun start it.
     from dimr_fast.cli import main
 
-    sys.exit(main(["train", *sys.argv[1:]]))
+    status = main(["train", *sys.argv[1:]])
+    if status == 0 and torch.distributed.is_initialized():
+        # NCCL warns at exit otherwise. After an error the others might not come here.
+        torch.distributed.destroy_process_group()
+    sys.exit(status)

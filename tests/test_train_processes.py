@@ -291,6 +291,14 @@ def test_a_signal_to_all_of_a_job_leaves_it_time_to_save(images: Path, tmp_path:
     assert "stopped at step" in out
 
 
+def test_accelerate_launches_it(images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    _, _, *words = command(images, output, "steps=2")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    finish([*launch, "-m", *words])
+    assert load_checkpoint(output / CHECKPOINT)[1]["step"] == 2
+
+
 def test_ctrl_c_on_one_of_two_processes_stops_both_with_a_checkpoint(
     images: Path, tmp_path: Path
 ) -> None:
