@@ -6,11 +6,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+LOCK = ".lock"
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
@@ -53,6 +55,25 @@ def remove_unfinished(folder: Path) -> None:
     for path in folder.glob(".*.part"):
         if path.is_file():
             path.unlink()
+
+
+def hold(folder: Path) -> IO[str]:
+    """Keep other processes that hold `folder` out of it, until the result is closed.
+
+    Also a process that is killed lets go. Raises OSError where another one holds it; where the
+    system or the file system has no locks nobody is kept out.
+    """
+    file = (folder / LOCK).open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise OSError(f"{folder}: another process is writing there") from error
+    except (ImportError, OSError):
+        pass
+    return file
 
 
 def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], object]) -> None:

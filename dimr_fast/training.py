@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from dimr_fast.device import (
     precision_name,
     resolve_precision,
 )
-from dimr_fast.files import claim, remove_unfinished, write_json
+from dimr_fast.files import claim, hold, remove_unfinished, write_json
 from dimr_fast.model import DiMR
 from dimr_fast.optim import EMA, adamw
 from dimr_fast.pictures import loss_curve, require_matplotlib
@@ -90,9 +90,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     batch.
 
     Raises, before any work, ValueError for an unusable setting, FileExistsError where `output`
-    holds a run, OSError where it cannot be written, CheckpointError where there is none to resume
-    and DataUnavailableError without the data; FloatingPointError where the loss or its gradient is
-    no longer finite, as `nonfinite` says.
+    holds a run, OSError where it cannot be written or another process trains there, CheckpointError
+    where there is none to resume and DataUnavailableError without the data; FloatingPointError
+    where the loss or its gradient is no longer finite, as `nonfinite` says.
     """
     config.validate()
     path = config.output / CHECKPOINT
@@ -144,19 +144,20 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
         state.load(path, *stored)
     samples = TrainSamples(config, state, processes, examples.labels)
     loop = TrainLoop(config, state, parallel, loader, processes, samples)
-    if processes.first:
+    with ExitStack() as held, _stop_on_signal() as stopped:
+        if processes.first:
+            if not resume:
+                claim(config.output, FILES)
+            held.enter_context(hold(config.output))
+            remove_unfinished(config.output)
+        processes.wait()
         if not resume:
-            claim(config.output, FILES)
-        remove_unfinished(config.output)
-    processes.wait()
-    if not resume:
-        state.save(path, write=processes.first)
-    if processes.first:
-        # After the checkpoint: a run that was killed before that can be started again.
-        config.write(config.output / CONFIG)
-    with _stop_on_signal() as stopped:
+            state.save(path, write=processes.first)
+        if processes.first:
+            # After the checkpoint: a run that was killed before that can be started again.
+            config.write(config.output / CONFIG)
         interrupted = loop.run(stopped)
-    state.save(path, write=processes.first)
+        state.save(path, write=processes.first)
     finite = [loss for loss in state.losses if math.isfinite(loss)]
     summary = TrainSummary(
         steps=state.step,

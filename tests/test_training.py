@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,7 @@ def test_the_loss_falls_and_the_files_are_there(tmp_path: Path) -> None:
     assert summary.last_loss < 0.8 * summary.first_loss
     assert not summary.interrupted
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {CHECKPOINT, "loss.png", "train.json", "config.yaml", "log.jsonl"}
+    assert names == {CHECKPOINT, "loss.png", "train.json", "config.yaml", "log.jsonl", ".lock"}
     report = json.loads((tmp_path / "run" / "train.json").read_text())
     assert report["result"]["steps"] == 60
     assert report["config"]["preset"] == "tiny"
@@ -113,7 +115,7 @@ def test_a_run_killed_in_its_first_checkpoint_is_started_again(
         with pytest.raises(KeyboardInterrupt):
             train(config(tmp_path, steps=1))
     train(config(tmp_path, steps=1))
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*.part"))
 
 
 def test_training_works_outside_the_main_thread(tmp_path: Path) -> None:
@@ -171,6 +173,22 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="exists already"):
         train(config(tmp_path, steps=1))
     assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+def test_a_run_that_another_process_goes_on_with_is_left_to_it(tmp_path: Path) -> None:
+    """As after the launcher was killed, whose workers train on."""
+    train(config(tmp_path, steps=1))
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    code = "from dimr_fast.files import hold; from pathlib import Path; import sys, time\n"
+    code += "held = hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(OSError, match="another process is writing there"):
+            train(config(tmp_path), resume=True)
+        assert (tmp_path / CHECKPOINT).read_bytes() == before
+        other.kill()
+    assert train(config(tmp_path), resume=True).steps == 8
 
 
 def test_resuming_needs_a_whole_checkpoint_of_the_same_model(tmp_path: Path) -> None:
