@@ -45,8 +45,9 @@ def load_checkpoint(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], di
         metadata = {name: json.loads(value) for name, value in text.items()}
     except ValueError as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
-    checksums = metadata.pop(_CHECKSUMS, {})
-    for name, tensor in tensors.items():
+    # Files of earlier versions have none.
+    checksums = metadata.pop(_CHECKSUMS, None)
+    for name, tensor in tensors.items() if checksums is not None else ():
         if checksums.get(name) != _checksum(tensor):
             raise CheckpointError(f"{path}: {name} is damaged, its checksum is another")
     return tensors, metadata

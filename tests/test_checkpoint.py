@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from saved import inputs, randomised
 
 from dimr_fast import DiMR, checkpoint, cli
@@ -14,6 +15,7 @@ from dimr_fast.checkpoint import (
     CheckpointError,
     TrainedModel,
     demo_model,
+    load_checkpoint,
     load_model,
     save_checkpoint,
     save_model,
@@ -170,6 +172,14 @@ def test_loading_leaves_the_random_state_alone(folder: Path) -> None:
     torch.manual_seed(5)
     load_model(folder)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_checkpoint_of_a_version_without_checksums_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    save_file({"a": torch.ones(3)}, path, metadata={"step": "7"})
+    tensors, metadata = load_checkpoint(path)
+    assert torch.equal(tensors["a"], torch.ones(3))
+    assert metadata == {"step": 7}
 
 
 def test_the_demo_model_is_found_or_missed(
