@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 LOCK = ".lock"
+PATIENCE = 10.0  # a killed run may take some time to die, on a GPU above all
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
@@ -60,20 +62,25 @@ def remove_unfinished(folder: Path) -> None:
 def hold(folder: Path) -> IO[str]:
     """Keep other processes that hold `folder` out of it, until the result is closed.
 
-    Also a process that is killed lets go. Raises OSError where another one holds it; where the
-    system or the file system has no locks nobody is kept out.
+    Also a process that is killed lets go. Raises OSError where another one still holds it after
+    `PATIENCE` seconds; where the system or the file system has no locks nobody is kept out.
     """
     file = (folder / LOCK).open("w")
-    try:
-        import fcntl
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise OSError(f"{folder}: another process is writing there") from error
-    except (ImportError, OSError):
-        pass
-    return file
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                file.close()
+                raise OSError(f"{folder}: another process is writing there") from error
+            time.sleep(0.1)
+            continue
+        except (ImportError, OSError):
+            pass
+        return file
 
 
 def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], object]) -> None:

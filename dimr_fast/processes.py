@@ -1,6 +1,8 @@
 """The processes of a job: one, those that a launcher started, or those that the job starts."""
 
 import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -84,7 +86,24 @@ def join_processes(device: str) -> Processes:
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=4))
     if state.num_processes != count:
         raise RuntimeError(f"joined {state.num_processes} processes, not the {count} of the launch")
+    if torch.distributed.is_torchelastic_launched():
+        _end_with_launcher()
     return Processes(state.process_index, state.num_processes, state.device)
+
+
+def _end_with_launcher() -> None:
+    """Kill this process once the launcher is gone, which kills its processes unless it was killed.
+
+    Those that it left behind would train on, unseen, and be in the way of a run that is resumed.
+    """
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @dataclass(frozen=True)

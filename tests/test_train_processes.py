@@ -80,16 +80,17 @@ def run(
 
 def finish(words: list[str]) -> None:
     done = run(words)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
 
 
-def kill_after(words: list[str], checkpoint: Path, step: int) -> None:
-    """SIGKILL to all processes of a run once its checkpoint has come so far."""
+def kill_after(
+    words: list[str], checkpoint: Path, step: int, *, launcher_only: bool = False
+) -> None:
+    """SIGKILL to all processes of a run, or their launcher, once its checkpoint is at `step`."""
     process = subprocess.Popen(
         words,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
         env=ENVIRONMENT,
     )
     deadline = time.monotonic() + 120
@@ -97,7 +98,10 @@ def kill_after(words: list[str], checkpoint: Path, step: int) -> None:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.003)
-    os.killpg(process.pid, signal.SIGKILL)
+    if not launcher_only:
+        # The launcher gives each of its processes a session of its own: no group has them all.
+        subprocess.run(["pkill", "-KILL", "-f", str(checkpoint.parent)], check=True)
+    process.kill()
     process.wait()
 
 
@@ -155,9 +159,20 @@ def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(
 ) -> None:
     output = tmp_path / "run"
     words = command(images, output, processes=2)
-    kill_after(words, output / CHECKPOINT, 7)
+    kill_after(words, output / CHECKPOINT, 3, launcher_only=True)
+    kill_after([*words, "--resume"], output / CHECKPOINT, 9)
     finish([*words, "--resume"])
     assert_same(output, together)
+
+
+def test_a_run_ends_with_its_launcher(images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    words = command(images, output, "steps=1000000", "checkpoint_minutes=0.001", processes=2)
+    kill_after(words, output / CHECKPOINT, 1, launcher_only=True)
+    deadline = time.monotonic() + 20
+    while subprocess.run(["pgrep", "-f", str(output)], stdout=subprocess.DEVNULL).returncode == 0:
+        assert time.monotonic() < deadline, "its processes still train"
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("kind", ["none", "fsdp2"])

@@ -175,8 +175,10 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
-def test_a_run_that_another_process_goes_on_with_is_left_to_it(tmp_path: Path) -> None:
-    """As after the launcher was killed, whose workers train on."""
+def test_a_run_that_another_process_goes_on_with_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dimr_fast.files.PATIENCE", 0.5)
     train(config(tmp_path, steps=1))
     before = (tmp_path / CHECKPOINT).read_bytes()
     code = "from dimr_fast.files import hold; from pathlib import Path; import sys, time\n"
