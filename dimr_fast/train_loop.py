@@ -85,6 +85,9 @@ class TrainLoop:
     def run(self, stopped: Callable[[], bool]) -> bool:
         """Train to the end, or until any process has `stopped`; returns whether one has."""
         config, state, first = self.config, self.state, self.processes.first
+        if state.step:
+            # A kill may have come between a checkpoint and its milestone.
+            self._keep_milestone()
         self.loader.load_state_dict({"step": state.step})
         batches = iter(self.loader)
         log = TrainLog(config.output, state.step, config.tensorboard) if first else None
@@ -125,9 +128,9 @@ class TrainLoop:
                         log.scalars(
                             state.step, loss=mean, gradient_norm=norm, learning_rate=lr, **figures
                         )
-                milestone = _every(config.milestone_steps, state.step)
-                if milestone or state.seconds - saved > 60 * config.checkpoint_minutes:
-                    self._save(milestone)
+                due = state.seconds - saved > 60 * config.checkpoint_minutes
+                if due or _every(config.milestone_steps, state.step):
+                    self._save()
                     saved = state.seconds
                 paused = time.monotonic()
                 self.samples.draw_when_due(log)
@@ -253,15 +256,20 @@ class TrainLoop:
                 return f"the batch could not be written ({error})"
         return f"{path} holds the batch and the state before it"
 
-    def _save(self, milestone: bool) -> None:
+    def _save(self) -> None:
         """Write the checkpoint; where that fails, say so and go on with the previous one."""
         path = self.config.output / CHECKPOINT
         try:
             self.state.save(path, write=self.processes.first)
-            if milestone and self.processes.first:
-                keep_milestone(path, self.state.step, self.config.milestones)
+            self._keep_milestone()
         except OSError as error:
             tqdm.write(f"no checkpoint at step {self.state.step}: {error}; the previous one stays")
+
+    def _keep_milestone(self) -> None:
+        """Keep the checkpoint that is there, of this step, if it is a milestone."""
+        if self.processes.first and _every(self.config.milestone_steps, self.state.step):
+            path = self.config.output / CHECKPOINT
+            keep_milestone(path, self.state.step, self.config.milestones)
 
 
 class Rate:

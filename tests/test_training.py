@@ -405,6 +405,16 @@ def test_milestones_stay_and_the_oldest_go(
     assert [load_checkpoint(path)[1]["step"] for _, path in kept] == [4, 6, 8]
 
 
+def test_a_milestone_that_a_kill_prevented_is_made_up_for(tmp_path: Path) -> None:
+    train(config(tmp_path, steps=4, milestone_steps=4))
+    ((_, path),) = milestones(tmp_path / CHECKPOINT)
+    path.unlink()
+    train(config(tmp_path, steps=6, milestone_steps=4), resume=True)
+    assert [load_checkpoint(path)[1]["step"] for _, path in milestones(tmp_path / CHECKPOINT)] == [
+        4
+    ]
+
+
 def test_a_damaged_checkpoint_is_noticed_and_the_milestone_named(tmp_path: Path) -> None:
     train(config(tmp_path, milestone_steps=4))
     path = tmp_path / CHECKPOINT
