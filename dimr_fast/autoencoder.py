@@ -1,13 +1,17 @@
 """The autoencoder between pixels and latents: diffusers' AutoencoderKL."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from dimr_fast.data import DataUnavailableError
-from dimr_fast.data.scaling import LatentScale
+from dimr_fast.data.scaling import LatentScale, Scale
+
+Decode = Callable[[Tensor], Tensor]
+"""Latents [B, C, h, w] of an autoencoder to uint8 [B, 3, H, W] on the CPU."""
 
 
 class Autoencoder:
@@ -82,3 +86,22 @@ class Autoencoder:
             digest.update(name.encode())
             digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def decoding(
+    path_or_name: str | None, scale: Scale, size: tuple[int, int], device: torch.device
+) -> tuple[Decode | None, tuple[int, int]]:
+    """What makes images of what a model draws at `size`, and their size: pixels stay as they are.
+
+    Raises ValueError where latents come without an autoencoder or pixels with one, and as
+    `Autoencoder.load` does.
+    """
+    latents = isinstance(scale, LatentScale)
+    if latents == (path_or_name is None):
+        expected = "an AutoencoderKL that decodes latents" if latents else "None for pixels"
+        raise ValueError(f"autoencoder: got {path_or_name!r}, expected {expected}")
+    if path_or_name is None:
+        return None, size
+    autoencoder = Autoencoder.load(path_or_name, device)
+    factor = autoencoder.downsampling
+    return autoencoder.decode, (factor * size[0], factor * size[1])

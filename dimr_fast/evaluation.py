@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dimr_fast.autoencoder import decoding
 from dimr_fast.checkpoint import load_model
 from dimr_fast.config import require_fields
 from dimr_fast.data.image_sets import ImageSet, TensorImages, counts_in_words, open_images
@@ -169,18 +170,12 @@ class _DrawnImages:
     def __init__(self, config: EvaluateConfig, checkpoint: Path, device: torch.device) -> None:
         trained = load_model(checkpoint)
         trained.model.to(device)
-        height, width = trained.model.config.image_size
-        decode = None
-        if config.autoencoder is not None:
-            from dimr_fast.autoencoder import Autoencoder
-
-            autoencoder = Autoencoder.load(config.autoencoder, device)
-            decode, factor = autoencoder.decode, autoencoder.downsampling
-            height, width = factor * height, factor * width
+        size = trained.model.config.image_size
+        decode, size = decoding(config.autoencoder, trained.scale, size, device)
         self._draw = ImageSampler(trained, config.sampler, decode)
         self._labels = balanced_labels(config.count, len(trained.classes))
         self._batch_size = config.sampler.batch_size
-        self.source, self.count, self.size = "drawn", config.count, (height, width)
+        self.source, self.count, self.size = "drawn", config.count, size
         self.classes = counts_in_words(self._labels.bincount().tolist())
         self.recipe = {
             "checkpoint": str(checkpoint),

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from dimr_fast.autoencoder import Decode
 from dimr_fast.checkpoint import TrainedModel
 from dimr_fast.config import require_fields
 from dimr_fast.data.scaling import LatentScale, Scale
@@ -25,9 +26,6 @@ from dimr_fast.diffusion import (
 )
 from dimr_fast.inference import optimize_for_inference
 from dimr_fast.seeds import derived_seed
-
-Decode = Callable[[Tensor], Tensor]
-"""Latents [B, C, h, w] of an autoencoder to uint8 [B, 3, H, W] on the CPU."""
 
 DECODED_TOGETHER = 8
 """Latents a call of the autoencoder: its activations are far larger than the model's."""

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dimr_fast.autoencoder import Decode, decoding
 from dimr_fast.checkpoint import TrainedModel, demo_model, load_model
 from dimr_fast.config import require_fields
-from dimr_fast.data.scaling import LatentScale
 from dimr_fast.device import keep_freed_memory, resolve_device
 from dimr_fast.files import claim, write_json
 from dimr_fast.image_files import write_array, write_npz, write_png
@@ -29,7 +29,6 @@ from dimr_fast.model import DiMR
 from dimr_fast.pictures import image_grid
 from dimr_fast.processes import Place, start_processes
 from dimr_fast.sampler import (
-    Decode,
     ImageSampler,
     Sampler,
     balanced_labels,
@@ -193,17 +192,9 @@ def _load(config: SampleConfig, device: torch.device) -> tuple[TrainedModel, Dec
         keep_freed_memory()
     trained = load_model(config.checkpoint or demo_model())
     trained.model.to(device)
-    latents = isinstance(trained.scale, LatentScale)
-    if latents == (config.autoencoder is None):
-        raise ValueError(
-            f"autoencoder: got {config.autoencoder!r}, expected "
-            + ("one to decode latents: --autoencoder PATH" if latents else "None for pixels")
-        )
-    if config.autoencoder is None:
-        return trained, None
-    from dimr_fast.autoencoder import Autoencoder
-
-    return trained, Autoencoder.load(config.autoencoder, device).decode
+    size = trained.model.config.image_size
+    decode, _ = decoding(config.autoencoder, trained.scale, size, device)
+    return trained, decode
 
 
 def _job(

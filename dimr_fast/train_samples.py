@@ -8,15 +8,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from dimr_fast.autoencoder import Decode, decoding
 from dimr_fast.checkpoint import EMA_PREFIX, TrainedModel
-from dimr_fast.data.scaling import LatentScale
 from dimr_fast.evaluation import quick_score
 from dimr_fast.features import EfficientNetLite0Features
 from dimr_fast.model import DiMR
 from dimr_fast.pictures import image_grid
 from dimr_fast.processes import Processes
 from dimr_fast.references import Reference, user_cache
-from dimr_fast.sampler import Decode, Sampler, sample_images
+from dimr_fast.sampler import Sampler, sample_images
 from dimr_fast.seeds import derived_seed
 from dimr_fast.train_config import TrainConfig
 from dimr_fast.train_log import TrainLog
@@ -43,17 +43,7 @@ class TrainSamples:
         if not processes.first or (config.sample_steps is None and config.score_steps is None):
             return
         size = state.model.config.image_size
-        if isinstance(state.scale, LatentScale):
-            from dimr_fast.autoencoder import Autoencoder
-
-            if config.autoencoder is None:
-                raise ValueError(
-                    "autoencoder: got None, expected one to decode samples of latents, or neither "
-                    "sample_steps nor score_steps"
-                )
-            autoencoder = Autoencoder.load(config.autoencoder, processes.device)
-            self.decode = autoencoder.decode
-            size = (size[0] * autoencoder.downsampling, size[1] * autoencoder.downsampling)
+        self.decode, size = decoding(config.autoencoder, state.scale, size, processes.device)
         if config.score_steps is not None:
             self.features = EfficientNetLite0Features().to(processes.device)
             reference = Reference.open(config.score_reference, size)

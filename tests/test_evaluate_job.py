@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from saved import Doubling
 from torch import Tensor
 
 from dimr_fast import DiMR, cli, evaluation, references
@@ -174,28 +173,14 @@ def test_a_checkpoint_a_folder_and_an_npz_of_the_same_images_score_the_same(
 def test_latents_are_decoded(
     tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Doubling:
-        """Stands in for an autoencoder: each position of a latent becomes four pixels."""
-
-        downsampling = 2
-
-        @classmethod
-        def load(cls, name: str, device: torch.device) -> "Doubling":
-            assert (name, device.type) == ("folder", "cpu")
-            return cls()
-
-        def decode(self, latents: Tensor) -> Tensor:
-            pixels = (latents * 40 + 128).clamp(0, 255).to(torch.uint8)
-            return pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)
-
-    monkeypatch.setitem(sys.modules, "dimr_fast.autoencoder", SimpleNamespace(Autoencoder=Doubling))
+    monkeypatch.setattr("dimr_fast.autoencoder.Autoencoder", Doubling)
     path = write_checkpoint(tmp_path / "latents.safetensors", LatentScale())
     sampler = Sampler(steps=2, precision="fp32")
     options: dict[str, Any] = {"checkpoint": path, "count": 10, "sampler": sampler}
-    scores = evaluate(config(tmp_path, reference, autoencoder="folder", **options))
+    scores = evaluate(config(tmp_path, reference, autoencoder="the autoencoder", **options))
     assert scores.recipe["images"]["size"] == "32x32"
-    assert scores.recipe["sampling"]["autoencoder"] == "folder"
-    with pytest.raises(ValueError, match="autoencoder: got None, expected one"):
+    assert scores.recipe["sampling"]["autoencoder"] == "the autoencoder"
+    with pytest.raises(ValueError, match="autoencoder: got None, expected an AutoencoderKL"):
         evaluate(config(tmp_path, reference, output=tmp_path / "out1", **options))
 
 

@@ -38,6 +38,7 @@ ALLOWED = {
     "references": {"data", "features", "files", "metrics", "summaries"},
     "image_files": {"files"},
     "sampler": {
+        "autoencoder",
         "checkpoint",
         "config",
         "data",

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from saved import Doubling
 
 from dimr_fast.checkpoint import load_checkpoint, load_model
 from dimr_fast.data.latents import FORMAT, MANIFEST, open_shard, write_shard
@@ -216,7 +217,9 @@ def test_processes_left_to_choose_by_themselves_choose_alike(
     assert_same(tmp_path / "run", together)
 
 
-def test_what_is_not_finite_in_one_process_is_left_out_by_all(tmp_path: Path) -> None:
+def test_what_is_not_finite_in_one_process_is_left_out_by_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of latents one is spoilt. Each process computes its share of a batch in two parts."""
     count, bad = 20, 13
     moments = torch.randn(count, 2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -247,6 +250,14 @@ def test_what_is_not_finite_in_one_process_is_left_out_by_all(tmp_path: Path) ->
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4, equal_nan=True)
     with pytest.raises(ValueError, match="image_size: got 16, expected none: latents have their"):
         train(dataclasses.replace(config, output=tmp_path / "other", image_size=16))
+
+    drawing = dataclasses.replace(config, output=tmp_path / "drawing", sample_steps=6)
+    with pytest.raises(ValueError, match="autoencoder: got None, expected an AutoencoderKL"):
+        train(drawing)
+    monkeypatch.setattr("dimr_fast.autoencoder.Autoencoder", Doubling)
+    train(dataclasses.replace(drawing, autoencoder="the autoencoder"))
+    with Image.open(drawing.output / "samples" / "00000006.png") as grid:
+        assert len(grid.convert("RGB").getcolors(100_000) or ()) > 100
 
     batches = [batch_indices(count, 8, 0, step) for step in range(6)]
     spoilt = [step for step, batch in enumerate(batches) if bad in batch]
