@@ -18,6 +18,7 @@ from dimr_fast.files import write_atomically
 
 FREE = {
     "output",
+    "data",
     "minutes",
     "steps",
     "accumulation",
@@ -37,7 +38,8 @@ FREE = {
     "nonfinite",
     "device",
 }
-"""The settings that a resumed run may change; the others are its recipe."""
+"""The settings that a resumed run may change; the others are its recipe. `data` must hold the same
+examples then, wherever it lies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +188,7 @@ class TrainConfig:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The settings that a checkpoint holds: those that a resumed run may not change."""
+        """The settings that a resumed run may not change."""
         return {name: value for name, value in self.to_dict().items() if name not in FREE}
 
 

@@ -98,15 +98,15 @@ class TrainState:
         """
         if metadata.get("config") != json.loads(json.dumps(self._config)):
             raise CheckpointError(f"{path}: holds another model than this run trains")
-        for name, value in metadata.get("recipe", {}).items():
-            if self.recipe.get(name) != value:
-                ours = self.recipe.get(name)
-                raise CheckpointError(f"{path}: was trained with {name} {value}, not {ours}")
         classes = tuple(metadata.get("classes", ()))
         if classes != self.classes:
             raise CheckpointError(
                 f"{path}: was trained with classes {_some(classes)}, not {_some(self.classes)}"
             )
+        for name, value in metadata.get("recipe", {}).items():
+            if self.recipe.get(name) != value:
+                ours = self.recipe.get(name)
+                raise CheckpointError(f"{path}: was trained with {name} {value}, not {ours}")
         try:
             self.scale = scale_from_dict(metadata["scale"])
             self.step, self.seconds = metadata["step"], metadata["seconds"]

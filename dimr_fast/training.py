@@ -31,7 +31,7 @@ from dimr_fast.files import claim, hold, remove_unfinished, write_json
 from dimr_fast.model import DiMR
 from dimr_fast.optim import EMA, adamw
 from dimr_fast.pictures import loss_curve, require_matplotlib
-from dimr_fast.processes import join_processes
+from dimr_fast.processes import Processes, join_processes
 from dimr_fast.train_config import TrainConfig
 from dimr_fast.train_log import LOG, require_tensorboard
 from dimr_fast.train_loop import TrainLoop, check_split, in_parallel
@@ -138,7 +138,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         classes=examples.classes,
         scale=examples.scale,
-        recipe=config.recipe,
+        recipe=config.recipe | {"data": processes.from_first(_in_words(examples, processes))},
     )
     if stored is not None:
         state.load(path, *stored)
@@ -198,6 +198,13 @@ def load_examples(config: TrainConfig) -> Examples:
             f"image_size: got {config.image_size}, expected none: latents have their own"
         )
     return LatentShards(folder)
+
+
+def _in_words(examples: Examples, processes: Processes) -> str | None:
+    """What tells these examples from others; a network's drive is asked by one process only."""
+    if not processes.first:
+        return None
+    return f"{len(examples.labels)} examples, SHA-256 {examples.fingerprint()}"
 
 
 def _new_model(config: TrainConfig, examples: Examples) -> DiMR:

@@ -215,6 +215,14 @@ def test_another_set_of_images_is_refused(again: ExtractConfig, tmp_path: Path) 
         extract(dataclasses.replace(again, images=tmp_path / "photos"))
 
 
+def test_latents_are_told_apart_wherever_they_lie(again: ExtractConfig, latents: Path) -> None:
+    assert LatentShards(again.output).fingerprint() == LatentShards(latents).fingerprint()
+    manifest = json.loads((again.output / "manifest.json").read_text())
+    manifest["shards"].pop()
+    (again.output / "manifest.json").write_text(json.dumps(manifest))
+    assert LatentShards(again.output).fingerprint() != LatentShards(latents).fingerprint()
+
+
 def test_a_shard_that_is_not_whole_is_found_on_opening(again: ExtractConfig, latents: Path) -> None:
     path = shard(again, 2)
     whole = path.read_bytes()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,6 +269,23 @@ def test_a_run_goes_on_with_its_own_recipe_only(tmp_path: Path, change: dict[str
         train(config(tmp_path, **change), resume=True)
     # What the machine would choose by itself gives way to what the run began with.
     assert train(config(tmp_path, precision="auto"), resume=True).precision == "fp32"
+
+
+def test_a_run_goes_on_with_the_same_images_wherever_they_are(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    generator = torch.Generator().manual_seed(0)
+    for name in ("dark", "light"):
+        (images / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = torch.randint(0, 255, (16, 16, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(images / name / f"{number}.png")
+    before = config(tmp_path / "run", data=str(images), steps=2)
+    train(before)
+    moved = dataclasses.replace(before, data=str(images.rename(tmp_path / "moved")), steps=3)
+    assert train(moved, resume=True).steps == 3
+    shutil.copy(tmp_path / "moved" / "dark" / "0.png", tmp_path / "moved" / "dark" / "more.png")
+    with pytest.raises(CheckpointError, match=r"trained with data 8 examples.*not 9 examples"):
+        train(dataclasses.replace(moved, steps=4), resume=True)
 
 
 def test_an_unwritable_output_fails_before_any_work(tmp_path: Path) -> None:

@@ -32,6 +32,10 @@ class Examples(Protocol):
     @property
     def shape(self) -> tuple[int, int, int]: ...
 
+    def fingerprint(self) -> str:
+        """SHA-256 that other examples do not have, wherever these lie; nothing is decoded."""
+        ...
+
     def read(self, indices: Tensor, mirrored: Tensor) -> Tensor:
         """The examples at int64 `indices` [B], left-right mirrored where `mirrored`, bool [B].
 

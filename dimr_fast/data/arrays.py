@@ -1,5 +1,6 @@
 """Labelled images that are in memory already."""
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -35,6 +36,12 @@ class ImageArray:
         self.scale = PixelScale.of(images)
         channels, height, width = images.shape[1:]
         self.shape = (channels, height, width)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all pixels and labels."""
+        digest = hashlib.sha256(self.images.contiguous().numpy().data)
+        digest.update(self.labels.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def read(self, indices: Tensor, mirrored: Tensor) -> Tensor:
         """The images at `indices`, left-right mirrored where `mirrored`: uint8 [B, C, H, W]."""

@@ -146,6 +146,10 @@ class ImageFolder:
         self.shape = (3, size, size)
         self.scale = _pixel_scale(self)
 
+    def fingerprint(self) -> str:
+        """That of the files, by their names and sizes."""
+        return self.files.fingerprint()
+
     def read(self, indices: Tensor, mirrored: Tensor) -> Tensor:
         """The images at int64 `indices` [B], mirrored where bool [B] says; uint8 [B, 3, s, s]."""
         images = torch.empty(len(indices), *self.shape, dtype=torch.uint8)

@@ -109,6 +109,10 @@ class LatentShards:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the shards' checksums."""
+        return hashlib.sha256("".join(s["sha256"] for s in self._shards).encode()).hexdigest()
+
     def read(self, indices: Tensor, mirrored: Tensor) -> Tensor:
         """The moments at int64 `indices` [B], of the mirrored image where bool [B] `mirrored`.
 
