@@ -74,9 +74,14 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """The images of unscaled latents [B, C, h, w]: uint8 [B, 3, H, W] on the CPU."""
+        """The images of unscaled latents [B, C, h, w]: uint8 [B, 3, H, W] on the CPU.
+
+        Raises FloatingPointError where they are not finite in the dtype it computes in.
+        """
         z = (latents + self._shift).to(self._network.device, self._network.dtype)
         x = self._network.decode(z).sample.float()
+        if not x.isfinite().all():
+            raise FloatingPointError(f"autoencoder: its images are not finite in {z.dtype}")
         return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
     def fingerprint(self) -> str:
@@ -89,19 +94,25 @@ class Autoencoder:
 
 
 def decoding(
-    path_or_name: str | None, scale: Scale, size: tuple[int, int], device: torch.device
+    path_or_name: str | None, scale: Scale, shape: tuple[int, int, int], device: torch.device
 ) -> tuple[Decode | None, tuple[int, int]]:
-    """What makes images of what a model draws at `size`, and their size: pixels stay as they are.
+    """What makes images of what a model draws, [C, H, W], and their size: pixels stay as they are.
 
-    Raises ValueError where latents come without an autoencoder or pixels with one, and as
-    `Autoencoder.load` does.
+    Raises ValueError where latents come without an autoencoder or with another one than theirs, or
+    pixels with one, and as `Autoencoder.load` does.
     """
+    channels, height, width = shape
     latents = isinstance(scale, LatentScale)
     if latents == (path_or_name is None):
         expected = "an AutoencoderKL that decodes latents" if latents else "None for pixels"
         raise ValueError(f"autoencoder: got {path_or_name!r}, expected {expected}")
     if path_or_name is None:
-        return None, size
+        return None, (height, width)
     autoencoder = Autoencoder.load(path_or_name, device)
+    if (autoencoder.channels, autoencoder.scale) != (channels, scale):
+        raise ValueError(
+            f"autoencoder: got {path_or_name!r} of {autoencoder.channels} channels and "
+            f"{autoencoder.scale}, expected the model's {channels} channels and {scale}"
+        )
     factor = autoencoder.downsampling
-    return autoencoder.decode, (factor * size[0], factor * size[1])
+    return autoencoder.decode, (factor * height, factor * width)

@@ -75,27 +75,34 @@ def load_model(path: Path) -> TrainedModel:
     """
     if path.is_dir():
         model, (_, said) = DiMR.from_pretrained(path), read_config(path / CONFIG)
-        return TrainedModel(model, *_data(path, said))
+        return TrainedModel(model, *_data(path, said, model.config))
     tensors, said = load_checkpoint(path, EMA_PREFIX)
-    classes, scale = _data(path, said)
     try:
         config = DiMRConfig.from_dict(said["config"])
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of a DiMR model ({error})") from error
+    classes, scale = _data(path, said, config)
     weights = {name.removeprefix(EMA_PREFIX): value.clone() for name, value in tensors.items()}
     return TrainedModel(DiMR.from_weights(config, weights, path), classes, scale)
 
 
-def _data(path: Path, said: dict[str, Any]) -> tuple[tuple[str, ...], Scale]:
+def _data(path: Path, said: dict[str, Any], config: DiMRConfig) -> tuple[tuple[str, ...], Scale]:
     """Classes and scale of what was said of a model."""
     try:
-        return tuple(said["classes"]), scale_from_dict(said["scale"])
+        classes, scale = said["classes"], scale_from_dict(said["scale"])
     except KeyError as error:
         raise CheckpointError(
             f"{path}: not a checkpoint of a DiMR model and its data (it lacks {error})"
         ) from error
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of a DiMR model ({error})") from error
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"{path}: classes: got {classes!r}, expected a list of names")
+    if len(classes) != config.null_class:
+        raise CheckpointError(
+            f"{path}: classes: got {len(classes)} names, expected {config.null_class}, as the model"
+        )
+    return tuple(classes), scale
 
 
 def save_model(

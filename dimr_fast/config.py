@@ -135,6 +135,11 @@ class DiMRConfig:
         return last.max_height * ratio, last.max_width * ratio
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the model's input."""
+        return self.channels, *self.image_size
+
+    @property
     def null_class(self) -> int:
         """The class index that stands for "no class" in guidance."""
         return self.num_classes - 1

@@ -31,7 +31,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     if precision != "auto":
         return DTYPES[precision]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if _bf16_is_faster() else torch.float32
 
 

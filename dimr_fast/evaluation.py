@@ -150,9 +150,12 @@ def evaluate(config: EvaluateConfig) -> Scores:
         precision=precision,
         recall=recall,
         recipe=recipe,
-        notes=tuple(_notes(images, recipe["images"]["labels"], network, reference)),
+        notes=tuple(_notes(images, recipe, network, reference)),
     )
-    write_json(config.output / REPORT, dataclasses.asdict(scores))
+    try:
+        write_json(config.output / REPORT, dataclasses.asdict(scores))
+    except OSError as error:
+        raise OSError(f"{error}; the scores are\n{scores}") from error
     return scores
 
 
@@ -170,8 +173,8 @@ class _DrawnImages:
     def __init__(self, config: EvaluateConfig, checkpoint: Path, device: torch.device) -> None:
         trained = load_model(checkpoint)
         trained.model.to(device)
-        size = trained.model.config.image_size
-        decode, size = decoding(config.autoencoder, trained.scale, size, device)
+        shape = trained.model.config.shape
+        decode, size = decoding(config.autoencoder, trained.scale, shape, device)
         self._draw = ImageSampler(trained, config.sampler, decode)
         self._labels = balanced_labels(config.count, len(trained.classes))
         self._batch_size = config.sampler.batch_size
@@ -272,7 +275,7 @@ def _balance(images: ImageSet, sampling: dict[str, Any] | str) -> str:
 
 
 def _notes(
-    images: ImageSet, labels: str, network: FeatureNetwork, reference: Reference
+    images: ImageSet, recipe: dict[str, Any], network: FeatureNetwork, reference: Reference
 ) -> Iterator[str]:
     if images.count < FEW:
         yield (
@@ -292,7 +295,10 @@ def _notes(
         yield "precision and recall were not computed: the reference holds no images"
     elif reference.images.size != images.size:
         yield "images and reference differ in size, which the distance includes"
-    if labels == "unknown":
+    sampling = recipe["sampling"]
+    if isinstance(sampling, dict) and sampling.get("finished") is False:
+        yield "the job that draws these images is not finished"
+    if recipe["images"]["labels"] == "unknown":
         yield "the balance of labels is unknown; balanced labels score lower than random ones"
 
 

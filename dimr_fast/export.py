@@ -11,8 +11,8 @@ from dimr_fast.config import require_fields
 
 PLACES = ("output", "checkpoint")
 """Settings that only say where files lay, which is nobody else's business."""
-FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\s]+/)+")
-"""The folders of an absolute path, anywhere in a text but in a URL."""
+FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\s][^/\n]*/)+")
+"""The folders of an absolute path, with or without spaces, anywhere in a text but in a URL."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     """Let `write` fill a temporary file beside `path`, then put it in `path`'s place at once.
 
     What was at `path` stays until then, also if the machine stops. Raises whatever `write` raises,
-    and leaves nothing behind; only a killed process does, see `remove_unfinished`.
+    an OSError with `path` in it, and leaves nothing behind; only a killed process does, see
+    `remove_unfinished`.
     """
     target = Path(path)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -34,6 +35,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         with open(unfinished, "rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(target)
+    except OSError as error:
+        # Few say which file, numpy not even that it is about one.
+        raise OSError(f"{path}: could not be written ({error})") from error
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -77,6 +77,12 @@ def join_processes(device: str) -> Processes:
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if on_cpu and device == "cuda":
         raise ValueError("device: got 'cuda', expected one that is usable here")
+    place = Place.from_environment()
+    if not on_cpu and place.local_count > torch.cuda.device_count():
+        raise ValueError(
+            f"device: got {device!r} with {torch.cuda.device_count()} GPUs for "
+            f"{place.local_count} processes, expected one each, or cpu"
+        )
     try:
         from accelerate import PartialState
     except ModuleNotFoundError as error:

@@ -149,7 +149,8 @@ class ImageSampler:
         Image i starts from noise of its own, drawn on the CPU from the seed and `first + i`. The
         same batch gives the same bits; in batches of another size an image is summed in another
         order, which on a CPU in fp32 changes a pixel by 1 at most. `progress` is called with the
-        number of images of each finished batch. Raises ValueError for labels out of range.
+        number of images of each finished batch. Raises ValueError for labels out of range and
+        FloatingPointError where what is drawn is not finite.
         """
         if labels.dim() != 1 or labels.dtype != torch.int64:
             raise ValueError(
@@ -170,7 +171,7 @@ class ImageSampler:
 
     @torch.inference_mode()
     def _batch(self, labels: Tensor, first: int) -> Tensor:
-        shape = (self._config.channels, *self._config.image_size)
+        shape = self._config.shape
         noise = torch.empty(len(labels), *shape)
         for i in range(len(labels)):
             generator = torch.Generator().manual_seed(derived_seed(self._sampler.seed, first + i))
@@ -193,6 +194,11 @@ class ImageSampler:
                 self._sampler.steps,
                 spacing=self._sampler.spacing,
                 clip=self._scale.range,
+            )
+        if not x.isfinite().all():
+            raise FloatingPointError(
+                f"images {first}..{first + len(labels) - 1}: not finite in "
+                f"{self._sampler.precision}; of these weights, or for want of range"
             )
         if isinstance(self._scale, LatentScale):
             assert self._decode is not None

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dimr_fast.autoencoder import Decode, decoding
-from dimr_fast.checkpoint import TrainedModel, demo_model, load_model
+from dimr_fast.checkpoint import CheckpointError, TrainedModel, demo_model, load_model
 from dimr_fast.config import require_fields
 from dimr_fast.device import keep_freed_memory, resolve_device
-from dimr_fast.files import claim, write_json
+from dimr_fast.files import claim, hold, write_json
 from dimr_fast.image_files import write_array, write_npz, write_png
 from dimr_fast.model import DiMR
 from dimr_fast.pictures import image_grid
@@ -75,14 +76,15 @@ class SampleConfig:
     classes: tuple[str, ...] = ()
     """The classes to draw, by name or number; all of them if none is given."""
     formats: tuple[Format, ...] = ("grid",)
-    """grid: `grid.png`, the first images of each class in a row. png: `images/000000.png` and so
-    on. npz: `samples.npz` as the ADM evaluation suite takes it, `arr_0` uint8 [N, H, W, 3], with
-    labels as `arr_1`."""
+    """grid: `grid.png`, the first images of each of at most 32 classes in a row; where nothing else
+    is asked for, no other class is drawn. png: `images/000000.png` and so on. npz: `samples.npz` as
+    the ADM evaluation suite takes it, `arr_0` uint8 [N, H, W, 3], with labels as `arr_1`."""
     autoencoder: str | None = None
     """Folder or name of the AutoencoderKL that decodes what a model of latents draws."""
     processes: int | None = None
     """Processes to start; None is one for each GPU, one on a CPU, and one where a launcher such as
-    torchrun has started several."""
+    torchrun has started several. Those import a Python script that calls `sample` anew: it must do
+    so under `if __name__ == "__main__":`."""
     device: str = "auto"
     sampler: Sampler = field(default_factory=Sampler)
 
@@ -144,9 +146,7 @@ def sample(config: SampleConfig) -> list[Path]:
     device = resolve_device(config.device)
     processes = _processes(config, place, device)
     first = place.rank == 0
-    stored = _stored(config.output)
-    if first and stored is not None and stored["finished"]:
-        raise FileExistsError(f"{config.output / REPORT} exists already; choose another output")
+    stored = _unfinished(config.output) if first else None
     trained, decode = _load(config, torch.device("cpu") if processes > 1 else place.device(device))
     if not first:
         stored = _awaited(config.output)
@@ -156,9 +156,29 @@ def sample(config: SampleConfig) -> list[Path]:
     else:
         claim(config.output, [PARTS, REPORT, *(OUTPUTS[format] for format in config.formats)])
         write_json(config.output / REPORT, job.record | {"finished": False})
+    with ExitStack() as held:
+        if first:
+            (config.output / PARTS).mkdir(exist_ok=True)
+            held.enter_context(hold(config.output / PARTS))
+            # Another process may have finished it while this one waited.
+            _unfinished(config.output)
+        return _draw(job, trained, decode, place, device, processes)
+
+
+def _draw(
+    job: _Job,
+    trained: TrainedModel,
+    decode: Decode | None,
+    place: Place,
+    device: torch.device,
+    processes: int,
+) -> list[Path]:
+    """Draw what is missing, here or in `processes` new ones, and write the files."""
+    first = place.rank == 0
     total, done = len(job.labels), job.drawn()
     with tqdm(total=total, initial=done, unit="image", desc="sampling", disable=not first) as bar:
         if processes > 1:
+            processes = min(processes, len(job.parts()))
             threads = max(1, torch.get_num_threads() // processes)
             arguments = (job, place, device, processes, threads)
             start_processes(_process, arguments, processes, lambda: bar.update(job.drawn() - bar.n))
@@ -192,8 +212,7 @@ def _load(config: SampleConfig, device: torch.device) -> tuple[TrainedModel, Dec
         keep_freed_memory()
     trained = load_model(config.checkpoint or demo_model())
     trained.model.to(device)
-    size = trained.model.config.image_size
-    decode, _ = decoding(config.autoencoder, trained.scale, size, device)
+    decode, _ = decoding(config.autoencoder, trained.scale, trained.model.config.shape, device)
     return trained, decode
 
 
@@ -204,6 +223,8 @@ def _job(
     stored: dict[str, Any] | None,
 ) -> _Job:
     chosen = _chosen(config.classes, trained.classes)
+    if config.formats == ("grid",):
+        chosen = chosen[:GRID_ROWS]
     count = config.count or config.per_class * len(chosen)
     sampler = config.sampler
     if sampler.precision == "auto" and stored is not None:
@@ -252,6 +273,16 @@ def _fingerprint(model: DiMR) -> str:
     return digest.hexdigest()
 
 
+def _unfinished(output: Path) -> dict[str, Any] | None:
+    """The record of a job that has begun in that folder; FileExistsError where it is finished."""
+    stored = _stored(output)
+    if stored is not None and stored["finished"]:
+        # What a kill at the very end has left.
+        shutil.rmtree(output / PARTS, ignore_errors=True)
+        raise FileExistsError(f"{output / REPORT} exists already; choose another output")
+    return stored
+
+
 def _stored(output: Path) -> dict[str, Any] | None:
     """The record of a job that has begun in that folder."""
     path = output / REPORT
@@ -261,7 +292,7 @@ def _stored(output: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise OSError(f"{path}: not readable ({error}); choose another output") from error
-    if not isinstance(stored, dict) or "finished" not in stored:
+    if not isinstance(stored, dict) or not {"finished", "sampler"} <= stored.keys():
         raise FileExistsError(f"{path} exists already; choose another output")
     return stored
 
@@ -302,6 +333,8 @@ def _process(
     torch.set_num_threads(threads)
     place = place.part(number, processes)
     trained, decode = _load(job.config, place.device(device))
+    if _fingerprint(trained.model) != job.record["weights"]:
+        raise CheckpointError(f"{job.config.checkpoint}: has changed since the job began")
     with tqdm(disable=True) as bar:
         _draw_share(job, ImageSampler(trained, job.sampler, decode), place, bar)
 
@@ -332,7 +365,7 @@ def _finish(job: _Job) -> list[Path]:
     if "grid" in job.config.formats:
         _write_grid(job, output / OUTPUTS["grid"])
     write_json(output / REPORT, job.record | {"finished": True})
-    shutil.rmtree(output / PARTS)
+    shutil.rmtree(output / PARTS, ignore_errors=True)
     # What a killed process was writing.
     patterns = [f".{name}.*.part" for name in (REPORT, *OUTPUTS.values())]
     for pattern in (*patterns, f"{OUTPUTS['png']}/.*.part"):

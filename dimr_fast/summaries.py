@@ -1,8 +1,8 @@
 """What is known of a set of images by their features."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +65,13 @@ def summarize(
     return FeatureSummary(mean, factor, features)
 
 
-def _exact_convolutions() -> AbstractContextManager[None]:
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
     """Convolutions in fp32, where a GPU would round their inputs to TF32."""
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(cudnn.enabled, cudnn.benchmark, allow_tf32=False)
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before

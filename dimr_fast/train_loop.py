@@ -167,7 +167,7 @@ class TrainLoop:
         """
         config, state, device = self.config, self.state, self.processes.device
         size = config.batch_size
-        shape = (state.model.config.channels, *state.model.config.image_size)
+        shape = state.model.config.shape
         share = size // self.processes.count
         mine = slice(self.processes.rank * share, (self.processes.rank + 1) * share)
         torch.manual_seed(derived_seed(config.seed, 0, batch.step))

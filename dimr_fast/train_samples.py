@@ -42,8 +42,8 @@ class TrainSamples:
         self.decode: Decode | None = None
         if not processes.first or (config.sample_steps is None and config.score_steps is None):
             return
-        size = state.model.config.image_size
-        self.decode, size = decoding(config.autoencoder, state.scale, size, processes.device)
+        shape = state.model.config.shape
+        self.decode, size = decoding(config.autoencoder, state.scale, shape, processes.device)
         if config.score_steps is not None:
             self.features = EfficientNetLite0Features().to(processes.device)
             reference = Reference.open(config.score_reference, size)

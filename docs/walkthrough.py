@@ -176,6 +176,7 @@ drawn = sample(
     SampleConfig(
         checkpoint=run.output / "checkpoint.safetensors",
         output=work / "samples",
+        processes=1,
         per_class=PER_CLASS,
         formats=("grid", "npz"),
         autoencoder=autoencoder,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dimr_fast import DiMR
+from dimr_fast.data.scaling import LatentScale
 
 
 def randomised(model: DiMR) -> DiMR:
@@ -25,7 +26,7 @@ def inputs() -> dict[str, Tensor]:
 class Doubling:
     """Stands in for an autoencoder: each latent becomes 2×2 pixels, three of its channels RGB."""
 
-    downsampling = 2
+    downsampling, channels, scale = 2, 3, LatentScale()
 
     @classmethod
     def load(cls, name: str, device: torch.device) -> "Doubling":

@@ -127,6 +127,9 @@ DAMAGES = [
     (lambda f: damage(f, width=3), "not the configuration.*width"),
     (lambda f: damage(f, num_classes=-1), "num_classes: got -1"),
     (lambda f: damage(f, classes=None), "it lacks 'classes'"),
+    (lambda f: damage(f, classes=["a", "b"]), "classes: got 2 names, expected 6"),
+    (lambda f: damage(f, classes="abcdef"), "classes: got 'abcdef', expected a list of names"),
+    (lambda f: damage(f, classes=list(range(6))), "expected a list of names"),
     (lambda f: damage(f, scale={"kind": "volts"}), "kind: got 'volts'"),
     (
         lambda f: damage(f, num_classes=9),
@@ -237,7 +240,7 @@ def run(trained: TrainedModel, tmp_path: Path) -> Path:
 def test_export_writes_the_averaged_model_and_what_the_run_says(
     trained: TrainedModel, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"learning_rate": 0.25, "output": "/home/me/run", "data": "/home/me/photos"}
+    settings = {"learning_rate": 0.25, "output": "/home/me/run", "data": "/home/me a/my photos"}
     record = {"config": settings, "result": {"steps": 8}}
     (run / "train.json").write_text(json.dumps(record))
     (run / "loss.png").write_bytes(b"curve")
@@ -253,7 +256,7 @@ def test_export_writes_the_averaged_model_and_what_the_run_says(
     for name, value in trained.model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], value)
     written = json.loads((output / "config.json").read_text())
-    settings = {"learning_rate": 0.25, "data": "photos"}
+    settings = {"learning_rate": 0.25, "data": "my photos"}
     assert written["recipe"] == {"config": settings, "result": {"steps": 8}}
     said = {"reference": ["real (png)", "files real 12ab", "https://a.b/c/d"]}
     assert written["scores"] == SCORES | {"sampling": {"steps": 25}} | said

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dimr_fast import device
+from dimr_fast.processes import join_processes
 
 
 def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +31,27 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     for faster, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(device, "_bf16_is_faster", lambda answer=faster: answer)
         assert device.resolve_precision("auto", cpu) == dtype
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bf16_that_a_gpu_emulates_is_not_taken_for_fast(
+    monkeypatch: pytest.MonkeyPatch, native: bool, dtype: torch.dtype
+) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert device.resolve_precision("auto", torch.device("cuda")) == dtype
+
+
+def test_processes_that_would_share_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would only say that a GPU is a duplicate."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="device: got 'auto' with 1 GPUs for 2 processes"):
+        join_processes("auto")
 
 
 def test_the_device_has_a_name() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from dimr_fast import DiMR, cli, evaluation, references
 from dimr_fast.checkpoint import save_checkpoint
 from dimr_fast.data.image_sets import FolderImages, NpzImages, TensorImages, open_images
+from dimr_fast.data.images import list_images
 from dimr_fast.data.scaling import LatentScale, PixelScale, Scale, scale_to_dict
 from dimr_fast.data.tiles import Tiles
 from dimr_fast.evaluation import EvaluateConfig, Scores, evaluate, quick_score
@@ -112,6 +113,15 @@ def test_sub_folders_are_classes_and_grey_images_have_three_channels(tmp_path: P
     assert (found.count, found.classes) == (7, "2 classes, 3 to 4 images each")
     assert "(jpg, png)" in found.source
     assert read(found)[6].unique().tolist() == [9]
+
+
+def test_a_folder_holds_the_images_that_training_finds_there(tmp_path: Path) -> None:
+    write_folder(drawn(3), tmp_path / "elsewhere")
+    write_folder(drawn(4), tmp_path / "images" / "cat" / "deep")
+    write_folder(drawn(1), tmp_path / "images" / ".hidden")
+    (tmp_path / "images" / "dog").symlink_to(tmp_path / "elsewhere")
+    found = open_images(tmp_path / "images")
+    assert found.count == len(list_images(tmp_path / "images").names) == 7
 
 
 def test_fingerprints_tell_images_apart(tmp_path: Path) -> None:
@@ -414,8 +424,8 @@ def test_scored_images_are_decoded_as_those_for_training(tmp_path: Path) -> None
     folder = tmp_path / "turned"
     folder.mkdir()
     Image.new("RGB", (4, 8)).save(folder / "d.png", exif=exif)
-    with pytest.raises(ValueError, match=r"images: got .*d\.png, upright 8x4, expected 4x8"):
-        read(FolderImages(folder))
+    assert FolderImages(folder).size == (4, 8)
+    assert read(FolderImages(folder)).shape == (1, 3, 4, 8)
 
 
 def test_a_jpeg_cut_short_is_found_out_and_named(tmp_path: Path) -> None:
@@ -424,6 +434,39 @@ def test_a_jpeg_cut_short_is_found_out_and_named(tmp_path: Path) -> None:
     (tmp_path / "b.jpg").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"images: got .*b\.jpg, expected a whole image"):
         read(FolderImages(tmp_path))
+
+
+@pytest.mark.usefixtures("colours")
+def test_scores_that_cannot_be_written_are_said(
+    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, values: object) -> None:
+        raise OSError(f"{path}: no space left")
+
+    monkeypatch.setattr("dimr_fast.evaluation.write_json", full)
+    with pytest.raises(OSError, match=r"no space left; the scores are\nFréchet distance on .*: \d"):
+        evaluate(config(tmp_path, reference, images=bad_folder(tmp_path)))
+
+
+@pytest.fixture(params=["tf32", "none"])
+def chosen(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How a user has let convolutions compute."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = request.param
+    yield request.param
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def test_scores_are_of_exact_convolutions_whatever_the_user_has_chosen(chosen: str) -> None:
+    class Network(Colours):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.add(torch.backends.cudnn.conv.fp32_precision)
+            return super().forward(images)
+
+    seen: set[str] = set()
+    summarize(Network(), TensorImages(drawn(4), ""))
+    assert seen == {"ieee"}
+    assert torch.backends.cudnn.conv.fp32_precision == chosen
 
 
 @pytest.mark.usefixtures("colours")

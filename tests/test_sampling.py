@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from saved import Doubling
 
-from dimr_fast import DiMR
+from dimr_fast import DiMR, sampling
 from dimr_fast.checkpoint import (
     CheckpointError,
     TrainedModel,
@@ -26,6 +26,7 @@ from dimr_fast.checkpoint import (
     load_published,
     save_checkpoint,
 )
+from dimr_fast.config import preset
 from dimr_fast.data.scaling import LatentScale, PixelScale, scale_to_dict
 from dimr_fast.diffusion import SOLVERS
 from dimr_fast.inference import InferenceDiMR, optimize_for_inference
@@ -366,7 +367,7 @@ def test_a_killed_job_goes_on_and_ends_as_one_that_was_not(
     assert done.returncode == -signal.SIGKILL
     kept = job.output / "parts" / "00000000.npy"
     times = kept.stat().st_mtime_ns
-    assert len(list(kept.parent.iterdir())) == 2
+    assert len(list(kept.parent.glob("*.npy"))) == 2
     assert not json.loads((job.output / "sample.json").read_text())["finished"]
 
     for change, message in (
@@ -426,9 +427,9 @@ def test_a_failing_process_is_reported(
     (tmp_path / "out").mkdir()
     # What the processes are to write into is a file, which the check before them has not seen.
     monkeypatch.setattr(
-        "dimr_fast.sampling.claim", lambda *_: (tmp_path / "out" / "parts").write_text("")
+        "dimr_fast.sampling.claim", lambda *_: (tmp_path / "out" / "images").write_text("")
     )
-    with pytest.raises(ChildProcessError, match=r"process \d stopped: .*parts"):
+    with pytest.raises(ChildProcessError, match=r"process \d stopped: .*images"):
         sample(job)
 
 
@@ -450,6 +451,52 @@ def test_a_process_does_not_wait_for_the_first_one_for_ever(
         sample(config(trained, tmp_path))
 
 
+def test_what_is_not_finite_is_never_a_picture(trained: TrainedModel, tmp_path: Path) -> None:
+    with torch.no_grad():
+        next(trained.model.parameters()).fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=r"images 0\.\.1: not finite in fp32"):
+        sample(config(trained, tmp_path))
+    assert not (tmp_path / "out" / "samples.npz").exists()
+
+
+def test_a_grid_alone_draws_no_class_that_it_does_not_show(tmp_path: Path) -> None:
+    names = tuple(f"class {i}" for i in range(40))
+    model = DiMR(preset("tiny").fitted(3, (16, 16), 41))
+    wide = TrainedModel(model.eval(), names, PixelScale(100.0, 50.0))
+    sampler = Sampler(steps=1, batch_size=64, precision="fp32")
+    sample(config(wide, tmp_path, per_class=1, formats=("grid",), sampler=sampler))
+    said = json.loads((tmp_path / "out" / "sample.json").read_text())
+    assert (said["count"], said["classes"]) == (32, list(names[:32]))
+
+
+def test_a_job_is_drawn_by_one_command_at_a_time(
+    trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dimr_fast.files.PATIENCE", 0.3)
+    job = config(trained, tmp_path)
+
+    def meanwhile(*_: object) -> None:
+        with pytest.raises(OSError, match="another process is writing there"):
+            sample(job)
+
+    finish = sampling._finish
+    monkeypatch.setattr(sampling, "_finish", lambda job: meanwhile() or finish(job))
+    sample(job)
+    # As a kill at the very end leaves it.
+    (job.output / "parts").mkdir()
+    with pytest.raises(FileExistsError, match="exists already"):
+        sample(job)
+    assert not (job.output / "parts").exists()
+
+
+def test_a_checkpoint_that_changes_while_a_job_begins_is_noticed(
+    trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dimr_fast.sampling._fingerprint", lambda model: "that of before")
+    with pytest.raises(ChildProcessError, match="has changed since the job began"):
+        sample(config(trained, tmp_path, processes=2))
+
+
 def test_latents_are_decoded(
     trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -461,6 +508,10 @@ def test_latents_are_decoded(
     with pytest.raises(ValueError, match="autoencoder: got None, expected one to decode"):
         sample_images(latents, torch.arange(2), job.sampler)
     monkeypatch.setattr("dimr_fast.autoencoder.Autoencoder", Doubling)
+    other = dataclasses.replace(job, autoencoder="the autoencoder")
+    with pytest.raises(ValueError, match=r"of 3 channels and .*0\.18215.*, expected .*0\.5"):
+        sample(other)
+    monkeypatch.setattr(Doubling, "scale", latents.scale)
     sample(dataclasses.replace(job, autoencoder="the autoencoder"))
     with np.load(job.output / "samples.npz") as file:
         images = file["arr_0"]

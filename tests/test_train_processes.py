@@ -255,6 +255,7 @@ def test_what_is_not_finite_in_one_process_is_left_out_by_all(
     with pytest.raises(ValueError, match="autoencoder: got None, expected an AutoencoderKL"):
         train(drawing)
     monkeypatch.setattr("dimr_fast.autoencoder.Autoencoder", Doubling)
+    monkeypatch.setattr(Doubling, "channels", 4)
     train(dataclasses.replace(drawing, autoencoder="the autoencoder"))
     with Image.open(drawing.output / "samples" / "00000006.png") as grid:
         assert len(grid.convert("RGB").getcolors(100_000) or ()) > 100

@@ -12,10 +12,13 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
-from dimr_fast.data.images import EXTENSIONS, UnreadableImageError, decode_image, is_image
+from dimr_fast.data.images import EXTENSIONS, UnreadableImageError, decode_image, images_below
+
+LYING = (5, 6, 7, 8)
+"""EXIF's orientations of images that are to be turned by a quarter."""
 
 
 class ImageSet(Protocol):
@@ -83,7 +86,7 @@ class FolderImages:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.files = sorted(f for f in path.rglob("*") if is_image(f.name))
+        self.files = sorted(path / name for name in images_below(path, "."))
         if not self.files:
             raise ValueError(
                 f"images: got {path} without images, expected some of {', '.join(EXTENSIONS)}"
@@ -114,6 +117,10 @@ class FolderImages:
             try:
                 with Image.open(file) as image:
                     width, height = image.size
+                    # Asked for more, Pillow would read a PNG file here, and could not verify it.
+                    exif = image.getexif() if "exif" in image.info else {}
+                    if exif.get(ExifTags.Base.Orientation) in LYING:
+                        width, height = height, width
                     # Reads PNG files to their end, where one that was cut short is found out.
                     image.verify()
             except Exception:  # what is no image can fail to be read in any way

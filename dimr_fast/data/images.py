@@ -78,7 +78,7 @@ def list_images(folder: Path) -> ImageFiles:
     if loose:
         labels = torch.zeros(len(loose), dtype=torch.int64)
         return ImageFiles(folder, tuple(loose), labels, (folder.resolve().name,))
-    found = [sorted(_images_below(folder, name)) for name in classes]
+    found = [sorted(images_below(folder, name)) for name in classes]
     counts = torch.tensor([len(names) for names in found], dtype=torch.int64)
     empty = [name for name, names in zip(classes, found, strict=True) if not names]
     if empty or not classes:
@@ -184,7 +184,7 @@ def is_image(name: str) -> bool:
     return name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def _images_below(root: Path, folder: str) -> Iterator[str]:
+def images_below(root: Path, folder: str) -> Iterator[str]:
     """Names relative to `root`. Broken links are among them, to be reported when they are read."""
     for path, folders, names in os.walk(root / folder, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
