@@ -31,7 +31,7 @@ from dimr_fast.data.latents import (
 from dimr_fast.data.scaling import LatentScale, scale_to_dict
 from dimr_fast.device import DTYPES, resolve_device
 from dimr_fast.files import claim, write_json
-from dimr_fast.processes import Place, start_processes
+from dimr_fast.processes import Place, end_with_launcher, start_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +144,7 @@ def extract(config: ExtractConfig) -> ExtractSummary:
     files = list_images(config.images)
     if config.output.resolve().is_relative_to(config.images.resolve()):
         raise ValueError(f"output: got {config.output}, expected a folder outside the images'")
+    end_with_launcher()
     place = Place.from_environment()
     shards = -(-len(files.names) // config.shard_size)
     processes = min(_processes(config, device, place), shards)

@@ -386,7 +386,8 @@ def _capture(function: Compute, inputs: Sequence[Tensor], pool: Any) -> Compute:
                 function(*static)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Other threads may go on meanwhile: a training's loader pins memory in one.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             outputs = function(*static)
 
     def replay(*inputs: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, Self, TypeVar
 
 import torch
@@ -68,9 +69,13 @@ def join_processes(device: str) -> Processes:
     on the CPU otherwise. Raises ValueError for a device that cannot be had and
     DataUnavailableError where accelerate is missing.
     """
+    end_with_launcher()
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        return Processes(0, 1, resolve_device(device))
+        own = resolve_device(device)
+        if own.type == "cuda" and own.index is not None:
+            torch.cuda.set_device(own)  # or pinned memory would take some of the first one
+        return Processes(0, 1, own)
     if device not in ("auto", "cuda", "cpu"):
         raise ValueError(f"device: got {device!r}, expected auto, cuda or cpu for many processes")
     # Not told so, accelerate takes each process for the only one where there is no GPU.
@@ -92,16 +97,17 @@ def join_processes(device: str) -> Processes:
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=4))
     if state.num_processes != count:
         raise RuntimeError(f"joined {state.num_processes} processes, not the {count} of the launch")
-    if torch.distributed.is_torchelastic_launched():
-        _end_with_launcher()
     return Processes(state.process_index, state.num_processes, state.device)
 
 
-def _end_with_launcher() -> None:
-    """Kill this process once the launcher is gone, which kills its processes unless it was killed.
+@cache
+def end_with_launcher() -> None:
+    """Kill this process once torchrun is gone, which kills its processes unless it was killed.
 
-    Those that it left behind would train on, unseen, and be in the way of a run that is resumed.
+    Those that it left behind would work on, unseen, and be in the way of a job that is resumed.
     """
+    if not torch.distributed.is_torchelastic_launched():
+        return
     launcher = os.getppid()
 
     def watch() -> None:

@@ -28,7 +28,7 @@ from dimr_fast.files import claim, hold, write_json
 from dimr_fast.image_files import write_array, write_npz, write_png
 from dimr_fast.model import DiMR
 from dimr_fast.pictures import image_grid
-from dimr_fast.processes import Place, start_processes
+from dimr_fast.processes import Place, end_with_launcher, start_processes
 from dimr_fast.sampler import (
     ImageSampler,
     Sampler,
@@ -142,6 +142,7 @@ def sample(config: SampleConfig) -> list[Path]:
     is there already; OSError where nothing can be written or a process fails.
     """
     config.validate()
+    end_with_launcher()
     place = Place.from_environment()
     device = resolve_device(config.device)
     processes = _processes(config, place, device)

@@ -47,6 +47,11 @@ class TrainLog:
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether a line of that step has that figure."""
+        lines = map(json.loads, self._path.read_text().splitlines())
+        return any(line["step"] == step and name in line for line in lines)
+
     def image(self, step: int, picture: Tensor) -> None:
         """A picture uint8 [H, W, 3], to TensorBoard only."""
         if self._board is not None:

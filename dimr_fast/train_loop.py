@@ -85,14 +85,15 @@ class TrainLoop:
     def run(self, stopped: Callable[[], bool]) -> bool:
         """Train to the end, or until any process has `stopped`; returns whether one has."""
         config, state, first = self.config, self.state, self.processes.first
-        if state.step:
-            # A kill may have come between a checkpoint and its milestone.
-            self._keep_milestone()
         self.loader.load_state_dict({"step": state.step})
         batches = iter(self.loader)
         log = TrainLog(config.output, state.step, config.tensorboard) if first else None
         rate = Rate(state.step, state.seconds)
         saved = state.seconds
+        if state.step:
+            # What a kill between the last checkpoint and the next step prevented.
+            self._keep_milestone()
+            self.samples.draw_when_due(log, made_up=True)
         state.model.train()
         with (
             nullcontext() if log is None else closing(log),
@@ -133,7 +134,8 @@ class TrainLoop:
                     self._save()
                     saved = state.seconds
                 paused = time.monotonic()
-                self.samples.draw_when_due(log)
+                if not stop:
+                    self.samples.draw_when_due(log)
                 self._began += time.monotonic() - paused
         return stop
 
@@ -155,8 +157,10 @@ class TrainLoop:
                 state.scaler.scale(loss).backward()
             total += loss.detach()
         state.scaler.unscale_(state.optimizer)
-        limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit)
+        parameters = list(state.model.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if config.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
         return total, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _inputs(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -248,28 +252,34 @@ class TrainLoop:
         whole = {name: self.processes.gather(part) for name, part in inputs.items()}
         tensors = self.state.tensors(keep=self.processes.first)
         path = self.config.output / NONFINITE
+        kept = f"{path} holds the batch and the state before it"
         if self.processes.first:
             metadata = self.state.metadata() | {"loss": str(loss), "gradient_norm": str(norm)}
             try:
                 save_checkpoint(path, tensors | whole, metadata)
             except OSError as error:
-                return f"the batch could not be written ({error})"
-        return f"{path} holds the batch and the state before it"
+                kept = f"the batch could not be written ({error})"
+        # The others wait: at the end of one of them a launcher would end the one that writes.
+        return self.processes.from_first(kept)
 
     def _save(self) -> None:
         """Write the checkpoint; where that fails, say so and go on with the previous one."""
         path = self.config.output / CHECKPOINT
         try:
             self.state.save(path, write=self.processes.first)
-            self._keep_milestone()
         except OSError as error:
             tqdm.write(f"no checkpoint at step {self.state.step}: {error}; the previous one stays")
+        else:
+            self._keep_milestone()
 
     def _keep_milestone(self) -> None:
         """Keep the checkpoint that is there, of this step, if it is a milestone."""
         if self.processes.first and _every(self.config.milestone_steps, self.state.step):
             path = self.config.output / CHECKPOINT
-            keep_milestone(path, self.state.step, self.config.milestones)
+            try:
+                keep_milestone(path, self.state.step, self.config.milestones)
+            except OSError as error:
+                tqdm.write(f"no milestone at step {self.state.step}: {error}")
 
 
 class Rate:

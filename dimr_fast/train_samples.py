@@ -1,6 +1,7 @@
 """Samples and scores while a run trains, from its averaged weights."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,26 +51,36 @@ class TrainSamples:
             reference.check(self.features)
             self.reference = reference.summary(self.features, user_cache())
 
-    def draw_when_due(self, log: TrainLog | None) -> None:
-        """Draw and score what is due after this step; every process calls this."""
+    def draw_when_due(self, log: TrainLog | None, *, made_up: bool = False) -> None:
+        """Draw and score what is due after this step; every process calls this.
+
+        What is there already is left out where it is `made_up` for.
+        """
         step = self.state.step
         grid, score = (
             every is not None and step % every == 0
             for every in (self.config.sample_steps, self.config.score_steps)
         )
+        if made_up and log is not None:
+            grid = grid and not self._grid_path().exists()
+            score = score and not log.has(step, "frechet_distance")
+        if made_up:
+            grid, score = self.processes.from_first((grid, score))
         if not grid and not score:
             return
         averaged = self.state.tensors(EMA_PREFIX, keep=log is not None)
         if log is not None:
             trained = self._trained(averaged)
-            try:
-                if grid:
-                    self._draw_grid(trained, log)
-            except OSError as error:
-                tqdm.write(f"no samples at step {step}: {error}")
-            if score:
-                log.scalars(step, frechet_distance=self._score(trained))
+            for due, draw in ((grid, self._draw_grid), (score, self._score)):
+                try:
+                    if due:
+                        draw(trained, log)
+                except (OSError, FloatingPointError) as error:
+                    tqdm.write(f"no samples at step {step}: {error}")
         self.processes.wait()
+
+    def _grid_path(self) -> Path:
+        return self.config.output / "samples" / f"{self.state.step:08d}.png"
 
     def _trained(self, averaged: dict[str, Tensor]) -> TrainedModel:
         branches = self.state.model.config.stage_configs
@@ -86,13 +97,13 @@ class TrainSamples:
         labels = torch.arange(rows).repeat_interleave(COLUMNS)
         drawn = sample_images(trained, labels, self.sampler, decode=self.decode)
         images = drawn.unflatten(0, (rows, COLUMNS))
-        path = self.config.output / "samples" / f"{self.state.step:08d}.png"
+        path = self._grid_path()
         path.parent.mkdir(exist_ok=True)
         image_grid(images, trained.classes[:rows], path, scale=max(1, 96 // images.shape[-1]))
         with Image.open(path) as picture:
             log.image(self.state.step, torch.from_numpy(np.asarray(picture.convert("RGB")).copy()))
 
-    def _score(self, trained: TrainedModel) -> float:
+    def _score(self, trained: TrainedModel, log: TrainLog) -> None:
         generator = torch.Generator().manual_seed(derived_seed(self.config.seed, 3))
         chosen = torch.randint(len(self.labels), (self.config.score_images,), generator=generator)
         images = sample_images(trained, self.labels[chosen], self.sampler, decode=self.decode)
@@ -101,4 +112,4 @@ class TrainSamples:
             f"step {self.state.step}: Fréchet distance on {self.features.recipe} {score:.1f} "
             f"({len(images)} samples, guidance {self.sampler.guidance})"
         )
-        return score
+        log.scalars(self.state.step, frechet_distance=score)

@@ -135,9 +135,12 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         return load_checkpoint(path)
     except CheckpointError as error:
-        others = [other.name for _, other in milestones(path)]
-        hint = f"; to go on from {others[-1]}, copy it to {path.name}" if others else ""
-        raise CheckpointError(f"{error}{hint}") from error
+        # The newest may be a second name for this very file.
+        others = [o for _, o in milestones(path) if not (path.exists() and o.samefile(path))]
+        if not others:
+            raise
+        hint = f"to go on from {others[-1].name}, remove {path.name} and copy it there"
+        raise CheckpointError(f"{error}; {hint}") from error
 
 
 def milestones(path: Path) -> list[tuple[int, Path]]:
@@ -151,7 +154,7 @@ def milestones(path: Path) -> list[tuple[int, Path]]:
 
 
 def keep_milestone(path: Path, step: int, newest: int | None) -> None:
-    """Keep the checkpoint at `path` under its step's name too, and of such ones the `newest` only.
+    """Keep the checkpoint at `path` under its step's name too, and only the `newest` so far.
 
     A second name for the same file: it takes no space until the checkpoint is written anew.
     """
@@ -162,7 +165,8 @@ def keep_milestone(path: Path, step: int, newest: int | None) -> None:
     except OSError:  # a file system without links
         write_atomically(kept, lambda part: shutil.copyfile(path, part))
     if newest is not None:
-        for _, other in milestones(path)[:-newest]:
+        # Later ones are of a run that was taken back to an earlier milestone.
+        for _, other in [m for m in milestones(path) if m[0] <= step][:-newest]:
             other.unlink()
 
 
@@ -178,7 +182,7 @@ def _fill(target: Tensor, value: Tensor) -> None:
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor on the parameter's device, in shards if that is; step counts stay whole."""
-    value = value.to(parameter.device)
+    value = value.to(parameter.device, copy=True)  # no part of a mapped file
     if isinstance(parameter, DTensor) and value.dim() > 0:
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value

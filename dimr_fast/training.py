@@ -102,7 +102,17 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     if config.tensorboard:
         require_tensorboard()
     processes = join_processes(config.device)
-    device = processes.device
+    with ExitStack() as held:
+        if resume and path.exists():
+            if processes.first:
+                # Before the checkpoint is read: a run that ends is about to write another one.
+                held.enter_context(hold(config.output))
+            processes.wait()
+        return _train(config, resume, processes)
+
+
+def _train(config: TrainConfig, resume: bool, processes: Processes) -> TrainSummary:
+    path, device = config.output / CHECKPOINT, processes.device
     if device.type == "cpu":
         keep_freed_memory()
     examples = load_examples(config)
@@ -142,13 +152,14 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     )
     if stored is not None:
         state.load(path, *stored)
+        stored = None  # else the file would stay mapped, and take its space when it is replaced
     samples = TrainSamples(config, state, processes, examples.labels)
     loop = TrainLoop(config, state, parallel, loader, processes, samples)
     with ExitStack() as held, _stop_on_signal() as stopped:
         if processes.first:
             if not resume:
                 claim(config.output, FILES)
-            held.enter_context(hold(config.output))
+                held.enter_context(hold(config.output))
             remove_unfinished(config.output)
         processes.wait()
         if not resume:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dimr_fast.data.arrays import ImageArray
+from dimr_fast.data.images import UnreadableImageError
 from dimr_fast.data.loader import Batch, Loader, batch_indices
 
 COUNT = 53
@@ -77,6 +78,19 @@ def test_workers_that_read_ahead_change_nothing(examples: ImageArray) -> None:
         assert torch.equal(one.raw, other.raw)
     # What was read ahead of the last batch has not been given out.
     assert loader.state_dict() == {"step": 6}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_example_that_cannot_be_read_is_said_in_one_line(
+    examples: ImageArray, workers: int
+) -> None:
+    class Damaged(ImageArray):
+        def read(self, indices: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+            raise UnreadableImageError("a.png: not a readable image (cut short)", "cut short")
+
+    bad = Damaged(examples.images, examples.labels, examples.classes)
+    with pytest.raises(UnreadableImageError, match=r"^a\.png: not a readable image \(cut short\)$"):
+        next(iter(Loader(bad, 4, workers=workers)))
 
 
 def test_a_batch_may_hold_several_epochs() -> None:

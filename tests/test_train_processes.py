@@ -169,6 +169,7 @@ def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(
 def test_a_run_ends_with_its_launcher(images: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     words = command(images, output, "steps=1000000", "checkpoint_minutes=0.001", processes=2)
+    words[words.index("--nproc-per-node=2")] = "--nproc-per-node=1"
     kill_after(words, output / CHECKPOINT, 1, launcher_only=True)
     deadline = time.monotonic() + 20
     while subprocess.run(["pgrep", "-f", str(output)], stdout=subprocess.DEVNULL).returncode == 0:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -440,9 +440,48 @@ def test_a_damaged_checkpoint_is_noticed_and_the_milestone_named(tmp_path: Path)
     content[-1000] ^= 1
     path.unlink()  # the newest milestone is the same file
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"is damaged.*checkpoint-00000008"):
+    with pytest.raises(CheckpointError, match=r"is damaged.*to go on from checkpoint-00000008"):
         train(config(tmp_path, steps=9), resume=True)
     assert path.read_bytes() == content
+    newest = tmp_path / "checkpoint-00000008.safetensors"
+    newest.unlink()
+    os.link(path, newest)  # as it is until the checkpoint is written anew
+    with pytest.raises(CheckpointError, match=r"is damaged.*to go on from checkpoint-00000004"):
+        train(config(tmp_path, steps=9), resume=True)
+
+
+def test_milestones_of_a_run_that_was_taken_back_push_out_none_of_the_new(tmp_path: Path) -> None:
+    train(config(tmp_path, steps=8, milestone_steps=2, milestones=2))
+    path = tmp_path / CHECKPOINT
+    path.unlink()
+    shutil.copy(tmp_path / "checkpoint-00000006.safetensors", path)
+    (tmp_path / "checkpoint-00000006.safetensors").rename(
+        tmp_path / "checkpoint-00000099.safetensors"
+    )
+    train(config(tmp_path, steps=8, milestone_steps=1, milestones=2), resume=True)
+    assert [step for step, _ in milestones(path)] == [7, 8, 99]
+
+
+def test_resuming_waits_for_a_checkpoint_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config(tmp_path, steps=3))
+    kept = tmp_path / "three.safetensors"
+    (tmp_path / CHECKPOINT).rename(kept)
+    train(config(tmp_path / "less", steps=1))
+    (tmp_path / "less" / CHECKPOINT).rename(tmp_path / CHECKPOINT)
+
+    def hold(folder: Path) -> IO[str]:
+        """The run before ends with its last checkpoint and lets go of the folder."""
+        kept.replace(folder / CHECKPOINT)
+        return (folder / ".lock").open("w")
+
+    monkeypatch.setattr(training, "hold", hold)
+    train(config(tmp_path, steps=3), resume=True)
+    assert load_checkpoint(tmp_path / CHECKPOINT)[1]["step"] == 3
+    report = json.loads((tmp_path / "train.json").read_text())
+    assert report["result"]["steps"] == 3
+    assert not report["result"]["interrupted"]
 
 
 def test_the_log_has_a_line_every_so_often_and_none_twice(tmp_path: Path) -> None:
@@ -526,3 +565,11 @@ def test_samples_and_scores_come_on_schedule(
     (score,) = [line for line in lines(tmp_path) if "frechet_distance" in line]
     assert score["step"] == 4
     assert score["frechet_distance"] > 0
+
+    # As a kill leaves it that comes after the checkpoint.
+    (tmp_path / "samples" / "00000004.png").unlink()
+    log = (tmp_path / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "log.jsonl").write_text("".join(line for line in log if "frechet" not in line))
+    train(config(tmp_path, steps=5, sample_steps=2, score_steps=4, score_images=8), resume=True)
+    assert (tmp_path / "samples" / "00000004.png").exists()
+    assert [line for line in lines(tmp_path) if "frechet_distance" in line] == [score]

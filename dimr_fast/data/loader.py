@@ -74,6 +74,8 @@ class Loader:
             worker_init_fn=_leave_signals_to_the_job,
         )
         for batch in loader:
+            if isinstance(batch, OSError):
+                raise batch
             self.step = batch.step + 1
             yield batch
 
@@ -87,7 +89,7 @@ class Loader:
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset[Batch]):
+class _Steps(Dataset[Batch | OSError]):
     """The batch of each step, for torch's DataLoader."""
 
     examples: Examples
@@ -97,13 +99,17 @@ class _Steps(Dataset[Batch]):
     processes: int
     mirror: bool
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Batch | OSError:
         share = self.batch_size // self.processes
         part = slice(self.rank * share, (self.rank + 1) * share)
         indices = batch_indices(len(self.examples.labels), self.batch_size, self.seed, step)[part]
         generator = torch.Generator().manual_seed(derived_seed(self.seed, 2, step))
         mirrored = torch.rand(self.batch_size, generator=generator)[part] < 0.5 * self.mirror
-        raw = self.examples.read(indices, mirrored)
+        try:
+            raw = self.examples.read(indices, mirrored)
+        except OSError as error:
+            # Raised in a worker it would arrive as pages of text.
+            return error
         return Batch(step, indices, raw, self.examples.labels[indices])
 
 
@@ -118,10 +124,13 @@ def _leave_signals_to_the_job(worker: int) -> None:
 
 def batch_indices(count: int, batch_size: int, seed: int, step: int) -> Tensor:
     """The indices, int64 [batch_size], that step reads of `count` examples on all processes."""
-    first = step * batch_size
-    epochs = range(first // count, (first + batch_size - 1) // count + 1)
-    order = torch.cat([_permutation(count, seed, epoch) for epoch in epochs])
-    return order[first - epochs[0] * count :][:batch_size]
+    places = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = places // count
+    parts = [
+        _permutation(count, seed, epoch)[places[epochs == epoch] - epoch * count]
+        for epoch in epochs.unique().tolist()
+    ]
+    return torch.cat(parts)
 
 
 @lru_cache(maxsize=4)
