@@ -1,10 +1,13 @@
 """What tests of saved models share."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from dimr_fast import DiMR
-from dimr_fast.data.scaling import LatentScale
+from dimr_fast.checkpoint import TrainedModel, save_checkpoint
+from dimr_fast.data.scaling import LatentScale, PixelScale, scale_to_dict
 
 
 def randomised(model: DiMR) -> DiMR:
@@ -36,3 +39,25 @@ class Doubling:
     def decode(self, latents: Tensor) -> Tensor:
         pixels = (latents[:, :3] * 20 + 128).round().clamp(0, 255).to(torch.uint8)
         return pixels.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+def write_checkpoint(trained: TrainedModel, path: Path) -> Path:
+    """A training checkpoint as far as `load_model` looks at it."""
+    tensors = {f"ema.{name}": value for name, value in trained.model.state_dict().items()}
+    metadata = {
+        "config": trained.model.config.to_dict(),
+        "classes": trained.classes,
+        "scale": scale_to_dict(trained.scale),
+    }
+    save_checkpoint(path, tensors, metadata)
+    return path
+
+
+def trained_model() -> TrainedModel:
+    """A tiny model of pixels and six classes."""
+    torch.manual_seed(0)
+    model = DiMR.from_preset("tiny")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return TrainedModel(model.eval(), tuple("abcdef"), PixelScale(100.0, 50.0))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from saved import inputs, randomised
+from saved import inputs, randomised, write_checkpoint
 
 from dimr_fast import DiMR, checkpoint, cli
 from dimr_fast.checkpoint import (
@@ -17,6 +17,7 @@ from dimr_fast.checkpoint import (
     demo_model,
     load_checkpoint,
     load_model,
+    load_published,
     save_checkpoint,
     save_model,
 )
@@ -39,6 +40,66 @@ def trained() -> TrainedModel:
 def folder(trained: TrainedModel, tmp_path: Path) -> Path:
     save_model(trained, tmp_path / "model")
     return tmp_path / "model"
+
+
+def test_a_checkpoint_gives_back_its_model(trained: TrainedModel, tmp_path: Path) -> None:
+    write_checkpoint(trained, tmp_path / "c.safetensors")
+    loaded = load_model(tmp_path / "c.safetensors")
+    assert loaded.classes == CLASSES
+    assert loaded.scale == trained.scale
+    assert not loaded.model.training
+    for name, value in trained.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value)
+
+
+def test_unusable_checkpoints_are_named(trained: TrainedModel, tmp_path: Path) -> None:
+    missing, text, other = tmp_path / "none", tmp_path / "text", tmp_path / "other"
+    text.write_text("not a checkpoint")
+    save_checkpoint(other, {"weight": torch.zeros(3)}, {"config": {"channels": 1}})
+    for path in (missing, text, tmp_path):
+        with pytest.raises(CheckpointError, match=f"{path}: not a readable checkpoint"):
+            load_model(path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of a DiMR model"):
+        load_model(other)
+
+
+def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, {"weight": torch.ones(3)}, {})
+    with pytest.raises(TypeError):
+        save_checkpoint(path, {"weight": torch.zeros(3)}, {"value": object()})
+    assert torch.equal(load_checkpoint(path)[0]["weight"], torch.ones(3))
+    with pytest.raises(OSError, match="none"):
+        save_checkpoint(tmp_path / "none" / "c.safetensors", {"weight": torch.ones(3)}, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+class _Payload:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("unpickled code ran",)
+
+
+def test_published_files_load_without_running_their_code(
+    trained: TrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = trained.model.state_dict()
+    torch.save(state, tmp_path / "nnet.pth")
+    model = DiMR.from_preset("tiny")
+    model.load_state_dict(load_published(tmp_path / "nnet.pth"), strict=True)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    torch.save({"weight": _Payload()}, tmp_path / "bad.pth")
+    with pytest.raises(CheckpointError, match=r"bad.pth: not a readable .pth file"):
+        load_published(tmp_path / "bad.pth")
+    assert "ran" not in capsys.readouterr().out
+    (tmp_path / "text.pth").write_text("expected a checkpoint, got words")
+    with pytest.raises(CheckpointError, match=r"text.pth: not a readable .pth file"):
+        load_published(tmp_path / "text.pth")
+    torch.save({"state_dict": state}, tmp_path / "nested.pth")
+    with pytest.raises(CheckpointError, match=r"holds .*Dict at 'state_dict'"):
+        load_published(tmp_path / "nested.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="holds list"):
+        load_published(tmp_path / "list.pth")
 
 
 @pytest.mark.parametrize("scale", [PixelScale(71.5, 48.25), LatentScale(0.5)])
