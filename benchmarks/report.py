@@ -224,7 +224,8 @@ def section() -> str:
         parts.append(scaling(json.loads(scaling_file.read_text())))
     parts += [
         f"![{path.stem.replace('_', ' ')}](benchmarks/results/plots/{path.name})"
-        for path in sorted((RESULTS / "plots").glob("*.png"))
+        for pattern in ("model_*.png", "scaling.png")
+        for path in sorted((RESULTS / "plots").glob(pattern))
     ]
     return "\n\n".join(parts)
 

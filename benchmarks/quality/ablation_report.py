@@ -81,7 +81,8 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"32×32 satellite tiles, {settings['minutes']:g} minutes of CPU time an arm "
         f"({report['machine']}, one thread, {settings['precision']}, torch {report['torch']}, "
-        f"commit {report['commit'][:9]}, {report['date']}), seeds {', '.join(map(str, seeds))}; "
+        f"commit {report['commit'][:9]}, {report['date']}), "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; "
         f"Fréchet distance on {runs[0]['frechet_recipe']} (as many training tiles: "
         f"{runs[0]['frechet_training']:.0f}), {settings['sampling_steps']} steps, guidance "
         f"{settings['guidance']:g}; the paper's FID is of 64×64 ImageNet:",
