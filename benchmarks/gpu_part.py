@@ -81,6 +81,9 @@ class Part:
             self.cut_short(f"{title}: not started, no time was left")
             return False
         print(f"+ {shlex.join(map(str, command))}", flush=True)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            # A shell's background jobs, and so the command, would not notice the interruption.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(command, cwd=folder, env={**os.environ, **(environment or {})})
         try:
             code = process.wait(limit)

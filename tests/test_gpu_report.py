@@ -4,9 +4,11 @@ runs of its cheap sections. CI runs all of them (`.ci/run`).
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,15 @@ def test_without_a_gpu_only_a_dry_run_goes_on(tmp_path: Path) -> None:
     assert statuses[True]["sections"]["good"]["status"] == "passed"
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN])
+def interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As in a terminal, and as in the background of a shell, whose jobs inherit that."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_a_section_keeps_what_a_command_left_when_interrupted(tmp_path: Path) -> None:
     part = gpu_part.Part("x", tmp_path, 30, dry_run=True)
     code = """
