@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 LOCK = ".lock"
-PATIENCE = 10.0  # a killed run may take some time to die, on a GPU above all
+PATIENCE = 10.0  # torch's loading processes take five seconds to notice that theirs was killed
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
@@ -71,20 +71,25 @@ def hold(folder: Path) -> IO[str]:
     """
     file = (folder / LOCK).open("w")
     deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            import fcntl
+    while not _lock(file):
+        if time.monotonic() > deadline:
+            file.close()
+            raise OSError(f"{folder}: another process is writing there")
+        time.sleep(0.1)
+    return file
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                file.close()
-                raise OSError(f"{folder}: another process is writing there") from error
-            time.sleep(0.1)
-            continue
-        except (ImportError, OSError):
-            pass
-        return file
+
+def _lock(file: IO[str]) -> bool:
+    """Whether no other process has locked the file, which is locked now, where there are locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], object]) -> None:

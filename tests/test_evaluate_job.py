@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pictured import drawn, read, write_folder, write_npz
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -16,8 +17,7 @@ from saved import Doubling, trained_model, write_checkpoint
 from torch import Tensor
 
 from dimr_fast import cli, evaluation, references
-from dimr_fast.data.image_sets import FolderImages, NpzImages, TensorImages, open_images
-from dimr_fast.data.images import list_images
+from dimr_fast.data.image_sets import FolderImages, NpzImages, TensorImages
 from dimr_fast.data.scaling import LatentScale
 from dimr_fast.data.tiles import Tiles
 from dimr_fast.evaluation import EvaluateConfig, Scores, evaluate, quick_score
@@ -49,28 +49,6 @@ def colours(monkeypatch: pytest.MonkeyPatch) -> None:
     Colours.calls = 0
 
 
-def drawn(count: int, seed: int = 0, size: int = 16) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (count, 3, size, size)
-    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-
-
-def write_folder(images: Tensor, folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    for i, image in enumerate(images):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:04}.png")
-    return folder
-
-
-def write_npz(images: Tensor, path: Path, **others: Any) -> Path:
-    np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy(), **others)
-    return path
-
-
-def read(images: Any) -> Tensor:
-    return torch.cat(list(images.batches(7)))
-
-
 @pytest.fixture
 def reference(tmp_path: Path) -> Path:
     return write_folder(drawn(20, seed=1), tmp_path / "real")
@@ -88,54 +66,6 @@ def config(tmp_path: Path, reference: Path | str, **changes: Any) -> EvaluateCon
 
 def numbers(scores: Scores) -> tuple[float, float | None, float | None]:
     return scores.distance, scores.precision, scores.recall
-
-
-def test_images_come_back_as_they_were(tmp_path: Path) -> None:
-    images = drawn(17)
-    folder = write_folder(images, tmp_path / "folder")
-    npz = write_npz(images, tmp_path / "images.npz", arr_1=np.arange(17) % 4)
-    sets = FolderImages(folder), NpzImages(npz), TensorImages(images, "memory")
-    for found in sets:
-        assert (found.count, found.size) == (17, (16, 16))
-        assert torch.equal(read(found), images)
-        assert read(found).is_contiguous()
-    assert sets[1].classes == "4 classes, 4 to 5 images each"
-    np.savez_compressed(tmp_path / "small.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
-    assert torch.equal(read(open_images(tmp_path / "small.npz")), images)
-
-
-def test_sub_folders_are_classes_and_grey_images_have_three_channels(tmp_path: Path) -> None:
-    for name in ("cat", "dog"):
-        write_folder(drawn(3), tmp_path / "images" / name)
-    Image.new("L", (16, 16), 9).save(tmp_path / "images" / "dog" / "grey.JPG")
-    found = open_images(tmp_path / "images")
-    assert (found.count, found.classes) == (7, "2 classes, 3 to 4 images each")
-    assert "(jpg, png)" in found.source
-    assert read(found)[6].unique().tolist() == [9]
-
-
-def test_a_folder_holds_the_images_that_training_finds_there(tmp_path: Path) -> None:
-    write_folder(drawn(3), tmp_path / "elsewhere")
-    write_folder(drawn(4), tmp_path / "images" / "cat" / "deep")
-    write_folder(drawn(1), tmp_path / "images" / ".hidden")
-    (tmp_path / "images" / "dog").symlink_to(tmp_path / "elsewhere")
-    found = open_images(tmp_path / "images")
-    assert found.count == len(list_images(tmp_path / "images").names) == 7
-
-
-def test_fingerprints_tell_images_apart(tmp_path: Path) -> None:
-    images = drawn(4)
-    other = images.clone()
-    other[3, 2, 15, 15] ^= 1
-    tensors = [TensorImages(x, "").fingerprint for x in (images, images.clone(), other)]
-    assert tensors[0] == tensors[1] != tensors[2]
-    files = [write_npz(x, tmp_path / f"{i}.npz") for i, x in enumerate((images, other))]
-    assert NpzImages(files[0]).fingerprint != NpzImages(files[1]).fingerprint
-    folder = write_folder(images, tmp_path / "folder")
-    before = FolderImages(folder).fingerprint
-    assert FolderImages(folder).fingerprint == before
-    (folder / "0003.png").write_bytes((folder / "0002.png").read_bytes())
-    assert FolderImages(folder).fingerprint != before
 
 
 @pytest.fixture
@@ -398,31 +328,6 @@ def test_bad_settings_name_the_setting(
     assert not (tmp_path / "out").exists()
 
 
-def test_scored_images_are_decoded_as_those_for_training(tmp_path: Path) -> None:
-    """Sixteen bits are not clipped to white, and no kind of file is passed over."""
-    Image.fromarray(np.full((4, 4), 20_000, np.uint16)).save(tmp_path / "a.png")
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "b.png")
-    Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "c.tif")
-    Image.new("L", (4, 4), 9).save(tmp_path / ".hidden.png")
-    pixels = read(FolderImages(tmp_path))
-    assert pixels[:, :, 0, 0].tolist() == [[77, 77, 77], [255, 255, 255], [1, 2, 3]]
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be seen upright it has to be turned
-    folder = tmp_path / "turned"
-    folder.mkdir()
-    Image.new("RGB", (4, 8)).save(folder / "d.png", exif=exif)
-    assert FolderImages(folder).size == (4, 8)
-    assert read(FolderImages(folder)).shape == (1, 3, 4, 8)
-
-
-def test_a_jpeg_cut_short_is_found_out_and_named(tmp_path: Path) -> None:
-    Image.fromarray(drawn(1, size=64)[0].permute(1, 2, 0).numpy()).save(tmp_path / "a.jpg")
-    data = (tmp_path / "a.jpg").read_bytes()
-    (tmp_path / "b.jpg").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"images: got .*b\.jpg, expected a whole image"):
-        read(FolderImages(tmp_path))
-
-
 @pytest.mark.usefixtures("colours")
 def test_scores_that_cannot_be_written_are_said(
     tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
@@ -480,15 +385,6 @@ def test_a_cache_on_a_full_disk_is_an_error_of_the_system(
     monkeypatch.setattr("dimr_fast.files.save_file", full)
     with pytest.raises(OSError, match=r"cache.*\.safetensors: No space left on device"):
         evaluate(config(tmp_path, reference, images=images))
-
-
-def test_a_damaged_npz_is_found_out(tmp_path: Path) -> None:
-    path = write_npz(drawn(12), tmp_path / "fake.npz")
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"images: got .*fake\.npz, which is damaged"):
-        read(open_images(path))
 
 
 @pytest.mark.usefixtures("colours")
