@@ -339,7 +339,7 @@ def _copy(module: Module, dtype: torch.dtype) -> Module:
 
 
 def _no_autocast(device: torch.device) -> Any:
-    if torch.amp.is_autocast_available(device.type):
+    if ops.autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

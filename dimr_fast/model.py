@@ -164,9 +164,7 @@ class DiMR(Operation, HubModel):
         """
         weight = next(self.parameters())
         log_snr, y = check_inputs(self.config, weight.device, x, log_snr, y)
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if x.dtype != weight.dtype and not autocast:
+        if x.dtype != weight.dtype and not ops.autocast_enabled(x.device.type):
             raise ValueError(f"x: got dtype {x.dtype}, expected {weight.dtype} as the parameters")
         td = ops.td_parameters(
             log_snr.to(torch.promote_types(log_snr.dtype, torch.float32)) / 4,

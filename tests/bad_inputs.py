@@ -6,13 +6,16 @@ is logged before it is made, so that the last line of a process that died names 
 
 import argparse
 import contextlib
+import functools
+import itertools
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import calls
+import oracle
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -26,6 +29,10 @@ Of a batch of 2^48 images, which an expanded tensor can pretend to have, it is a
 """
 
 Mutation = Callable[[random.Random, Tensor], Any]
+Move = Callable[[Any], Any]
+"""A change to every argument: none, or to a neighbouring value."""
+Expected = Callable[[Move], tuple[Any, Any]]
+"""The answer in the same dtype, and the truth, for arguments moved so."""
 
 DTYPES = [
     torch.float64,
@@ -170,9 +177,9 @@ def _public(generator: random.Random) -> tuple[str, Callable[..., Any], Any, Any
     def run(args: Any, implementation: str = implementation) -> Any:
         return calls.Call(operator, args, kwargs)(implementation)
 
-    def same_dtype_and_truth() -> tuple[Any, Any]:
-        doubled = tree_map(_doubled, args)
-        return run(args, "reference"), run(doubled, "reference")
+    def same_dtype_and_truth(moved: Move) -> tuple[Any, Any]:
+        near = tree_map(moved, args)
+        return run(near, "reference"), run(tree_map(_doubled, near), "reference")
 
     return f"{operator} {implementation}", lambda: run(args), args, kwargs, same_dtype_and_truth
 
@@ -183,9 +190,9 @@ def _bare(
     function, given, given_kwargs = generator.choice(generator.choice(recorded))
     args, kwargs = mutate(generator, given, given_kwargs)
 
-    def clean() -> tuple[Any, Any]:
+    def clean(moved: Move) -> tuple[Any, Any]:
         """The operator on the same values in memory of their own: what strides ought to mean."""
-        own = function(*tree_map(_clean, args), **kwargs)
+        own = function(*tree_map(lambda leaf: moved(_clean(leaf)), args), **kwargs)
         return own, tree_map(_doubled, own)
 
     return function.name(), lambda: function(*args, **kwargs), args, kwargs, clean
@@ -207,24 +214,29 @@ def _clean(leaf: Any) -> Any:
     )
 
 
-def _why_wrong(answer: Any, same_dtype: Any, truth: Any) -> str | None:
-    """What is wrong with an answer by the oracle rule, or None."""
-    ours, theirs, exact = (tree_flatten(t)[0] for t in (answer, same_dtype, truth))
+def _why_wrong(answer: Any, expected: Expected) -> str | None:
+    """Return what is wrong with an answer by the rule of `oracle`, or None."""
+    ours, theirs, exact = (tree_flatten(t)[0] for t in (answer, *expected(_same)))
     if len(ours) != len(theirs):
         return f"{len(ours)} outputs, expected {len(theirs)}"
-    for our, their, true in zip(ours, theirs, exact, strict=True):
+    for i, (our, their, true) in enumerate(zip(ours, theirs, exact, strict=True)):
         if (our.shape, our.dtype, our.device) != (their.shape, their.dtype, their.device):
             return f"got {_describe(our)}, expected {_describe(their)}"
-        if our.is_meta or not our.numel() or not torch.isfinite(true).all():
+        if our.is_meta or not torch.isfinite(true).all():
             continue
-        info = torch.finfo(our.dtype)
-        # Below the smallest normal number there are fewer digits, or none.
-        step = info.eps * true.abs().max() + info.smallest_normal
-        allowed = 2 * (their.double() - true).abs().max() + step
-        error = (our.double() - true).abs().max()
-        if not error <= allowed:
-            return f"error {error:.3g}, allowed {allowed:.3g}"
+
+        def errors(i: int = i) -> Iterator[Tensor]:
+            for seed in itertools.count():
+                near, truth = expected(functools.partial(oracle.neighbour, seed=seed))
+                yield oracle.largest_error(tree_flatten(near)[0][i], tree_flatten(truth)[0][i])
+
+        if reason := oracle.why_inaccurate(our, their, true, errors()):
+            return reason
     return None
+
+
+def _same(leaf: Any) -> Any:
+    return leaf
 
 
 def _describe(value: Any) -> str:
@@ -234,7 +246,7 @@ def _describe(value: Any) -> str:
     return f"<{value.dtype} {tuple(value.shape)} {strides} {value.device}>"
 
 
-def _judge(run: Callable[[], Any], expected: Callable[[], Any]) -> tuple[str, str | None]:
+def _judge(run: Callable[[], Any], expected: Expected) -> tuple[str, str | None]:
     """What came of a call ("refused" or "answered"), and what is wrong with it, or None."""
     try:
         answer = run()
@@ -246,12 +258,12 @@ def _judge(run: Callable[[], Any], expected: Callable[[], Any]) -> tuple[str, st
             return "refused", None
         return "refused", f"{type(error).__name__}: {error}"
     try:
-        found = expected()
+        wrong = _why_wrong(answer, expected)
     except Exception as error:
         if any(words in str(error) for words in ("can't allocate memory", "overflow")):
             return "answered", None
         return "answered", f"what the reference refuses: {type(error).__name__}: {error}"
-    return "answered", _why_wrong(answer, *found)
+    return "answered", wrong
 
 
 def _record() -> list[Any]:

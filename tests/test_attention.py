@@ -10,11 +10,17 @@ import torch
 from aot import Compiled, Launch, compiled, meta
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DEVICE, assert_as_accurate, seeded, with_gradients
+from oracle import (
+    DEVICE,
+    assert_as_accurate,
+    seeded,
+    skip_module_without_triton,
+    with_gradients,
+)
 
 from dimr_fast import ops, reference
 
-pytest.importorskip("triton", reason="triton is not installed")
+skip_module_without_triton()
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

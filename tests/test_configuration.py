@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("triton", reason="triton is not installed")
+from oracle import skip_module_without_triton
 
 from dimr_fast.kernels import configuration
+
+skip_module_without_triton()
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

@@ -9,11 +9,17 @@ from aot import TARGETS, Launch, compiled, meta
 from cpu_library import each_implementation, needs_cpu, on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DEVICE, assert_as_accurate, seeded, with_gradients
+from oracle import (
+    DEVICE,
+    assert_as_accurate,
+    seeded,
+    skip_module_without_triton,
+    with_gradients,
+)
 
 from dimr_fast import ops
 
-pytest.importorskip("triton", reason="triton is not installed")
+skip_module_without_triton()
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

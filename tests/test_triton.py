@@ -1,6 +1,7 @@
 """When Triton's kernels can run, and why not (`dimr_fast.ops._triton`)."""
 
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -17,8 +18,14 @@ HAVE_TRITON = [name for name, o in OPERATORS.items() if "triton" in o.names]
 
 
 @pytest.fixture(autouse=True)
-def asked_anew() -> None:
-    _triton._installed.cache_clear()
+def forget_installed_versions() -> Iterator[None]:
+    """Read the installed versions anew in each test, and after it."""
+    caches = (_triton._installed, _triton._interpreter)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -90,6 +97,22 @@ def test_no_triton_or_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: "3.5.1")
     assert "3.6 or later, found 3.5.1" in str(_triton.why_not(torch.ones(2)))
     _triton._installed.cache_clear()
+
+
+def test_an_interpreter_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    versions = {"triton": "3.6.0", "numpy": "2.5.2"}
+    monkeypatch.setattr(metadata, "version", lambda name: versions[name])
+    reason = "the interpreter of Triton 3.6.0 needs NumPy before 2.4, found 2.5.2"
+    assert _triton.why_not(torch.ones(2)) == reason
+    with pytest.raises(ValueError, match=reason):
+        OPERATORS["td_rms_norm"].select("triton", torch.ones(2, 3, 4))
+    for name, version in (("triton", "3.7.1"), ("numpy", "2.3.5")):
+        with monkeypatch.context() as context:
+            context.setitem(versions, name, version)
+            _triton._interpreter.cache_clear()
+            assert _triton.why_not(torch.ones(2)) is None
 
 
 def aot_launches() -> list[Launch]:

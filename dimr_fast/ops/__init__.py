@@ -1,6 +1,6 @@
 """The operators: public functions, each with a choice of implementation."""
 
-from dimr_fast.ops._checks import compute_dtype
+from dimr_fast.ops._checks import autocast_enabled, compute_dtype
 from dimr_fast.ops.attention import attention
 from dimr_fast.ops.depthwise_conv2d import depthwise_conv2d
 from dimr_fast.ops.gated_gelu import gated_gelu
@@ -17,6 +17,7 @@ __all__ = [
     "Implementations",
     "Vectors",
     "attention",
+    "autocast_enabled",
     "compute_dtype",
     "depthwise_conv2d",
     "gated_gelu",

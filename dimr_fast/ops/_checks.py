@@ -11,8 +11,19 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     alone.
     """
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else x.dtype
+    on = autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if on else x.dtype
+
+
+def autocast_enabled(device: str) -> bool:
+    """Return True if autocast is on for this type of device; some types ("meta") have none."""
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+# The Dynamo of torch 2.11 cannot trace the call, and its result never changes.
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def check_floating(**tensors: Tensor) -> None:

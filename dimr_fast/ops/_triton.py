@@ -25,7 +25,12 @@ def why_not(x: torch.Tensor) -> str | None:
         return "it runs on a GPU, x is on cpu (TRITON_INTERPRET=1 interprets the kernels there)"
     if x.device.type not in ("cuda", "cpu", "meta"):
         return f"it runs on a GPU, x is on {x.device.type}"
-    return _why_not_installed() or (why_not_gpu(x.device.index) if x.is_cuda else None)
+    reason = _why_not_installed()
+    if reason is None and x.is_cuda:
+        reason = why_not_gpu(x.device.index)
+    elif reason is None and x.device.type == "cpu":
+        reason = _why_not_interpreted()
+    return reason
 
 
 def slower(x: torch.Tensor) -> str | None:
@@ -51,9 +56,27 @@ def _installed() -> str | None:
         version = metadata.version("triton")
     except ImportError as error:
         return f"triton does not import: {error}"
-    if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+    if _numbers(version) < _OLDEST:
         return f"it needs Triton {'.'.join(map(str, _OLDEST))} or later, found {version}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _why_not_interpreted() -> str | None:
+    return _interpreter()
+
+
+@functools.cache
+def _interpreter() -> str | None:
+    triton, numpy = metadata.version("triton"), metadata.version("numpy")
+    if _numbers(triton) < (3, 7) and _numbers(numpy) >= (2, 4):
+        return f"the interpreter of Triton {triton} needs NumPy before 2.4, found {numpy}"
+    return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version, e.g. (3, 6) of "3.6.0"."""
+    return tuple(map(int, version.split(".")[:2]))
 
 
 @torch.compiler.assume_constant_result
