@@ -60,7 +60,9 @@ class InferenceDiMR(nn.Module):
     """What `optimize_for_inference` makes of a model.
 
     It stays on the device and in the dtype it was made for. Calls of one instance must not overlap:
-    they share buffers, which are as large as the largest batch so far.
+    they share buffers, which are as large as the largest batch so far. `torch.compile` leaves its
+    calls as they are: they run kernels of their own on weights in oneDNN's order, of which Inductor
+    makes nothing faster.
     """
 
     td_vectors: Tensor
@@ -83,6 +85,7 @@ class InferenceDiMR(nn.Module):
         self._graphs = _Graphs(self._compute, _capture) if cuda_graphs else None
         self.eval()
 
+    @torch.compiler.disable(reason="an optimised model is compiled code already")
     def forward(
         self,
         x: Tensor,

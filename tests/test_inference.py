@@ -186,6 +186,23 @@ def test_callers_modes_do_not_matter(tiny: DiMR) -> None:
         assert not output.requires_grad
 
 
+def test_torch_compile_leaves_an_optimised_model_as_it_is(tiny: DiMR) -> None:
+    optimised = optimize_for_inference(tiny)
+    inputs = inputs_of(tiny, 2)
+
+    def step(x: Tensor) -> Tensor:
+        return 2 * optimised(x, log_snr=inputs["log_snr"], y=inputs["y"])[-1] + 1
+
+    expected = optimised(**inputs)
+    for output, wanted in zip(torch.compile(optimised)(**inputs), expected, strict=True):
+        assert torch.equal(output, wanted)
+    compiled = torch.compile(step)(inputs["x"])
+    torch.testing.assert_close(compiled, 2 * expected[-1] + 1)
+    torch.compiler.reset()  # a graph that breaks there would be taken from the cache
+    with pytest.raises(RuntimeError, match="an optimised model is compiled code already"):
+        torch.compile(step, fullgraph=True)(inputs["x"])
+
+
 def test_predictions_have_the_dtype_of_the_image(tiny: DiMR) -> None:
     optimised = optimize_for_inference(tiny)
     inputs = inputs_of(tiny, 2)
