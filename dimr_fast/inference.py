@@ -17,7 +17,9 @@ from dimr_fast.layers import (
     DepthwiseConv2d,
     GatedMLP,
     Linear,
+    RMSNorm,
     TDParameter,
+    TDRMSNorm,
     TDValues,
 )
 from dimr_fast.model import Branch, DiMR, check_inputs
@@ -236,14 +238,12 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, td: TDValues, out: Tensor | None) -> Tensor:
         if isinstance(self.block1, DepthwiseConv2d):
-            x, increment = self.block2(self.block1(x, td, residual=True), td)
-        else:
-            x, increment = self.block2(self.block1(x, td), td, x)
-        return torch.add(x, increment, out=out)
+            return self.block2(self.block1(x, td, residual=True), td, None, out)
+        return self.block2(self.block1(x, td), td, x, out)
 
 
 class _GatedMLP(nn.Module):
-    """`layers.GatedMLP` with its two input projections kept as one."""
+    """`layers.GatedMLP` with its two input projections kept as one, and its residual add."""
 
     def __init__(self, mlp: GatedMLP, dtype: torch.dtype) -> None:
         super().__init__()
@@ -255,12 +255,30 @@ class _GatedMLP(nn.Module):
         self.w2 = _Linear.of(mlp.w2, dtype)
 
     def forward(
-        self, x: Tensor, td: TDValues, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, td: TDValues, residual: Tensor | None, out: Tensor | None
+    ) -> Tensor:
+        """Return `s + MLP(norm(s))`, written to `out` where given, of `s = x (+ residual)`."""
+        if out is not None and self._adds_in_place(x):
+            norm = cast(TDRMSNorm | RMSNorm, self.norm)
+            normed = ops.td_rms_norm_into(out, x, norm.value(td), residual, self.w2.bias)
+            # The product reads and writes the sum where it is: an add of its own, to rows that are
+            # not adjacent, would read two tensors more.
+            rows = out.view(-1, out.shape[-1])
+            rows.addmm_(self._hidden(normed).flatten(0, 1), self.w2.weight.mT)
+            return out
         normed = self.norm(x, td, residual)
         if residual is not None:
             x, normed = normed
-        return x, self.w2(ops.gated_gelu(self.w01(normed), implementation=self.implementation))
+        return torch.add(x, self.w2(self._hidden(normed)), out=out)
+
+    def _hidden(self, normed: Tensor) -> Tensor:
+        return ops.gated_gelu(self.w01(normed), implementation=self.implementation)
+
+    def _adds_in_place(self, x: Tensor) -> bool:
+        if not isinstance(self.norm, TDRMSNorm | RMSNorm) or self.w2.by_onednn:
+            return False
+        operator = ops.OPERATORS[self.norm.operator]
+        return operator.select(self.norm.implementation, x) == "triton"
 
 
 def _attention(attention: Attention, dtype: torch.dtype) -> Attention:

@@ -97,8 +97,12 @@ class TDRMSNorm(Operation):
         super().__init__()
         self.scale = TDParameter(dim, 1.0)
 
+    def value(self, td: TDValues) -> Tensor:
+        """Scale, `[T, D]`."""
+        return td[self.scale.index]
+
     def forward(self, x: Tensor, td: TDValues, residual: Tensor | None = None) -> Normed:
-        scale = td[self.scale.index]
+        scale = self.value(td)
         return ops.td_rms_norm(x, scale, residual, implementation=self.implementation)
 
 
@@ -110,6 +114,10 @@ class RMSNorm(Operation):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
+
+    def value(self, td: TDValues) -> Tensor:
+        """Scale, `[1, D]`."""
+        return self.scale[None]
 
     def forward(self, x: Tensor, td: TDValues, residual: Tensor | None = None) -> Normed:
         return ops.rms_norm(x, self.scale, residual, implementation=self.implementation)

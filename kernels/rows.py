@@ -16,6 +16,13 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+def as_written_rows(out: torch.Tensor) -> torch.Tensor:
+    """`[B, …, D]` to write to as `[B, N, D]`: a view, or ValueError where there is none."""
+    if out.stride(-1) != 1:
+        raise ValueError(f"out: got strides {out.stride()}, expected adjacent columns")
+    return out[:, None] if out.dim() == 2 else out.view(out.shape[0], -1, out.shape[-1])
+
+
 def as_values(value: torch.Tensor) -> tuple[torch.Tensor, int]:
     """A `[T, D]` value with adjacent columns, and the stride from one image's to the next's.
 

@@ -15,44 +15,71 @@ import triton
 import triton.language as tl
 
 from dimr_fast.kernels.configuration import configuration
-from dimr_fast.kernels.rows import as_rows, as_values, chunks, sum_partials
+from dimr_fast.kernels.rows import as_rows, as_values, as_written_rows, chunks, sum_partials
 
 
 def launch_fwd(
     x: torch.Tensor, residual: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The sum (empty without a residual), the normed sum in `dtype`, and its rms `[B, N]`."""
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    summed = y.new_empty(0)
+    summed = x.new_empty(0, dtype=dtype)
     if residual is not None:
-        summed = torch.empty(
-            x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device
-        )
+        summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    y, rms = _launch_fwd(x, residual, scale, dtype, summed, None)
+    return summed, y, rms
+
+
+def launch_into(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+) -> torch.Tensor:
+    """Write the sum plus `bias` `[D]` to `out` `[B, …, D]`, return the normed sum as `x.dtype`."""
+    return _launch_fwd(x, residual, scale, x.dtype, out, bias)[0]
+
+
+def _launch_fwd(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    scale: torch.Tensor,
+    dtype: torch.dtype,
+    summed: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the sum to `summed` unless that is empty; return the normed sum and its rms."""
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows = as_rows(x)
     scale, scale_stride = as_values(scale)
     images, count, width = rows.shape
     rms = torch.empty(images, count, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return summed, y, rms
+        return y, rms
     added = rows if residual is None else as_rows(residual)
+    sums = as_written_rows(summed) if summed.numel() else rows
     constants = dict(configuration("td_rms_norm_fwd", width, x.device))
     constants["BLOCK"] = min(constants["BLOCK"], triton.next_power_of_2(width))
     _td_rms_norm_fwd_kernel[(images * triton.cdiv(count, constants["ROWS"]),)](
         rows,
         added,
         scale,
-        summed,
+        y if bias is None else bias,
+        sums,
         y,
         rms,
         count,
         (rows.stride(0), rows.stride(1)),
         (added.stride(0), added.stride(1)),
+        (sums.stride(0), sums.stride(1)),
         scale_stride,
         HAS_RESIDUAL=residual is not None,
+        HAS_SUM=summed.numel() > 0,
+        HAS_BIAS=bias is not None,
         WIDTH=width,
         **constants,
     )
-    return summed, y, rms
+    return y, rms
 
 
 def launch_bwd(
@@ -102,14 +129,18 @@ def _td_rms_norm_fwd_kernel(
     x_ptr,  # [B, N, WIDTH]
     residual_ptr,  # [B, N, WIDTH]
     scale_ptr,  # [T, WIDTH]
-    sum_ptr,  # [B, N, WIDTH], contiguous
+    bias_ptr,  # [WIDTH]
+    sum_ptr,  # [B, N, WIDTH], written
     y_ptr,  # [B, N, WIDTH], contiguous
     rms_ptr,  # [B, N] fp32
     count,  # N
     x_strides,  # (image, row)
     residual_strides,  # (image, row)
+    sum_strides,  # (image, row)
     scale_stride,  # 0 where all images share one time
     HAS_RESIDUAL: tl.constexpr,
+    HAS_SUM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -119,6 +150,7 @@ def _td_rms_norm_fwd_kernel(
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     x_ptr += image * x_strides[0] + row[:, None].to(tl.int64) * x_strides[1]
     residual_ptr += image * residual_strides[0] + row[:, None].to(tl.int64) * residual_strides[1]
+    sum_ptr += image * sum_strides[0] + row[:, None].to(tl.int64) * sum_strides[1]
     out = (image * count + row[:, None]) * WIDTH
 
     x = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -129,9 +161,13 @@ def _td_rms_norm_fwd_kernel(
         x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
             x += tl.load(residual_ptr + column, inside, other=0.0).to(tl.float32)
-            rounded = x.to(sum_ptr.dtype.element_ty)
-            tl.store(sum_ptr + out + column, rounded, inside)
-            x = rounded.to(tl.float32)
+        if HAS_SUM:
+            total = x
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + column, column < WIDTH, other=0.0).to(tl.float32)
+                total += bias[None, :]
+            tl.store(sum_ptr + column, total.to(sum_ptr.dtype.element_ty), inside)
+            x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)
         squares += x * x
     rms = tl.sqrt(tl.sum(squares, 1) / WIDTH)
     tl.store(rms_ptr + image * count + row, rms, row < count)

@@ -23,6 +23,36 @@ settings.register_profile("same examples", derandomize=True, deadline=None)
 settings.load_profile("same examples")
 
 
+PROCESSORS = {
+    "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "AVX-512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "AVX-512 with BF16": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+    },
+}
+"""What limits PyTorch and oneDNN to the instructions of an instruction set of the CPU library."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--processor",
+        choices=PROCESSORS,
+        help="run as on a processor that has no more than these instructions",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    name = config.getoption("--processor")
+    if name is None:
+        return
+    # PyTorch and oneDNN read them at their first operation.
+    os.environ |= PROCESSORS[name]
+    if _extension.why_not("cpu") is None and not _extension.use_instruction_set(name):
+        raise pytest.UsageError(f"--processor: this processor has no {name}")
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory is NaN: an output that a kernel leaves unwritten shows."""

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from golden import CASES, Golden, relative_error
+from oracle import DEVICE
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dimr_fast import PRESETS, DiMR, inference, optimize_for_inference, reference
 from dimr_fast.diffusion import (
@@ -18,6 +20,7 @@ from dimr_fast.diffusion import (
     dpm_solver_singlestep,
     guided,
 )
+from dimr_fast.ops import OPERATORS
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -151,6 +154,42 @@ def test_dropout_is_off_and_any_depth_works(change: dict[str, Any]) -> None:
         expected = model.eval()(**inputs)
     for output, wanted in zip(optimised(**inputs), expected, strict=True):
         torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm_type", ["TDRMSN", "RMSN", "LN"])
+def test_triton_adds_the_mlp_in_place(norm_type: str) -> None:
+    """By the path that a GPU takes: sums begun by the norm in their slots, products added there."""
+    model = randomised(DiMR.from_preset("tiny", norm_type=norm_type)).to(DEVICE)
+    reason = OPERATORS["td_rms_norm"].why_not("triton", torch.empty(1, device=DEVICE))
+    if reason is not None:
+        pytest.skip(f"triton: {reason}")
+    inputs = {name: value.to(DEVICE) for name, value in inputs_of(model, 2).items()}
+    with torch.no_grad():
+        expected = model.set_implementation("reference")(**inputs)
+    optimised = optimize_for_inference(model.set_implementation("triton"), torch.float32)
+    with Operators() as called:
+        outputs = optimised(**inputs)
+    blocks = sum(len(stage.blocks) for stage in model.stages)
+    in_slots = blocks - len(model.stages)  # the last of a branch writes to a tensor of its own
+    assert called.count("td_rms_norm_into") == (0 if norm_type == "LN" else in_slots)
+    for output, wanted in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the project's operators in the order of their calls."""
+
+    def __enter__(self) -> list[str]:
+        self.called: list[str] = []
+        super().__enter__()
+        return self.called
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "dimr_fast":
+            self.called.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def test_the_original_goes_on_training_alone(tiny: DiMR) -> None:

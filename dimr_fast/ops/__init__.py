@@ -9,7 +9,7 @@ from dimr_fast.ops.linear import linear
 from dimr_fast.ops.rms_norm import rms_norm
 from dimr_fast.ops.td_layer_norm import td_layer_norm
 from dimr_fast.ops.td_parameters import Vectors, td_parameters
-from dimr_fast.ops.td_rms_norm import td_rms_norm
+from dimr_fast.ops.td_rms_norm import td_rms_norm, td_rms_norm_into
 from dimr_fast.ops.upsample_add import upsample_add
 
 __all__ = [
@@ -26,5 +26,6 @@ __all__ = [
     "td_layer_norm",
     "td_parameters",
     "td_rms_norm",
+    "td_rms_norm_into",
     "upsample_add",
 ]

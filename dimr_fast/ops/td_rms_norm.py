@@ -9,7 +9,13 @@ from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
 from dimr_fast.ops import _compiled, _triton
-from dimr_fast.ops._checks import check_residual, check_time_values, compute_dtype
+from dimr_fast.ops._checks import (
+    check_device,
+    check_residual,
+    check_time_values,
+    check_width,
+    compute_dtype,
+)
 from dimr_fast.ops.implementations import Implementations
 
 implementations = Implementations(
@@ -49,6 +55,28 @@ def td_rms_norm(
     return y if residual is None else (summed, y)
 
 
+def td_rms_norm_into(
+    out: Tensor, x: Tensor, scale: Tensor, residual: Tensor | None, bias: Tensor
+) -> Tensor:
+    """Write `s + bias` to `out`, return normed `s`, of `s = x` or `s = residual + x`.
+
+    A product may then be added to `out` in place, as the last step of a block: `bias` `[D]` is that
+    product's. `out` has the shape and dtype of `x`, adjacent columns and any other strides. By
+    Triton, without gradients; else as `td_rms_norm`.
+    Raises ValueError where shapes, dtypes, strides or devices do not fit or Triton cannot run.
+    """
+    check_time_values(x, scale=scale)
+    check_residual(x, residual)
+    check_width(x, bias, "bias")
+    if (out.shape, out.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"out: got {tuple(out.shape)}, {out.dtype}, expected {tuple(x.shape)}, {x.dtype}"
+        )
+    check_device(x, out, "out")
+    implementations.select("triton", x)
+    return _into(out, x, residual, scale, bias)
+
+
 def _fwd_shapes(
     x: Tensor, residual: Tensor | None, scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,6 +94,14 @@ def _bwd_shapes(
     return dy.new_empty(x.shape, dtype=x.dtype), dy.new_empty(scale.shape, dtype=torch.float32)
 
 
+def _into_shapes(
+    out: Tensor, x: Tensor, residual: Tensor | None, scale: Tensor, bias: Tensor
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_INTO = "(Tensor(a!) out, Tensor x, Tensor? residual, Tensor scale, Tensor bias) -> Tensor"
+_into = _triton.register("td_rms_norm", "into", _INTO, _into_shapes)
 _FWD = "(Tensor x, Tensor? residual, Tensor scale, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
 _BWD = "(Tensor dy, Tensor? dsum, Tensor x, Tensor scale, Tensor rms) -> (Tensor, Tensor)"
 _fwd = {
