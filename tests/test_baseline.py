@@ -100,6 +100,7 @@ def test_autocast_casts_and_stays_close_to_fp32() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("time", ["time", "time_uniform"])
 def test_compiles_as_one_graph_without_gradients(time: str) -> None:
     golden, model = golden_model("two_branch_tdrms")
@@ -111,6 +112,7 @@ def test_compiles_as_one_graph_without_gradients(time: str) -> None:
         assert relative_error(output, golden[f"{mode}/out/{i}"]) < TOLERANCE
 
 
+@pytest.mark.versions
 def test_compiles_in_training() -> None:
     golden, model = golden_model("two_branch_tdrms")
     compiled = torch.compile(PublishedDiMR.of(model), backend="aot_eager")

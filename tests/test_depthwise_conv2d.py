@@ -209,6 +209,7 @@ def test_opcheck(with_bias):
         torch.library.opcheck(packets.depthwise_conv2d_bwd.default, arguments)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("implementation", ["auto", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_compiles_as_one_graph_forward_and_backward(implementation, dtype):

@@ -468,6 +468,7 @@ def test_nothing_waits_for_the_gpu() -> None:
     assert sample.isfinite().all()
 
 
+@pytest.mark.versions
 def test_a_training_step_compiles_without_a_graph_break() -> None:
     @torch.compile(fullgraph=True, backend="eager")
     def step_loss(x0: torch.Tensor, noise: torch.Tensor, step: torch.Tensor) -> torch.Tensor:

@@ -167,6 +167,7 @@ def test_backward_keeps_nothing_but_the_input(implementation: str) -> None:
     assert [t.data_ptr() for t in kept] == [x.data_ptr()]
 
 
+@pytest.mark.versions
 @each_implementation
 def test_fullgraph_forward_and_backward_equal_eager(implementation: str) -> None:
     x = seeded(2, 5, 24)
@@ -183,6 +184,7 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.dimr_fast.gated_gelu_bwd.triton, (dy, x))
 
 
+@pytest.mark.versions
 @needs_cpu
 def test_compiled_operators_pass_opcheck() -> None:
     x, dy = seeded(2, 5, 24), seeded(2, 5, 12)
@@ -285,6 +287,7 @@ def aot_launches() -> list[Launch]:
     ]
 
 
+@pytest.mark.versions
 def test_compiled_kernels_do_not_spill() -> None:
     for kernel in compiled("test_gated_gelu"):
         assert kernel.spilled == 0, kernel

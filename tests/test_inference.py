@@ -225,6 +225,7 @@ def test_callers_modes_do_not_matter(tiny: DiMR) -> None:
         assert not output.requires_grad
 
 
+@pytest.mark.versions
 def test_torch_compile_leaves_an_optimised_model_as_it_is(tiny: DiMR) -> None:
     optimised = optimize_for_inference(tiny)
     inputs = inputs_of(tiny, 2)

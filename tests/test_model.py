@@ -226,6 +226,7 @@ def test_forward_never_waits_for_the_device() -> None:
     assert [tuple(o.shape) for o in outputs] == [(2, 3, 4, 4), (2, 3, 8, 8), (2, 3, 16, 16)]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiles_without_a_graph_break_forward_and_backward(checkpointing: bool) -> None:
     config = PRESETS["tiny"]
@@ -246,6 +247,7 @@ def test_compiles_without_a_graph_break_forward_and_backward(checkpointing: bool
         assert relative_error(a, b) < TOLERANCE, name
 
 
+@pytest.mark.versions
 def test_compiles_without_a_graph_break_without_gradients() -> None:
     model = randomised(DiMR(PRESETS["tiny"])).set_implementation("reference")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -443,6 +445,7 @@ def test_set_implementation_reaches_the_operators_that_have_it() -> None:
         model.set_implementation("cuda12")
 
 
+@pytest.mark.versions
 def test_import_needs_neither_triton_nor_compiled_libraries() -> None:
     """A fresh interpreter in which triton cannot be imported runs a model."""
     import subprocess

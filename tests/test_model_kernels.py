@@ -197,6 +197,7 @@ def aot_launches() -> list[Launch]:
     return [Launch(p, lambda p=p, batch=b: step(p, batch)) for p, b in presets.items()]
 
 
+@pytest.mark.versions
 def test_all_that_a_training_step_launches_compiles_without_spills() -> None:
     """With the strides, offsets and dtypes that the model itself hands to the launchers."""
     kernels = compiled("test_model_kernels")

@@ -74,6 +74,7 @@ def test_bad_input_names_the_argument(changed: dict[str, Any], message: str) -> 
         ops.td_rms_norm_into(**arguments)
 
 
+@pytest.mark.versions
 def test_operator_passes_opcheck() -> None:
     x, scale, bias = seeded(2, 5, 24), seeded(2, 24), seeded(24)
     operator = torch.ops.dimr_fast.td_rms_norm_into.triton
@@ -99,6 +100,7 @@ def aot_launches() -> list[Launch]:
     return launches
 
 
+@pytest.mark.versions
 def test_compiled_kernels_do_not_spill_and_move_rows_in_16_byte_pieces() -> None:
     kernels = compiled("test_td_rms_norm_into")
     assert len(kernels) == 2 * len(TARGETS) + 2
