@@ -251,7 +251,8 @@ def _environment(dry_run: bool) -> dict[str, str]:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     if (ROOT / "dimr_fast" / "kernels").is_dir():
         # Built in place without an installation, as gpu_sections.build does where pip cannot.
-        environment["PYTHONPATH"] = str(ROOT)
+        others = environment.get("PYTHONPATH", "").split(os.pathsep)
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, others)])
     return environment
 
 

@@ -116,6 +116,11 @@ def test_a_candidate_that_spills_is_not_timed(monkeypatch: pytest.MonkeyPatch) -
     assert {json.dumps(default), json.dumps(good)} <= set(times)
 
 
+def test_kernels_are_found_under_their_operators() -> None:
+    for cases, operators in tune.CASES.items():
+        assert all(case.kernel.startswith(operators) for case in cases(True))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tuner itself is run")
 def test_the_tuner_writes_a_file_that_is_found(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
