@@ -98,8 +98,12 @@ def run(
     end = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
     if resume:
-        with tarfile.open(resume) as packed:
-            packed.extractall(out, filter="data")
+        try:
+            with tarfile.open(resume) as packed:
+                packed.extractall(out, filter="data")
+        except (OSError, tarfile.TarError) as error:
+            # What follows is worth having without it.
+            print(f"--resume: got {resume}, expected an archive: {error}", file=sys.stderr)
     elif not only:
         # Rows of another state of the code would otherwise stay among the new ones.
         shutil.rmtree(out / "benchmarks", ignore_errors=True)

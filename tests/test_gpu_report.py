@@ -204,6 +204,9 @@ def test_an_archive_is_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found["tune"]["facts"] == {"a": 1}
     assert [file.name for file in installed.iterdir()] == ["Fast_GPU.json"]
     assert (again / "tune.log").exists()
+    missing = tmp_path / "missing.tar.gz"
+    alone = gpu_report.run(sections, tmp_path / "alone", minutes=0.1, only=only, resume=missing)
+    assert list(alone["sections"]) == ["good"]
 
 
 def test_a_run_that_is_killed_leaves_its_archive(tmp_path: Path) -> None:

@@ -61,12 +61,20 @@ def found(tmp_path: Path) -> dict[str, Any]:
     return dict(json.loads((tmp_path / "x.json").read_text()))
 
 
+@pytest.fixture
+def few_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others take seconds to import, in each of the sessions that a test starts."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_PLUGINS", "pytest_benchmark.plugin")
+
+
+@pytest.mark.usefixtures("few_plugins")
 def test_no_test_that_passes_is_a_failure(tmp_path: Path) -> None:
     file = tmp_path / "test_it.py"
     file.write_text(
         "import pytest\n\n\n@pytest.mark.parametrize('i', [0, 1])\ndef test_it(i):\n    assert i\n"
     )
-    part = gpu_part.Part("x", tmp_path, 60, dry_run=True)
+    part = gpu_part.Part("x", tmp_path, 300, dry_run=True)
     assert not part.pytest("one of two", [file]).well
     skipped = "import pytest\n\n\ndef test_it():\n    pytest.skip('no library')\n"
     file.write_text(skipped)
@@ -88,51 +96,62 @@ def test_no_test_that_passes_is_a_failure(tmp_path: Path) -> None:
 
 
 SLOW = """
-import signal, time
+import os, signal, time
 import pytest
 
 @pytest.mark.parametrize("i", range(40))
 def test_it(i):
     assert i != 1, "one is wrong"
-    time.sleep(60 * (i in (9, 29)))
+    if i == 29:
+        STOP
+        time.sleep(60)
 """
-DEAF = SLOW + "\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+DEAF = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 
-@pytest.mark.parametrize(
-    ("code", "workers"), [(SLOW, 2), (DEAF, 0)], ids=["interrupted with xdist", "killed"]
-)
-def test_tests_that_are_cut_off_leave_the_outcomes_they_had(
-    tmp_path: Path, code: str, workers: int
-) -> None:
-    """Also where the interruption does not end them, as under a driver that hangs."""
-    parallel = gpu_sections.in_parallel(workers) if workers else []
-    if workers and not parallel:
-        pytest.skip("pytest-xdist is not installed")
+def cut_off(tmp_path: Path, part: gpu_part.Part, stop: str, *arguments: str) -> list[str]:
+    """Run tests of which one hangs after `stop`; the section's notes."""
     file = tmp_path / "test_it.py"
-    file.write_text(code)
+    file.write_text(SLOW.replace("STOP", stop))
+    assert not part.pytest("slow", [file, *arguments]).well
+    tables = found(tmp_path)["tables"]
+    (row,) = tables["tests"]
+    assert row["passed"] >= 10
+    assert row["failed"] == 1
+    assert tables["tests that failed"][0]["message"].endswith("one is wrong")
+    return list(found(tmp_path)["notes"])
+
+
+@pytest.mark.parametrize("stop", ["pass", DEAF], ids=["interrupted", "killed"])
+@pytest.mark.usefixtures("few_plugins")
+def test_tests_that_are_cut_off_leave_the_outcomes_they_had(tmp_path: Path, stop: str) -> None:
+    """Also where the interruption does not end them, as under a driver that hangs."""
     part = gpu_part.Part("x", tmp_path, 8, dry_run=True)
     start = time.monotonic()
-    tests = part.pytest("slow", [file, *parallel])
+    assert cut_off(tmp_path, part, stop) == ["slow: interrupted after 6 s"]
     assert time.monotonic() - start < 8
-    assert not tests.well
-    (row,) = found(tmp_path)["tables"]["tests"]
-    assert row["passed"] >= 8
-    assert row["failed"] == 1
-    assert found(tmp_path)["tables"]["tests that failed"][0]["message"].endswith("one is wrong")
     assert found(tmp_path)["cut_short"]
     assert not part.failed, "what was not reached is no failure"
 
 
+def test_parallel_tests_that_are_cut_off_leave_the_outcomes_they_had(tmp_path: Path) -> None:
+    """pytest-xdist takes long to end, and here the controller is killed outright."""
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    part = gpu_part.Part("x", tmp_path, 300, dry_run=True)
+    stop = "time.sleep(3); os.kill(os.getppid(), signal.SIGKILL)"
+    assert cut_off(tmp_path, part, stop, *gpu_sections.in_parallel(2)) == ["slow: exit code -9"]
+
+
 BENCH = """
-import time, pytest
+import os, signal
+import pytest
 
 @pytest.mark.parametrize("name", ["cpu-float32-a", "cpu-bfloat16-b", "cpu-bfloat16-c", "cpu-last"])
 def test_it(benchmark, name):
     if name.endswith("c"):
         pytest.skip("out of memory: tried to allocate 80 GiB")
     if name == "cpu-last":
-        time.sleep(60)
+        os.kill(os.getpid(), signal.SIGKILL)
     benchmark.extra_info.update(implementation="ours", dtype=name, calls=2)
     benchmark.pedantic(lambda: None, rounds=3)
     benchmark.extra_info["peak_bytes"] = 3_000_000_000
@@ -148,13 +167,14 @@ def bench(folder: Path, code: str, part: gpu_part.Part, keywords: str = "cpu") -
     gpu_benchmarks.run_benchmarks(part, [file], keywords)
 
 
+@pytest.mark.usefixtures("few_plugins")
 def test_benchmarks_that_are_cut_off_leave_the_rows_they_had(tmp_path: Path) -> None:
     """In bf16 first; a row that does not fit the GPU's memory is a result."""
-    bench(tmp_path, BENCH, gpu_part.Part("x", tmp_path, 10, dry_run=False))
+    bench(tmp_path, BENCH, gpu_part.Part("x", tmp_path, 300, dry_run=False))
     section = found(tmp_path)
-    assert section["cut_short"]
+    assert section["notes"] == ["x: cpu: exit code -9"]
     rows = section["tables"]["benchmarks"]
-    assert [r["dtype"] for r in rows] == ["cpu-bfloat16-b"] + ["cpu-float32-a"] * (len(rows) - 1)
+    assert [r["dtype"] for r in rows] == ["cpu-bfloat16-b"]
     assert all(r["median ms"] > 0 and r["peak GB"] == 3 for r in rows)
     assert section["tables"]["rows without a time"] == [
         {
@@ -167,18 +187,19 @@ def test_benchmarks_that_are_cut_off_leave_the_rows_they_had(tmp_path: Path) -> 
     assert file["machine_info"]["cpu"]
 
 
+@pytest.mark.usefixtures("few_plugins")
 def test_single_rows_replace_their_own_and_keep_the_others(tmp_path: Path) -> None:
-    code = BENCH.replace("time.sleep(60)", "pass")
-    bench(tmp_path, code, gpu_part.Part("x", tmp_path, 60, dry_run=False))
+    code = BENCH.replace("os.kill(os.getpid(), signal.SIGKILL)", "pass")
+    bench(tmp_path, code, gpu_part.Part("x", tmp_path, 300, dry_run=False))
     before = {r["dtype"]: r["median ms"] for r in found(tmp_path)["tables"]["benchmarks"]}
     assert list(before) == ["cpu-bfloat16-b", "cpu-last", "cpu-float32-a"]
-    bench(tmp_path, code, gpu_part.Part("x", tmp_path, 60, False, rows="bfloat16"))
+    bench(tmp_path, code, gpu_part.Part("x", tmp_path, 300, False, rows="bfloat16"))
     section = found(tmp_path)
     assert section["tables"]["tests"][0]["passed"] == 1
     after = {r["dtype"]: r["median ms"] for r in section["tables"]["benchmarks"]}
     assert set(after) == set(before)
     assert {d for d in before if before[d] == after[d]} >= {"cpu-last", "cpu-float32-a"}
-    only_large = gpu_part.Part("x", tmp_path, 60, False, rows="bfloat16-c")
+    only_large = gpu_part.Part("x", tmp_path, 300, False, rows="bfloat16-c")
     bench(tmp_path, code, only_large)
     assert not only_large.failed, "out of memory is an answer"
 
