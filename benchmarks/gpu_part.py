@@ -7,12 +7,12 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpu_render import write_whole
 
@@ -20,18 +20,33 @@ ROOT = Path(__file__).parent.parent
 SHOWN = 30
 """Failed tests that the report shows."""
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+GRACE = 20.0
+"""Seconds that an interrupted command has to end: pytest-xdist takes 12."""
+OUT_OF_MEMORY = "out of memory"
+"""How the reason of a benchmark's row begins that does not fit the GPU: a result, no failure."""
 
 Rows = list[dict[str, Any]]
+
+
+class Tests(NamedTuple):
+    """What a run of pytest left: `well` if it ended with 0, each test's outcome, benchmarks."""
+
+    well: bool
+    outcomes: Rows
+    benchmarks: dict[str, Any] | None
 
 
 class Part:
     """What a section has found: facts, tables of rows, notes. On disk after each addition."""
 
-    def __init__(self, name: str, out: Path, seconds: float, dry_run: bool) -> None:
+    def __init__(
+        self, name: str, out: Path, seconds: float, dry_run: bool, rows: str | None = None
+    ) -> None:
         self.name, self.out, self.dry_run = name, out, dry_run
-        # What is interrupted takes a moment to write what it has.
-        self.grace = min(10.0, seconds / 10)
-        self.end = time.monotonic() + seconds - 2 * self.grace
+        self.chosen = rows
+        # What is interrupted takes a moment to end, and the section to write what it left.
+        self.grace = min(GRACE, seconds / 5)
+        self.end = time.monotonic() + seconds - self.grace - min(5.0, seconds / 20)
         self.failed = False
         self._found: dict[str, Any] = {}
 
@@ -49,6 +64,11 @@ class Part:
 
     def note(self, text: str) -> None:
         self._found.setdefault("notes", []).append(text)
+        self._save()
+
+    def warn(self, text: str) -> None:
+        """Put `text` at the top of the report."""
+        self._found.setdefault("warnings", []).append(text)
         self._save()
 
     def fail(self, reason: str) -> None:
@@ -70,11 +90,13 @@ class Part:
         seconds: float = float("inf"),
         environment: Mapping[str, str] | None = None,
         folder: Path = ROOT,
+        optional: bool = False,
     ) -> bool:
         """Run a command, in the checkout unless said; whether it ended, and with 0.
 
         What takes longer than `seconds`, or than is left, is interrupted as Ctrl-C does, to which
-        pytest and the tuner answer by leaving what they have.
+        pytest and the tuner answer by leaving what they have. Another exit code than 0 fails the
+        section. Of an `optional` command, either is only noted.
         """
         limit = min(seconds, self.left())
         if limit < 0.5:
@@ -92,11 +114,13 @@ class Part:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(self.grace)
             process.kill()
-            process.wait()
-            self.cut_short(f"{title}: interrupted after {limit:.0f} s")
+            # One that waits for a driver does not even then end, and what it left is still wanted.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(2)
+            (self.note if optional else self.cut_short)(f"{title}: interrupted after {limit:.0f} s")
             return False
         if code != 0:
-            self.fail(f"{title}: exit code {code}")
+            (self.note if optional else self.fail)(f"{title}: exit code {code}")
         return code == 0
 
     def pytest(
@@ -107,33 +131,46 @@ class Part:
         under: Sequence[str | Path] = (),
         seconds: float = float("inf"),
         environment: Mapping[str, str] | None = None,
-    ) -> bool:
+    ) -> Tests:
         """Run tests, and say how many passed and which did not; that none ran is a failure.
 
-        `under` is a command that runs another, pytest here.
+        `under` is a command that runs another, pytest here. However the run ends, the outcomes of
+        the tests that had ended are kept.
         """
-        file = self.out / f".{self.name}.xml"
-        file.unlink(missing_ok=True)
-        command = [*under, *PYTEST, f"--junitxml={file}", *arguments]
-        well = self.step(title, command, seconds=seconds, environment=environment)
-        with suppress(OSError, ElementTree.ParseError):
-            self._count(title, ElementTree.parse(file))
-        file.unlink(missing_ok=True)
-        return well
+        with tempfile.TemporaryDirectory() as scratch:
+            paths = [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+            plugin = {
+                "GPU_OUTCOMES": scratch,
+                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            }
+            well = self.step(
+                title,
+                [*under, *PYTEST, "-p", "gpu_outcomes", *arguments],
+                seconds=seconds,
+                environment={**(environment or {}), **plugin},
+            )
+            tests, benchmarks = Path(scratch, "tests.jsonl"), Path(scratch, "benchmarks.json")
+            lines = tests.read_text().splitlines() if tests.is_file() else []
+            outcomes = [json.loads(line) for line in lines]
+            report = json.loads(benchmarks.read_text()) if benchmarks.is_file() else None
+        self._count(title, outcomes)
+        return Tests(well, outcomes, report)
 
-    def _count(self, title: str, tree: "ElementTree.ElementTree[Any]") -> None:
-        counts = {"passed": 0, "failure": 0, "error": 0, "skipped": 0}
-        wrong: Rows = []
-        for case in tree.iter("testcase"):
-            outcome = next((o for o in counts if case.find(o) is not None), "passed")
-            counts[outcome] += 1
-            if outcome in ("failure", "error"):
-                message = str(case.find(outcome).get("message"))  # type: ignore[union-attr]
-                wrong.append({"test": case.get("name"), "message": message.split("\n")[0][:200]})
+    def _count(self, title: str, outcomes: Rows) -> None:
+        counts = dict.fromkeys(("passed", "failed", "error", "skipped"), 0)
+        for entry in outcomes:
+            counts[entry["outcome"]] += 1
         self.rows("tests", [{"tests": title} | counts])
+        wrong = [entry for entry in outcomes if entry["outcome"] in ("failed", "error")]
         if wrong:
-            self.rows("tests that failed", wrong[:SHOWN])
-        if counts["passed"] == 0:
+            self.rows(
+                "tests that failed",
+                [{"test": entry["test"], "message": entry["reason"]} for entry in wrong[:SHOWN]],
+            )
+        if not any(
+            entry["outcome"] == "passed" or entry["reason"].startswith(OUT_OF_MEMORY)
+            for entry in outcomes
+        ):
             self.fail(f"{title}: no test passed")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_predictions import compare
 from gpu_targets import judge
 
 Results = Mapping[str, Any]
@@ -37,15 +38,25 @@ def markdown(results: Results) -> str:
         f"# {title}: {facts.get('GPU', 'unknown GPU')}",
         f"{results['date']}, commit {facts.get('commit', 'unknown')}, "
         f"{results['minutes']:g} minutes at most.",
+        "\n".join(
+            f"**{name}: {text}**" for name, s in sections.items() for text in s.get("warnings", [])
+        ),
         "## Targets",
         "Ratios within this run; the least over all shapes that were measured.",
         table(results["targets"]),
         "## Sections",
         table(
-            {"section": name, "status": s["status"], "seconds": s.get("seconds", "")}
+            {
+                "section": name,
+                "status": s["status"],
+                "seconds": s.get("seconds", ""),
+                "GPU": s.get("GPU", ""),
+            }
             for name, s in sections.items()
         ),
     ]
+    if compared := table(compare(results)):
+        parts += ["## Predicted and measured", compared]
     for name, section in sections.items():
         parts += _section(name, section)
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -37,7 +37,8 @@ def ratios(theirs: Sequence[Row], ours: Sequence[Row]) -> Values:
     """Their time over ours, wherever both were measured on the same."""
 
     def same(row: Row) -> tuple[Any, ...]:
-        return tuple(row.get(key) for key in ("preset", "x", "batch", "pass", "dtype"))
+        keys = ("preset", "x", "batch", "pass", "dtype", "device")
+        return tuple(row.get(key) for key in keys)
 
     for row in ours:
         for other in theirs:
@@ -48,7 +49,7 @@ def ratios(theirs: Sequence[Row], ours: Sequence[Row]) -> Values:
 def model(sections: Sections, implementation: str, title: str, batches: range) -> list[Row]:
     """The model's rows at the published sizes, in bf16."""
     wanted = {"implementation": implementation, "pass": title, "dtype": "bfloat16"}
-    found = rows(sections, ["model"], "benchmarks", **wanted)
+    found = rows(sections, ["model", "compiled"], "benchmarks", **wanted)
     return [row for row in found if row.get("batch") in batches and row.get("preset") != DEMO]
 
 

@@ -2,9 +2,10 @@
 
 Tries every candidate on the presets' shapes, random data, and writes the fastest of each to
 `kernels/configurations/<GPU>.json`, or to a file named by `--out`; entries that it did not get to,
-for `--minutes` ran out or `--only` left them aside, keep what the file had. A candidate that does
-not compile or disagrees with the default configuration is passed over. With `--dry-run` it takes
-tiny shapes and two candidates each, to show that it runs, also under Triton's interpreter.
+for `--minutes` ran out or `--only` left them aside, keep what the file had. All candidates are
+compiled first, on all cores. One that does not compile, spills registers or disagrees with the
+default configuration is passed over. With `--dry-run` it takes tiny shapes and two candidates each,
+to show that it runs, also under Triton's interpreter.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_compile import Verdicts, compile_all
 
 from dimr_fast.files import write_json
 from dimr_fast.kernels import configuration
@@ -192,14 +194,30 @@ def cascades(small: bool) -> Iterator[Case]:
         )
 
 
-CASES: list[Callable[[bool], Iterator[Case]]] = [norms, gates, attentions, cascades, parameters]
+CASES: dict[Callable[[bool], Iterator[Case]], tuple[str, ...]] = {
+    attentions: ("attention",),
+    cascades: ("td_layer_norm", "upsample_add"),
+    gates: ("gated_gelu",),
+    norms: ("td_rms_norm", "td_layer_norm"),
+    parameters: ("td_parameters",),
+}
+"""The operators of each. First those with the most to gain: kernels limited by arithmetic differ
+more from one configuration to another than those that wait for memory."""
 
 
-def tune(case: Case, *, dry_run: bool) -> tuple[Constants, dict[str, float]]:
+def tune(
+    case: Case, *, dry_run: bool, verdicts: Verdicts | None = None
+) -> tuple[Constants, dict[str, float]]:
     """The fastest constants of a case, and the median milliseconds of each that was timed."""
     default = dict(configuration.configuration(case.kernel, case.size, DEVICE))
     expected = case.launch()
-    others = [c for c in case.candidates if c != default]
+    others = []
+    for constants in case.candidates:
+        reason = (verdicts or {}).get((case.kernel, case.size, json.dumps(constants)))
+        if reason:
+            print(f"  {constants}: {reason}")
+        elif constants != default:
+            others.append(constants)
     times: dict[str, float] = {}
     best, fastest = default, float("inf")
     for constants in [default, *(others[:1] if dry_run else others)]:
@@ -251,11 +269,23 @@ def main() -> None:
     table: dict[str, dict[str, Mapping[str, int]]] = (
         json.loads(out.read_text()) if out.is_file() else {}
     )
-    for cases in CASES:
+    verdicts: Verdicts = {}
+    if not options.dry_run:
+        # Before anything is on the GPU; at most half of the time, for what is not timed is in vain.
+        verdicts = compile_all(
+            options.only,
+            gpu=configuration.gpu_name(DEVICE),
+            capability=torch.cuda.get_device_capability(DEVICE),
+            seconds=(end - time.monotonic()) / 2,
+        )
+        print(f"{len(verdicts)} candidates compiled", flush=True)
+    for cases, operators in CASES.items():
+        if options.only and not any(kernel.startswith(operators) for kernel in options.only):
+            continue
         for case in cases(options.dry_run):
             if time.monotonic() > end or (options.only and case.kernel not in options.only):
                 continue
-            best, times = tune(case, dry_run=options.dry_run)
+            best, times = tune(case, dry_run=options.dry_run, verdicts=verdicts)
             print(f"{case.kernel} {case.size}: {best} of {len(times)} tried", flush=True)
             by_size = table.setdefault(case.kernel, {}) | {str(case.size): best}
             table[case.kernel] = dict(sorted(by_size.items(), key=lambda item: int(item[0])))

@@ -81,6 +81,11 @@ def launch_bwd(
     return grads
 
 
+TABLES = 256
+"""Tables that are kept, a few kilobytes each; the least recently used makes room.
+
+More than any CUDA graph's warm-up uses: what warm-up has built must still be there at the capture.
+"""
 _tables: dict[tuple[Any, ...], torch.Tensor] = {}
 _captured: set[torch.Tensor] = set()
 
@@ -94,12 +99,13 @@ def _table_of(vectors: Sequence[Vectors], block: int) -> tuple[torch.Tensor, boo
     addresses = tuple(tuple(v.data_ptr() for v in kind) for kind in vectors)
     widths = tuple(v.shape[0] for v in vectors[0])
     key = first.device, addresses, widths, first.element_size(), block
-    table = _tables.get(key)
+    table = _tables.pop(key, None)
     if table is None:
         # Where parameters are gathered or cast for each call, their addresses are new each time.
-        if len(_tables) >= 32:
-            _tables.clear()
-        table = _tables[key] = _table(*key)
+        if len(_tables) == TABLES:
+            del _tables[next(iter(_tables))]
+        table = _table(*key)
+    _tables[key] = table  # the most recently used is last
     if table.is_cuda and torch.cuda.is_current_stream_capturing():
         _captured.add(table)  # The graph reads it at each replay, and nothing else would keep it.
     aligned = all(width % 16 == 0 for width in widths) and all(

@@ -1,19 +1,19 @@
-"""The GPU report: its driver on sections of our own, its judgement on numbers of our own, and dry
-runs of its cheap sections. CI runs all of them (`.ci/run`).
-"""
+"""The GPU report: its driver on sections of our own, its judgement on numbers of our own."""
 
 import dataclasses
 import json
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import bench_model
-import gpu_part
+import gpu_predictions
 import gpu_render
 import gpu_report
 import gpu_sections
@@ -22,6 +22,7 @@ import pytest
 from gpu_report import Section
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+PAGE = (BENCHMARKS / "README.md").read_text()
 WRITE = """
 import json, pathlib, sys, time
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
@@ -30,9 +31,9 @@ def write(name, **found):
 """
 
 
-def section(name: str, code: str, share: float = 1) -> Section:
+def section(name: str, code: str, seconds: float = 1) -> Section:
     """A section that finds `facts` or whatever else `code` writes."""
-    return Section(name, share, (sys.executable, "-S", "-c", WRITE + code))
+    return Section(name, seconds, (sys.executable, "-S", "-c", WRITE + code))
 
 
 GOOD = section("good", "write('good', facts={'seen': 1}); print('all is well')")
@@ -81,18 +82,28 @@ def test_what_goes_wrong_costs_only_itself(tmp_path: Path) -> None:
 def test_minutes_are_a_limit_and_what_is_not_used_is_handed_on(tmp_path: Path) -> None:
     note = "write(NAME, facts={'limit': float(sys.argv[sys.argv.index('--seconds') + 1])})"
     sections = [
-        section("first", note.replace("NAME", "'first'"), 3),
-        section("hangs", "time.sleep(60)", 1),
+        section("first", note.replace("NAME", "'first'"), 1.5),
+        section("hangs", "time.sleep(60)", 0.5),
         section("last", "write('last')", 1e-6),
     ]
     start = time.monotonic()
     found = gpu_report.run(sections, tmp_path, minutes=0.06, dry_run=True)["sections"]
     assert time.monotonic() - start < 5
     assert found["first"]["facts"]["limit"] == pytest.approx(0.75 * 3.6, rel=0.05)
-    # Its own share of the whole would have been 0.9 s.
+    # Its own part of the whole would have been 0.9 s.
     assert found["hangs"]["seconds"] > 2
     assert found["last"] == {"status": "not reached"}
     assert "| last | not reached |" in (tmp_path / "report.md").read_text()
+
+
+def test_where_there_is_too_little_time_the_first_sections_have_theirs(tmp_path: Path) -> None:
+    note = "write(NAME, facts={'limit': float(sys.argv[sys.argv.index('--seconds') + 1])})"
+    sections = [section(name, note.replace("NAME", repr(name)), 4) for name in ("one", "two")]
+    sections.insert(1, section("between", "time.sleep(60)", 4))
+    found = gpu_report.run(sections, tmp_path, minutes=0.08, dry_run=True)["sections"]
+    assert found["one"]["facts"]["limit"] == 4
+    assert found["between"]["status"] == "timed out after 4 s"
+    assert found["two"] == {"status": "not reached"}
 
 
 def test_only_keeps_what_was_there_of_the_others(tmp_path: Path) -> None:
@@ -104,7 +115,9 @@ def test_only_keeps_what_was_there_of_the_others(tmp_path: Path) -> None:
     kept.parent.mkdir()
     kept.touch()
     mended = section("fails", "write('fails', facts={'second': 2})")
-    again = gpu_report.run([GOOD, mended], tmp_path, minutes=0.1, only=["fails"], dry_run=True)
+    again = gpu_report.run(
+        [GOOD, mended], tmp_path, minutes=0.1, only={"fails": None}, dry_run=True
+    )
     assert kept.exists()
     found = json.loads((tmp_path / "results.json").read_text())["sections"]
     assert found == again["sections"]
@@ -124,69 +137,99 @@ def test_without_a_gpu_only_a_dry_run_goes_on(tmp_path: Path) -> None:
     assert statuses[True]["sections"]["good"]["status"] == "passed"
 
 
-@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN])
-def interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
-    """As in a terminal, and as in the background of a shell, whose jobs inherit that."""
-    before = signal.signal(signal.SIGINT, request.param)
-    yield
-    signal.signal(signal.SIGINT, before)
+def test_a_section_is_told_which_rows_are_wanted(tmp_path: Path) -> None:
+    tells = section("tells", "write('tells', facts={'rows': sys.argv[-1]})")
+    wanted = {"tells": "XL/2R and ours"}
+    found = gpu_report.run([tells], tmp_path, minutes=0.1, only=wanted, dry_run=True)["sections"]
+    assert found["tells"]["facts"] == {"rows": "XL/2R and ours"}
 
 
-@pytest.mark.usefixtures("interrupts")
-def test_a_section_keeps_what_a_command_left_when_interrupted(tmp_path: Path) -> None:
-    part = gpu_part.Part("x", tmp_path, 30, dry_run=True)
-    code = """
-import pathlib, sys, time
-try:
-    print("ready", flush=True)
-    time.sleep(60)
-except KeyboardInterrupt:
-    pathlib.Path(sys.argv[1]).touch()
-"""
-    left = tmp_path / "left"
-    assert not part.step("slow", [sys.executable, "-S", "-c", code, left], seconds=1)
-    assert left.exists()
-    found = json.loads((tmp_path / "x.json").read_text())
-    assert found == {"cut_short": True, "notes": ["slow: interrupted after 1 s"]}
-    assert not part.failed
-    assert not part.step("wrong", [sys.executable, "-S", "-c", "raise SystemExit(2)"])
-    assert part.failed
-
-
-def test_no_test_that_passes_is_a_failure(tmp_path: Path) -> None:
-    file = tmp_path / "test_it.py"
-    file.write_text(
-        "import pytest\n\n\n@pytest.mark.parametrize('i', [0, 1])\ndef test_it(i):\n    assert i\n"
+def test_a_bare_machine_is_built_on_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a section needs it, and once; every run says which machine it was on."""
+    machine, build, plots = (
+        dataclasses.replace(section(name, code), needs_build=False)
+        for name, code in (
+            ("machine", "write('machine', facts={'GPU': 'Fast GPU'})"),
+            ("build", ""),
+            ("plots", ""),
+        )
     )
-    part = gpu_part.Part("x", tmp_path, 30, dry_run=True)
-    assert not part.pytest("one of two", [file])
-    skipped = "import pytest\n\n\ndef test_it():\n    pytest.skip('no library')\n"
-    file.write_text(skipped)
-    part.failed = False
-    assert part.pytest("skipped", [file])
-    assert part.failed
-    tables = json.loads((tmp_path / "x.json").read_text())["tables"]
-    assert tables["tests"] == [
-        {"tests": "one of two", "passed": 1, "failure": 1, "error": 0, "skipped": 0},
-        {"tests": "skipped", "passed": 0, "failure": 0, "error": 0, "skipped": 1},
-    ]
-    (wrong,) = tables["tests that failed"]
-    assert wrong["test"] == "test_it[0]"
-    assert "assert 0" in wrong["message"]
+
+    def names(built: bool, *only: str) -> list[str]:
+        monkeypatch.setattr(gpu_report, "built", lambda: built)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        chosen = dict.fromkeys(only)
+        found = gpu_report.run(
+            [machine, build, GOOD, plots], tmp_path / "out", minutes=0.1, only=chosen
+        )
+        assert {s["GPU"] for s in found["sections"].values()} == {"Fast GPU"}
+        return list(found["sections"])
+
+    assert names(False, "good") == ["machine", "build", "good"]
+    assert names(True, "good") == ["machine", "good"]
+    assert names(False, "plots") == ["machine", "plots"]
+    assert names(True) == ["machine", "build", "good", "plots"]
 
 
-def test_a_memory_checkers_log() -> None:
-    log = """========= COMPUTE-SANITIZER
-========= Invalid __global__ read of size 4 bytes
-=========     at void dimr_fast::depthwise<float>(float*)+0x80 in a.cu:7
-========= Uninitialized __global__ memory read of size 4 bytes
-=========     at void at::native::vectorized<float>(float*)+0x80
-========= Invalid __shared__ write
-=========     at _rms_norm_fwd_kernel+0x80 in b.py:3
-========= ERROR SUMMARY: 3 errors
+def test_what_counts_as_built(tmp_path: Path) -> None:
+    assert not gpu_report.built(tmp_path)
+    for name in ("kernels", "libdimr_fast_cpu.so", "_bindings.cpython-30-x.so"):
+        (tmp_path / name).touch()
+    assert not gpu_report.built(tmp_path), "for another Python"
+    (tmp_path / f"_bindings{gpu_report.sysconfig.get_config_var('EXT_SUFFIX')}").touch()
+    assert gpu_report.built(tmp_path)
+
+
+def test_an_archive_is_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another machine, which has neither the results nor the tuned configurations."""
+    archive, installed = tmp_path / "back" / "gpu.tar.gz", tmp_path / "installed"
+    installed.mkdir()
+    monkeypatch.setattr(gpu_report, "CONFIGURATIONS", installed)
+    tunes = section(
+        "tune",
+        "(out / 'configurations').mkdir(); (out / '.scratch').touch()\n"
+        "(out / 'configurations' / 'Fast_GPU.json').write_text('{}')\n"
+        "write('tune', facts={'a': 1})",
+    )
+    gpu_report.run([tunes, FAILS], tmp_path / "first", minutes=0.1, archive=archive)
+    with tarfile.open(archive) as packed:
+        assert "configurations/Fast_GPU.json" in packed.getnames()
+        assert not [name for name in packed.getnames() if "/." in f"/{name}"]
+    assert not list(installed.iterdir())
+    only: dict[str, str | None] = {"good": None}
+    sections = [tunes, FAILS, GOOD]
+    again = tmp_path / "again"
+    found = gpu_report.run(sections, again, minutes=0.1, only=only, resume=archive)["sections"]
+    assert list(found) == ["tune", "fails", "good"]
+    assert found["tune"]["facts"] == {"a": 1}
+    assert [file.name for file in installed.iterdir()] == ["Fast_GPU.json"]
+    assert (again / "tune.log").exists()
+    missing = tmp_path / "missing.tar.gz"
+    alone = gpu_report.run(sections, tmp_path / "alone", minutes=0.1, only=only, resume=missing)
+    assert list(alone["sections"]) == ["good"]
+
+
+def test_a_run_that_is_killed_leaves_its_archive(tmp_path: Path) -> None:
+    code = f"""
+import sys; sys.path[:0] = [{str(BENCHMARKS)!r}]
+import pathlib, gpu_report
+sleeps = (sys.executable, "-S", "-c", "import time; time.sleep(60)")
+sections = [
+    gpu_report.Section("good", 5, {GOOD.command!r}),
+    gpu_report.Section("hangs", 5, sleeps),
+]
+here = pathlib.Path({str(tmp_path)!r})
+gpu_report.run(sections, here / "out", minutes=1, archive=here / "gpu.tar.gz", dry_run=True)
 """
-    assert gpu_sections.sanitized(log) == {"summary": "3 errors", "in our kernels": 2}
-    assert gpu_sections.sanitized("") == {"summary": "none", "in our kernels": 0}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        while "hangs" not in run.stdout.readline():
+            pass
+        run.send_signal(signal.SIGKILL)
+    with tarfile.open(tmp_path / "gpu.tar.gz") as packed:
+        report = packed.extractfile("report.md")
+        assert report is not None
+        assert "| good | passed |" in report.read().decode()
 
 
 def row(implementation: str, milliseconds: float, **facts: Any) -> dict[str, Any]:
@@ -288,20 +331,6 @@ def test_targets_name_what_the_benchmarks_say() -> None:
         assert implementation in OPERATORS[operator].names
 
 
-def test_targets_name_what_the_models_benchmark_says() -> None:
-    cases = [p.values[0] for p in bench_model.test_model.pytestmark[0].args[1]]
-    row = dataclasses.replace(cases[0], training=True)
-    assert (cases[0].title, row.title) == (gpu_targets.FORWARD, gpu_targets.TRAINING)
-    assert gpu_targets.DEMO in bench_model.CONFIGS
-    providers = {gpu_targets.OURS, gpu_targets.PUBLISHED, gpu_targets.COMPILED, gpu_targets.CLEAN}
-    assert providers <= {*bench_model.FORWARD} & {*bench_model.TRAINING}
-    labels = [dataclasses.replace(case, device=d).label for case in cases for d in ("cpu", "cuda")]
-    (dry,) = gpu_sections.DRY_MODEL
-    for keywords in (dry, *gpu_sections.MODEL):
-        for word in keywords.replace("not ", "").split(" and "):
-            assert any(word in label for label in labels), keywords
-
-
 def test_the_report_reads_well(tmp_path: Path) -> None:
     results = synthetic()
     results["sections"]["measure"]["notes"] = ["a note"]
@@ -321,23 +350,60 @@ def test_the_report_reads_well(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*")), "nothing unfinished is left"
 
 
-def test_a_dry_run_end_to_end(tmp_path: Path) -> None:
-    names = ["machine", "memory", "operators", "plots"]
-    command = [sys.executable, str(BENCHMARKS / "gpu_report.py"), "--dry-run", "--only", *names]
-    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + (tmp_path / "report.md").read_text()
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["sections"]) == names
-    assert results["sections"]["machine"]["facts"]["GPU"] == "none"
-    assert all("compute-sanitizer" in n for n in results["sections"]["memory"]["notes"])
-    (file,) = (tmp_path / "benchmarks").iterdir()
-    entries = json.loads(file.read_text())["benchmarks"]
-    measured = {entry["extra_info"]["implementation"] for entry in entries}
-    rows = results["sections"]["operators"]["tables"]["benchmarks"]
-    assert {"reference"} <= measured == {r["implementation"] for r in rows}
-    assert all(r["median ms"] > 0 for r in rows)
-    assert f"## {names[0]}" in (tmp_path / "report.md").read_text()
+def test_what_was_predicted_stands_beside_what_was_measured(tmp_path: Path) -> None:
+    results = synthetic()
+    norm = {"operator": "td_rms_norm", "x": "64×257×960", "dtype": "bfloat16"}
+    results["sections"]["operators"]["tables"]["benchmarks"] = [
+        row("triton", 0.03, **norm) | {"pass": "forward"},
+        row("cuda", 0.02, **norm) | {"pass": "forward"},
+        row("reference", 0.001, **norm) | {"pass": "forward"},
+        row("triton", 0.001, **norm) | {"pass": "forward", "dtype": "float32"},
+        row("triton", 0.1, **norm) | {"pass": "forward + backward"},
+    ]
+    file = tmp_path / "predictions.json"
+    assert gpu_predictions.compare(results, file) == []
+    predicted = {"operator": "td_rms_norm", "x": "64x257x960", "floor us": 5.0}
+    rows = [
+        predicted | {"kernel": "fwd", "pass": "Forward", "predicted us": 10.0, "registers": 40},
+        predicted | {"kernel": "sum", "pass": "backward", "predicted µs": 15.0},
+        predicted | {"kernel": "bwd", "pass": "backward", "predicted µs": 25.0},
+        predicted | {"kernel": "fwd", "pass": "forward", "x": [1, 2], "predicted us": 1.0},
+    ]
+    for written in (rows, {"gpu": "any", "rows": rows}):
+        file.write_text(json.dumps(written))
+        found = gpu_predictions.compare(results, file)
+        assert [(r["x"], r["pass"], r["kernel"]) for r in found] == [
+            ("64×257×960", "forward", "fwd"),
+            ("64×257×960", "backward", "sum + bwd"),
+            ("1×2", "forward", "fwd"),
+        ]
+        assert [(r["floor µs"], r["predicted µs"]) for r in found] == [(5, 10), (10, 40), (5, 1)]
+        times = [(r["measured µs"], r["measured / predicted"]) for r in found]
+        assert times == [pytest.approx((20, 2)), pytest.approx((80, 2)), (None, None)]
 
 
 def test_every_section_has_its_action() -> None:
     assert [s.name for s in gpu_report.SECTIONS] == list(gpu_sections.SECTIONS)
+
+
+def test_the_page_says_what_each_section_is_given() -> None:
+    for planned in gpu_report.SECTIONS:
+        assert re.search(rf"^\| {planned.name} \| {planned.seconds:g} \| ", PAGE, re.M), planned
+
+
+def test_the_calls_of_the_page_have_time_for_what_they_run() -> None:
+    """Each on a bare machine, within nine minutes, and together everything that there is."""
+    seconds = {planned.name: planned.seconds for planned in gpu_report.SECTIONS}
+    commands = re.findall(r"^python benchmarks/gpu_report.py (.*--only.*)$", PAGE, re.M)
+    run = []
+    for command in commands:
+        words = shlex.split(command)
+        only = words[words.index("--only") + 1 :]
+        minutes = float(words[words.index("--minutes") + 1])
+        if ":" in only[0]:
+            continue  # single rows
+        run.append(only)
+        needed = {"machine", "build", *only}
+        assert sum(seconds[name] for name in needed) == 60 * minutes <= 540, command
+    assert {name for only in run for name in only} | {"machine"} == set(seconds)
+    assert [only for only in run if "memory" in only] == [["memory"]]

@@ -222,11 +222,58 @@ def test_a_table_serves_whatever_lies_at_its_addresses(tables: dict[Any, torch.T
     assert len(tables) == 1
 
 
-def test_tables_are_not_kept_without_end(tables: dict[Any, torch.Tensor]) -> None:
-    alive = [vectors_of(3) for _ in range(70)]
-    for vectors in alive:
+def test_the_least_recently_used_table_makes_room(tables: dict[Any, torch.Tensor]) -> None:
+    from dimr_fast.kernels import td_parameters
+
+    def call(vectors: list[torch.Tensor]) -> torch.Tensor:
         by("triton", times(1))(*vectors)
-        assert 1 <= len(tables) <= 32
+        return next(reversed(tables.values()))
+
+    limit = td_parameters.TABLES
+    assert limit >= 128
+    alive = [vectors_of(3) for _ in range(limit + 40)]
+    built = [call(vectors) for vectors in alive[:limit]]
+    assert call(alive[0]) is built[0], "used again, and so not the next to go"
+    built += [call(vectors) for vectors in alive[limit:]]
+    assert [id(table) for table in tables.values()] == [
+        id(table) for table in (*built[41:limit], built[0], *built[limit:])
+    ]
+
+
+def test_a_capture_finds_the_tables_of_its_warm_up(
+    tables: dict[Any, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a pretended GPU: 80 sets forward and backward, after as many of others, then captured."""
+    from dimr_fast.kernels import td_parameters
+
+    class OnGpu:
+        is_cuda = True
+
+    capturing = False
+
+    def build(*key: Any) -> OnGpu:
+        assert not capturing, "a copy to the device waits, which a capture forbids"
+        return OnGpu()
+
+    monkeypatch.setattr(td_parameters, "_table", build)
+    monkeypatch.setattr(td_parameters, "_captured", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    others, ours = ([vectors_of(3) for _ in range(80)] for _ in range(2))
+
+    def run(sets: list[list[torch.Tensor]]) -> set[Any]:
+        kinds = [[[kind] for kind in vectors] for vectors in sets]
+        return {td_parameters._table_of(kind, block)[0] for kind in kinds for block in (128, 256)}
+
+    run(others)
+    warm = run(ours)
+    assert not td_parameters._captured
+    capturing = True
+    assert run(ours) == warm
+    assert td_parameters._captured == warm
+    capturing = False
+    run([vectors_of(3 + i) for i in range(td_parameters.TABLES)])
+    assert not warm & set(tables.values()), "evicted since"
+    assert td_parameters._captured == warm, "but a graph may be replayed still"
 
 
 @each_implementation
