@@ -173,8 +173,9 @@ def kernels(part: Part) -> None:
         part.pytest("one test, interpreted", ["tests/test_gated_gelu.py", "-k", "deterministic"])
         return
     names = ("attention", "gated_gelu", "rms_norm", "td_layer_norm", "td_parameters")
-    names = ("model_kernels", *names, "td_rms_norm", "upsample_add")
-    files = [TESTS / f"test_{name}.py" for name in names]
+    names = ("model_kernels", *names, "td_rms_norm", "td_rms_norm_into", "upsample_add")
+    files: list[str | Path] = [TESTS / f"test_{name}.py" for name in names]
+    files.append("tests/test_inference.py::test_triton_adds_the_mlp_in_place")
     chosen = ["-m", "not hypothesis", "-k", f"not ({NO_GPU_NEEDED})"]
     part.pytest("operators and model", [*files, *chosen, *in_parallel(14)])
 
