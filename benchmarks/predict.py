@@ -1,19 +1,20 @@
 """Predict the kernels' times on an H100 from their compiled code: `python benchmarks/predict.py`.
 
 `predict_cases.py` lists launches; each is compiled ahead of time for sm_90 as its launcher launches
-it (`tests/aot.py`). A launch takes as long as its slowest resource:
+it (`tests/aot.py`). Of the resources that a launch shares, the slowest counts:
 
 - memory: each input and output moves once, and again what has left the L2 cache by its second use;
 - L2: those bytes, and what programs read from the L2 cache;
 - instructions: all warps', one a scheduler and clock; a loop's count as often as the launcher's
   constants say, code that a branch skips counts in full;
 - special functions (exp2, reciprocals, …): 16 a multiprocessor and clock;
-- products: their FLOP at the full rate of the tensor cores;
-- latency: a program waits for its loads once before its loops and once in each iteration that does
-  not copy asynchronously, and its warps issue an instruction every few clocks; programs take turns
-  in the places that registers, shared memory and warps leave them.
+- products: their FLOP at the full rate of the tensor cores.
 
-Where programs are more than places, the last one runs alone; the start of each kernel comes on top.
+Beside them stands the latency of programs: one waits once for as many loads as half its registers
+hold, not for asynchronous copies, and its warps issue an instruction every few clocks; programs
+take turns in the places that registers, shared memory and warps leave them. Neither hides the other
+wholly: the prediction is the root of the sum of both squares. Where programs are more than places,
+the last one runs alone; the start of each kernel comes on top.
 
 The rates are assumptions, written beside the results: this project has measured nothing on a GPU.
 Caches and schedulers are not simulated, so a prediction is good for which resource binds, and for
@@ -23,11 +24,13 @@ Writes `results/predictions.json` and the table in `predictions.md`.
 """
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -112,6 +115,22 @@ def _executed(kernel: Mapping[str, Any], trips: Any, opcode: str = "") -> float:
     )
 
 
+def _waits(kernel: Mapping[str, Any], trips: Any) -> float:
+    """How often a program waits for loads."""
+
+    def count(opcodes: Mapping[str, int]) -> int:
+        wide = {"64": 2, "128": 4}
+        loads = (name for name in opcodes if name.startswith("LDG."))
+        loaded = sum(opcodes[name] * wide.get(name.split(".")[-1], 1) for name in loads)
+        return -(-2 * loaded // kernel["registers"])
+
+    outside = Counter(kernel["opcodes"])
+    for loop in kernel["loops"]:
+        outside.subtract(loop)
+    loops = zip(trips, kernel["loops"], strict=True)
+    return count(outside) + sum(trip * count(loop) for trip, loop in loops)
+
+
 def predict(kernel: Mapping[str, Any], programs: int, work: Any) -> Row:
     """The facts of a launch and the time it is predicted to take."""
     if len(work.trips) != len(kernel["loops"]):
@@ -125,11 +144,7 @@ def predict(kernel: Mapping[str, Any], programs: int, work: Any) -> Row:
     in_flight = min(programs, places) * work.held
     kept = min(1.0, 1e6 * a["L2 MB that keep rows"] / in_flight) if in_flight else 1.0
     moved = work.bytes + (1 - kept) * work.again
-    waits = 1 + sum(
-        trips
-        for trips, loop in zip(work.trips, kernel["loops"], strict=True)
-        if not any(opcode.startswith("LDGSTS") for opcode in loop)
-    )
+    waits = _waits(kernel, work.trips)
     gap = a["clocks from an instruction to the next of its warp"] / clock
     program = waits * a["latency us"] + instructions * gap
     cached = work.bytes + work.again + work.cached
@@ -142,10 +157,11 @@ def predict(kernel: Mapping[str, Any], programs: int, work: Any) -> Row:
         ),
         "special functions": special / (a["multiprocessors"] * 16 * clock),
         f"products: {1e-9 * work.flops:,.0f} GFLOP": work.flops / (1e6 * a["products TFLOP/s"]),
-        f"latency: {waits:,.0f} waits of {max(1, programs / places):.1f} programs in turn": (
-            max(1.0, programs / places) * program
-        ),
     }
+    shared = max(terms.values())
+    turns = max(1.0, programs / places)
+    latency = turns * program
+    terms[f"latency: {waits:,.0f} waits of {turns:.1f} programs in turn"] = latency
     why = max(terms, key=lambda term: terms[term])
     alone = program if programs > places else 0.0
     floor = max(work.bytes / (1e6 * a["memory TB/s"]), work.flops / (1e6 * a["products TFLOP/s"]))
@@ -156,7 +172,7 @@ def predict(kernel: Mapping[str, Any], programs: int, work: Any) -> Row:
         "programs": programs,
         "blocks a multiprocessor": blocks,
         "floor us": round(floor, 1),
-        "predicted us": round(terms[why] + alone + a["launch us"], 1),
+        "predicted us": round(math.hypot(shared, latency) + alone + a["launch us"], 1),
         "why": why,
     }
 
