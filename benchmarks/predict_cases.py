@@ -213,7 +213,6 @@ def _cascades() -> Iterator[Case]:
                 "pieces_fwd_kernel": [
                     Work(
                         2 * size,
-                        [norm["GROUP"]] * 10,
                         again=size,
                         held=norm["ROWS"] * BF16 * channels,
                         cached=2 * FP32 * buffer.numel() / norm["ROWS"],
