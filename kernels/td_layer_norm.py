@@ -201,9 +201,9 @@ def _piece_strides(pieces: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], tup
 
 
 def _aligned(piece: torch.Tensor) -> bool:
-    """Whether every row begins at a multiple of 16 bytes."""
-    strides = (stride * piece.element_size() for stride in piece.stride()[:2])
-    return all(value % 16 == 0 for value in (piece.data_ptr(), *strides))
+    """Whether every row begins and ends at a multiple of 16 bytes."""
+    sizes = (size * piece.element_size() for size in (*piece.stride()[:2], piece.shape[2]))
+    return all(value % 16 == 0 for value in (piece.data_ptr(), *sizes))
 
 
 @triton.jit

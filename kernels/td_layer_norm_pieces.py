@@ -62,14 +62,16 @@ def row_addresses(
     """Addresses `[ROWS, BLOCK]` of channels that lie in one piece or in several."""
     FIRST: tl.constexpr = START // WIDTH
     LAST: tl.constexpr = min((START + BLOCK - 1) // WIDTH, len(x_ptrs) - 1)
-    x_ptr = x_ptrs[FIRST] + image * image_strides[FIRST] + row * row_strides[FIRST]
-    x_ptr = tl.broadcast_to(x_ptr, [row.shape[0], BLOCK])
-    for other in tl.static_range(FIRST + 1, LAST + 1):
-        there = x_ptrs[other] + image * image_strides[other] + row * row_strides[other]
-        x_ptr = tl.where(channel // WIDTH == other, there, x_ptr)
+    # Numbers: among tensors of pointers, the compiler for AMD's GPUs cannot choose.
+    address = tl.zeros([row.shape[0], BLOCK], tl.int64)
+    for piece in tl.static_range(FIRST, LAST + 1):
+        x_ptr = x_ptrs[piece] + image * image_strides[piece] + row * row_strides[piece]
+        address = tl.where(channel // WIDTH == piece, x_ptr.to(tl.int64), address)
+    x_ptr = address.to(x_ptrs[FIRST].dtype)
     if ALIGNED:
-        # The choice among addresses hides from the compiler that each is a multiple of 16.
-        x_ptr = tl.multiple_of(x_ptr, [1, 16])
+        # The choice hides from the compiler that 16 bytes are of one piece and begin at a multiple.
+        VECTOR: tl.constexpr = 128 // x_ptrs[FIRST].dtype.element_ty.primitive_bitwidth
+        x_ptr = tl.max_constancy(tl.multiple_of(x_ptr, [1, 16]), [1, VECTOR])
     return x_ptr + channel % WIDTH
 
 
@@ -86,7 +88,7 @@ def pieces_fwd_kernel(
     row_strides,  # of each piece
     time_strides,  # of weight and bias: 0 where all images share one time
     HAS_Y: tl.constexpr,
-    ALIGNED: tl.constexpr,  # whether every row of every piece begins at a multiple of 16 bytes
+    ALIGNED: tl.constexpr,  # whether all rows of the pieces are whole multiples of 16 bytes
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
