@@ -83,7 +83,9 @@ def _in_turn(*calls: Callable[[], Any]) -> Callable[[], None]:
 
 def _sum_partials(width: int, count: int, times: int) -> Work:
     """The sums of `count` rows for each of `times`."""
-    return Work(FP32 * times * width * (count + 1), [count // 4, count % 4])
+    return Work(
+        FP32 * times * width * (count + 1), [-(-count // _constants("sum_partials", width)["ROWS"])]
+    )
 
 
 def _norms() -> Iterator[Case]:
@@ -92,8 +94,11 @@ def _norms() -> Iterator[Case]:
             x, scale, rms = _meta(BATCH, tokens, width), _fp32(times, width), _fp32(BATCH, tokens)
             size = BF16 * x.numel()
             scales = FP32 * x.numel() / _constants("td_rms_norm_fwd", width)["ROWS"]
-            rows = _constants("td_rms_norm_bwd", width)["ROWS"]
-            programs, per_program = chunks(BATCH, tokens, rows)
+            back = _constants("td_rms_norm_bwd", width)
+            rows = back["ROWS"]
+            programs, per_program = chunks(
+                BATCH, tokens, rows, td_rms_norm.BACKWARD_WARPS // back["num_warps"]
+            )
             partials = FP32 * BATCH * programs * width
             sums = _sum_partials(width, BATCH * programs // times, times)
             for residual, name in ((x, ""), (None, ", no residual")):
