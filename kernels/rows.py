@@ -33,9 +33,12 @@ def as_values(value: torch.Tensor) -> tuple[torch.Tensor, int]:
     return value, 0 if value.shape[0] == 1 else value.stride(0)
 
 
-def chunks(images: int, rows: int, rows_at_once: int) -> tuple[int, int]:
-    """How to share an image's rows among programs of a backward pass: programs, rows of each."""
-    programs = max(1, min(triton.cdiv(rows, rows_at_once), triton.cdiv(PROGRAMS, images)))
+def chunks(images: int, rows: int, rows_at_once: int, programs: int = PROGRAMS) -> tuple[int, int]:
+    """How to share an image's rows among programs of a backward pass: programs, rows of each.
+
+    All images together are split no further than into so many `programs`.
+    """
+    programs = max(1, min(triton.cdiv(rows, rows_at_once), triton.cdiv(programs, images)))
     per_program = triton.cdiv(triton.cdiv(rows, programs), rows_at_once) * rows_at_once
     return triton.cdiv(rows, per_program), per_program
 
@@ -59,13 +62,16 @@ def _sum_partials_kernel(
     total_ptr,  # [T, width] fp32
     count,
     width,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     blocks = tl.cdiv(width, BLOCK)
     time = (tl.program_id(0) // blocks).to(tl.int64)
-    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    total = tl.zeros([BLOCK], tl.float32)
-    for i in range(count):
-        total += tl.load(partials_ptr + (time * count + i) * width + columns, inside, other=0.0)
-    tl.store(total_ptr + time * width + columns, total, inside)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    # Many rows at once: one after another, each would wait for the load of its own.
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        inside = (row < count) & (column < width)[None, :]
+        total += tl.load(partials_ptr + (time * count + row) * width + column, inside, other=0.0)
+    tl.store(total_ptr + time * width + column, tl.sum(total, 0), column < width)

@@ -62,7 +62,8 @@ def launch_fwd(
     weight, weight_stride = as_values(weight)
     bias, bias_stride = as_values(bias)
     if len(rows) > 1:
-        constants = configuration("td_layer_norm_pieces_fwd", width, x.device)
+        constants = dict(configuration("td_layer_norm_pieces_fwd", width, x.device))
+        constants["BLOCK"] = min(constants["BLOCK"], triton.next_power_of_2(len(rows) * width))
         pieces_fwd_kernel[(images * triton.cdiv(count, constants["ROWS"]),)](
             tuple(rows),
             weight,
@@ -71,13 +72,12 @@ def launch_fwd(
             mean,
             rstd,
             count,
-            len(rows),
             *_piece_strides(rows),
             (weight_stride, bias_stride),
             HAS_Y=dtype is not None,
+            ALIGNED=all(_aligned(piece) for piece in rows),
             PIECES=len(rows),
             WIDTH=width,
-            BLOCK=triton.next_power_of_2(width),
             **constants,
         )
         return summed, y, mean, rstd
@@ -198,6 +198,12 @@ def launch_bwd(
 def _piece_strides(pieces: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """From one image to the next, and from one row to the next, of each piece."""
     return tuple(p.stride(0) for p in pieces), tuple(p.stride(1) for p in pieces)
+
+
+def _aligned(piece: torch.Tensor) -> bool:
+    """Whether every row begins and ends at a multiple of 16 bytes."""
+    sizes = (size * piece.element_size() for size in (*piece.stride()[:2], piece.shape[2]))
+    return all(value % 16 == 0 for value in (piece.data_ptr(), *sizes))
 
 
 @triton.jit

@@ -4,9 +4,9 @@ The pieces' addresses and strides are arguments of a kernel, one by one: nothing
 and no table of addresses has to be copied to the GPU first.
 
 Memory moves x and y once forward, and x and dy once for the means of backward: of a channel in 16
-bits, 4 bytes a row. The L2 cache moves more: also the second reading of x and, to each program, 8
-bytes of weight and bias a channel. That is 10 bytes a row with ROWS = 2 and 14 with ROWS = 1; with
-more ROWS, the 40 or 58 pieces of all the rows in flight would outgrow the cache.
+bits, 4 bytes a row. Forward, the L2 cache moves 6 bytes and, to each program, weight and bias. A
+program of 16 warps fills a multiprocessor, so that with ROWS = 2 the rows between their two
+readings are 20 MB of XL/2R's on an H100, and 35 MB of G/2R's: they stay in the cache.
 """
 
 import triton
@@ -47,6 +47,35 @@ def select_piece(
 
 
 @triton.jit
+def row_addresses(
+    x_ptrs,
+    image_strides,
+    row_strides,
+    image,
+    row,  # [ROWS, 1]
+    channel,  # [1, BLOCK] of the row, from START on
+    START: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Addresses `[ROWS, BLOCK]` of channels that lie in one piece or in several."""
+    FIRST: tl.constexpr = START // WIDTH
+    LAST: tl.constexpr = min((START + BLOCK - 1) // WIDTH, len(x_ptrs) - 1)
+    # Numbers: among tensors of pointers, the compiler for AMD's GPUs cannot choose.
+    address = tl.zeros([row.shape[0], BLOCK], tl.int64)
+    for piece in tl.static_range(FIRST, LAST + 1):
+        x_ptr = x_ptrs[piece] + image * image_strides[piece] + row * row_strides[piece]
+        address = tl.where(channel // WIDTH == piece, x_ptr.to(tl.int64), address)
+    x_ptr = address.to(x_ptrs[FIRST].dtype)
+    if ALIGNED:
+        # The choice hides from the compiler that 16 bytes are of one piece and begin at a multiple.
+        VECTOR: tl.constexpr = 128 // x_ptrs[FIRST].dtype.element_ty.primitive_bitwidth
+        x_ptr = tl.max_constancy(tl.multiple_of(x_ptr, [1, 16]), [1, VECTOR])
+    return x_ptr + channel % WIDTH
+
+
+@triton.jit
 def pieces_fwd_kernel(
     x_ptrs,  # PIECES of [B, N, WIDTH]
     weight_ptr,  # [T, PIECES * WIDTH]
@@ -55,60 +84,76 @@ def pieces_fwd_kernel(
     mean_ptr,  # [B, N] fp32
     rstd_ptr,  # [B, N] fp32
     count,  # N
-    pieces,  # PIECES, but unknown to the compiler, which would unroll the loops over them
     image_strides,  # of each piece
     row_strides,  # of each piece
     time_strides,  # of weight and bias: 0 where all images share one time
     HAS_Y: tl.constexpr,
+    ALIGNED: tl.constexpr,  # whether all rows of the pieces are whole multiples of 16 bytes
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
+    TOTAL: tl.constexpr = PIECES * WIDTH
     blocks = tl.cdiv(count, ROWS)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)[:, None]
     wide_row = row.to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = (row < count) & (column < WIDTH)[None, :]
+    lane = tl.arange(0, BLOCK)
     statistic = image * count + row
 
-    # Loops over GROUP pieces at a time: unrolled over all, the code takes half a minute to compile
-    # and holds every address in a register; in one loop, choosing an address costs more than its
-    # row.
+    # Unrolled: a tile's pieces are known then, and the loads of several tiles are in flight.
     lane_mean = tl.zeros([ROWS, BLOCK], tl.float32)
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in tl.static_range(0, PIECES, GROUP):
-        for piece in range(first, tl.minimum(first + GROUP, pieces)):
-            x_ptr, x_image, x_row = select_piece(
-                x_ptrs, image_strides, row_strides, piece, first, GROUP
-            )
-            x_ptr += image * x_image + wide_row * x_row + column
-            x = tl.load(x_ptr, inside, other=0.0).to(tl.float32)
-            step = tl.where(inside, x - lane_mean, 0.0)
-            lane_mean += step * (1.0 / (piece + 1))
-            squares += step * (x - lane_mean)
-    seen = tl.where(column < WIDTH, PIECES, 0).to(tl.float32)[None, :]
-    mean, rstd = statistics(lane_mean, squares, seen, PIECES * WIDTH)
+    for start in tl.static_range(0, TOTAL, BLOCK):
+        channel = start + lane[None, :]
+        x_ptr = row_addresses(
+            x_ptrs,
+            image_strides,
+            row_strides,
+            image,
+            wide_row,
+            channel,
+            start,
+            BLOCK,
+            WIDTH,
+            ALIGNED,
+        )
+        x = tl.load(x_ptr, (row < count) & (channel < TOTAL), other=0.0).to(tl.float32)
+        step = x - lane_mean
+        if start + BLOCK > TOTAL:
+            step = tl.where(channel < TOTAL, step, 0.0)
+        lane_mean += step * (1.0 / (start // BLOCK + 1))
+        squares += step * (x - lane_mean)
+    seen = (TOTAL // BLOCK + (lane < TOTAL % BLOCK)).to(tl.float32)[None, :]
+    mean, rstd = statistics(lane_mean, squares, seen, TOTAL)
     tl.store(mean_ptr + statistic, mean, row < count)
     tl.store(rstd_ptr + statistic, rstd, row < count)
 
     if HAS_Y:
-        weight_ptr += image * time_strides[0] + column
-        bias_ptr += image * time_strides[1] + column
-        y_ptr += statistic * (PIECES * WIDTH) + column
-        for first in tl.static_range(0, PIECES, GROUP):
-            for piece in range(first, tl.minimum(first + GROUP, pieces)):
-                x_ptr, x_image, x_row = select_piece(
-                    x_ptrs, image_strides, row_strides, piece, first, GROUP
-                )
-                x_ptr += image * x_image + wide_row * x_row + column
-                x = tl.load(x_ptr, inside, other=0.0).to(tl.float32)
-                start = piece * WIDTH
-                normed = (x - mean) * rstd
-                y = affine(normed, weight_ptr + start, bias_ptr + start, column < WIDTH)
-                tl.store(y_ptr + start, y.to(y_ptr.dtype.element_ty), inside)
+        weight_ptr += image * time_strides[0] + lane
+        bias_ptr += image * time_strides[1] + lane
+        y_ptr += statistic * TOTAL + lane[None, :]
+        # Backwards, from what the cache has got last; y is not to take the place of x there.
+        for start in tl.static_range((TOTAL - 1) // BLOCK * BLOCK, -1, -BLOCK):
+            channel = start + lane[None, :]
+            inside = (row < count) & (channel < TOTAL)
+            x_ptr = row_addresses(
+                x_ptrs,
+                image_strides,
+                row_strides,
+                image,
+                wide_row,
+                channel,
+                start,
+                BLOCK,
+                WIDTH,
+                ALIGNED,
+            )
+            x = tl.load(x_ptr, inside, other=0.0).to(tl.float32)
+            normed = (x - mean) * rstd
+            y = affine(normed, weight_ptr + start, bias_ptr + start, start + lane < TOTAL)
+            tl.store(y_ptr + start, y.to(y_ptr.dtype.element_ty), inside, cache_modifier=".cs")
 
 
 @triton.jit
@@ -121,7 +166,7 @@ def pieces_bwd_means_kernel(
     means_ptr,  # [2, B, N] fp32: mean(g) and mean(g·n)
     images,  # B
     count,  # N
-    pieces,  # PIECES
+    pieces,  # PIECES, but unknown to the compiler, which would unroll the loops over them
     dy_strides,  # (image, row)
     image_strides,  # of each piece
     row_strides,  # of each piece
@@ -144,6 +189,8 @@ def pieces_bwd_means_kernel(
 
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     dot = tl.zeros([ROWS, BLOCK], tl.float32)
+    # Loops over GROUP pieces at a time: in one loop over all, choosing an address costs more than
+    # its row.
     for first in tl.static_range(0, PIECES, GROUP):
         for piece in range(first, tl.minimum(first + GROUP, pieces)):
             x_ptr, x_image, x_row = select_piece(

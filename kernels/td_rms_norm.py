@@ -17,6 +17,9 @@ import triton.language as tl
 from dimr_fast.kernels.configuration import configuration
 from dimr_fast.kernels.rows import as_rows, as_values, as_written_rows, chunks, sum_partials
 
+BACKWARD_WARPS = 4096
+"""Warps of a backward pass: with up to 64 registers a thread, an H100 runs them all at once."""
+
 
 def launch_fwd(
     x: torch.Tensor, residual: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype
@@ -100,7 +103,9 @@ def launch_bwd(
     dsum_rows = dy_rows if dsum is None else as_rows(dsum)
     constants = dict(configuration("td_rms_norm_bwd", width, x.device))
     constants["BLOCK"] = min(constants["BLOCK"], triton.next_power_of_2(width))
-    programs, per_program = chunks(images, count, constants["ROWS"])
+    programs, per_program = chunks(
+        images, count, constants["ROWS"], BACKWARD_WARPS // constants["num_warps"]
+    )
     partials = torch.empty(images, programs, width, dtype=torch.float32, device=x.device)
     _td_rms_norm_bwd_kernel[(images * programs,)](
         dy_rows,

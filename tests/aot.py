@@ -10,6 +10,7 @@ own constants, strides and alignments.
 import functools
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -39,7 +40,8 @@ class Launch:
 class Compiled:
     """One kernel as compiled: registers a thread, spilled bytes or registers, SASS by opcode.
 
-    `opcodes` counts full opcodes with their modifiers ("LDG.E.128"); none for gfx942.
+    `opcodes` counts full opcodes with their modifiers ("LDG.E.128"), `loops` those of each loop in
+    order of address; none for gfx942. `grids` are the programs of each launch, of `warps` each.
     """
 
     launch: str
@@ -49,7 +51,10 @@ class Compiled:
     registers: int
     spilled: int
     shared: int
+    warps: int
+    grids: list[int]
     opcodes: dict[str, int]
+    loops: list[dict[str, int]]
 
     def count(self, opcode: str) -> int:
         """Instructions whose opcode begins with `opcode`."""
@@ -97,14 +102,15 @@ def _compile(module: str) -> list[Compiled]:
 
     from dimr_fast.kernels import configuration
 
-    found: dict[int, tuple[str, Any]] = {}
+    found: dict[int, tuple[str, Any, list[int]]] = {}
     launched: set[Any] = set()
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         launched.add(self)
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        found[id(kernel)] = self.__name__, kernel
+        _, _, grids = found.setdefault(id(kernel), (self.__name__, kernel, []))
+        grids.append(math.prod(grid))
         return kernel
 
     JITFunction.run = compile_only
@@ -125,8 +131,16 @@ def _compile(module: str) -> list[Compiled]:
                 assert found, f"{launch.name} launched nothing"
                 examine = _examine_cuda if is_cuda else _examine_hip
                 results += [
-                    Compiled(launch.name, target, file.stem, name, **examine(kernel))
-                    for name, kernel in found.values()
+                    Compiled(
+                        launch.name,
+                        target,
+                        file.stem,
+                        name,
+                        warps=kernel.metadata.num_warps,
+                        grids=grids,
+                        **examine(kernel),
+                    )
+                    for name, kernel, grids in found.values()
                 ]
     return results
 
@@ -148,13 +162,22 @@ def _examine_cuda(kernel: Any) -> dict[str, Any]:
             [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
         ).stdout
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", text, re.MULTILINE)
-    assert opcodes, "no SASS read"
+    pattern = r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)([^;]*)"
+    found = re.findall(pattern, text, re.MULTILINE)
+    assert found, "no SASS read"
+    # What fills the end of the code is no instruction; after a branch to itself nothing runs.
+    code = [(int(address, 16), opcode, rest) for address, opcode, rest in found if opcode != "NOP"]
+    loops = []
+    for address, opcode, rest in code:
+        to = re.search(r"0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else None
+        if to and int(to[1], 16) < address:
+            loops.append(Counter(o for a, o, _ in code if int(to[1], 16) <= a <= address))
     return {
         "registers": usage["REG"],
         "spilled": usage["STACK"] + usage["LOCAL"],
         "shared": kernel.metadata.shared,
-        "opcodes": dict(Counter(opcodes)),
+        "opcodes": dict(Counter(opcode for _, opcode, _ in code)),
+        "loops": [dict(loop) for loop in loops],
     }
 
 
@@ -169,6 +192,7 @@ def _examine_hip(kernel: Any) -> dict[str, Any]:
         "spilled": int(fields["vgpr_spill_count"]) + int(fields["private_segment_fixed_size"]),
         "shared": kernel.metadata.shared,
         "opcodes": {},
+        "loops": [],
     }
 
 
