@@ -167,7 +167,7 @@ def cascades(small: bool) -> Iterator[Case]:
         ) -> Any:
             return td_layer_norm.launch_bwd(dy, None, features, *saved, True, True)
 
-        groups = product(ROWS=[1, 2, 4], GROUP=[4, 8], num_warps=[4, 8, 16])
+        groups = product(ROWS=[1, 2, 4], BLOCK=[2048, 4096, 8192], num_warps=[8, 16, 32])
         yield Case("td_layer_norm_pieces_fwd", width, norm, groups)
         columns = product(ROWS=[4, 8, 16], BLOCK=[128, 256], num_warps=[2, 4, 8])
         yield Case("td_layer_norm_bwd", channels, norm_backward, columns)
