@@ -1,5 +1,6 @@
 """`attention` by Triton, interpreted where there is no GPU, and by PyTorch: as the reference."""
 
+import contextlib
 import math
 import re
 from collections.abc import Callable
@@ -80,22 +81,32 @@ def test_any_shape(images: int, tokens: int, heads: int, quarter: int, dtype: to
     assert_as_accurate(with_gradients(ours(heads)), with_gradients(plain(heads)), qkv, dtype=dtype)
 
 
-def test_a_long_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In large tiles, since the interpreter's time goes by their number."""
-    from dimr_fast.kernels import attention as kernels
+def in_tiles_of(size: int) -> contextlib.AbstractContextManager[Any]:
+    """Large tiles where kernels are interpreted: the interpreter's time grows with their number.
 
-    tiles = {"BLOCK_M": 1024, "BLOCK_N": 1024}
-    monkeypatch.setattr(kernels, "configuration", lambda *_: tiles)
-    assert_as_accurate(ours(1), plain(1), packed(1, 4097, 1, 4), dtype=torch.float16)
+    A GPU takes its own configuration: compiling a tile of 1024×1024 for it takes minutes.
+    """
+    from dimr_fast.kernels.configuration import trial
+
+    stack = contextlib.ExitStack()
+    if DEVICE == "cpu":
+        for kernel in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"):
+            tiles = {"BLOCK_M": size, "BLOCK_N": size}
+            stack.enter_context(trial(kernel, tiles, torch.device(DEVICE)))
+    return stack
 
 
-def test_gradients_of_a_long_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dimr_fast.kernels import attention as kernels
+def test_a_long_sequence() -> None:
+    with in_tiles_of(1024):
+        assert_as_accurate(ours(1), plain(1), packed(1, 4097, 1, 4), dtype=torch.float16)
 
-    tiles = {"BLOCK_M": 256, "BLOCK_N": 256}
-    monkeypatch.setattr(kernels, "configuration", lambda *_: tiles)
+
+def test_gradients_of_a_long_sequence() -> None:
     qkv = packed(1, 1025, 1, 8)
-    assert_as_accurate(with_gradients(ours(1)), with_gradients(plain(1)), qkv, dtype=torch.float16)
+    with in_tiles_of(256):
+        assert_as_accurate(
+            with_gradients(ours(1)), with_gradients(plain(1)), qkv, dtype=torch.float16
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -286,7 +297,7 @@ def test_auto_takes_sdpa_off_a_gpu_and_for_other_head_dims() -> None:
     few, many = (torch.zeros(1, n, 3, 1, 8, dtype=torch.bfloat16) for n in (257, 258))
     assert implementations.select("auto", few) == "bmm"
     assert implementations.select("auto", many) == "sdpa"
-    assert implementations.why_not("triton", torch.zeros(1, 2, 3, 1, 8)) is None
+    assert implementations.why_not("triton", torch.zeros(1, 2, 3, 1, 8, device=DEVICE)) is None
     torch.testing.assert_close(by("auto", 1)(packed(1, 2, 1, 6)), plain(1)(packed(1, 2, 1, 6)))
 
 
