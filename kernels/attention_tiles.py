@@ -7,43 +7,105 @@ says, since a tensor's own shape must be powers of two.
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+FIRST_ROWS = tl.constexpr(16)
+"""Rows of the first token's tile: the fewest that the tensor cores take."""
 
-def tile_widths(head_dim: int) -> tuple[int, ...]:
-    """Powers of two that cover a head with the least waste; the tensor cores take 16 at least."""
+_WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
+"""The interpreter would multiply bf16's bit patterns."""
+
+
+def tile_widths(head_dim: int, most: int = 2) -> tuple[int, ...]:
+    """At most 1 or 2 powers of two that cover a head with the least waste.
+
+    The tensor cores take 16 at least.
+    """
     whole = max(16, triton.next_power_of_2(head_dim))
     split = (whole // 2, max(16, triton.next_power_of_2(head_dim - whole // 2)))
-    return split if whole > 16 and sum(split) < whole else (whole,)
+    return split if most > 1 and whole > 16 and sum(split) < whole else (whole,)
 
 
 @triton.jit
 def load(
     ptr,
-    token,
-    stride,
-    count,
+    start,
+    end,
+    ROWS: tl.constexpr,
     WHOLE: tl.constexpr,
+    STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTHS: tl.constexpr,
 ):
-    """The tokens' rows of one head `[R, HEAD_DIM]` as tiles of those widths, zero beyond."""
+    """Load tokens from `start` of one head `[R, HEAD_DIM]` as tiles of those widths, zero beyond.
+
+    `WHOLE` states that all are before `end`. Offsets within a tile do not change from tile to tile,
+    so a loop adds but its start to them.
+    """
+    row = tl.arange(0, ROWS)
+    ptr += _start(start, STRIDE)
     tiles = ()
     for i in tl.static_range(len(WIDTHS)):
         column = i * WIDTHS[0] + tl.arange(0, WIDTHS[i])
         inside = (column < HEAD_DIM)[None, :]
         if not WHOLE:
-            inside = inside & (token < count)[:, None]
-        at = ptr + token[:, None].to(tl.int64) * stride + column[None, :]
+            inside = inside & (start + row < end)[:, None]
+        at = ptr + (_offsets(row.shape[0], STRIDE) + column[None, :])
         tiles += (tl.load(at, inside, other=0.0),)
     return tiles
 
 
 @triton.jit
-def store(ptr, token, stride, count, tiles, HEAD_DIM: tl.constexpr, FACTOR: tl.constexpr = 1.0):
+def _start(start, STRIDE: tl.constexpr):
+    return tl.full([], STRIDE, tl.int64) * start
+
+
+@triton.jit
+def _offsets(ROWS: tl.constexpr, STRIDE: tl.constexpr):
+    # They stay in registers all along, so in 32 bits unless tokens are far apart.
+    if ROWS * STRIDE < 2**31:
+        return (tl.arange(0, ROWS) * STRIDE)[:, None]
+    else:
+        return (tl.arange(0, ROWS).to(tl.int64) * STRIDE)[:, None]
+
+
+@triton.jit
+def store(
+    ptr, start, end, STRIDE: tl.constexpr, tiles, HEAD_DIM: tl.constexpr, FACTOR: tl.constexpr = 1.0
+):
+    """Store tokens from `start` of one head, those before `end`."""
+    ptr += _start(start, STRIDE)
+    row = tl.arange(0, tiles[0].shape[0])
     for i in tl.static_range(len(tiles)):
         column = i * tiles[0].shape[1] + tl.arange(0, tiles[i].shape[1])
-        inside = (column < HEAD_DIM)[None, :] & (token < count)[:, None]
-        at = ptr + token[:, None].to(tl.int64) * stride + column[None, :]
+        inside = (column < HEAD_DIM)[None, :] & (start + row < end)[:, None]
+        at = ptr + (_offsets(row.shape[0], STRIDE) + column[None, :])
         tl.store(at, (tiles[i] * FACTOR).to(ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def load_row(ptr, start, end, ROWS: tl.constexpr):
+    """Load one number a token."""
+    row = tl.arange(0, ROWS)
+    return tl.load(ptr + start + row, start + row < end, other=0.0)
+
+
+@triton.jit
+def load_statistics(ptr, start, end, ROWS: tl.constexpr, WHOLE: tl.constexpr):
+    """Load the first three of four numbers a token, in one load."""
+    row = tl.arange(0, ROWS)
+    at = ptr + start * 4 + (row[:, None] * 4 + tl.arange(0, 4)[None, :])
+    four = tl.load(at) if WHOLE else tl.load(at, (start + row < end)[:, None], other=0.0)
+    even, odd = tl.split(four.reshape(ROWS, 2, 2))
+    first, third = tl.split(even)
+    second, _ = tl.split(odd)
+    return first, second, third
+
+
+@triton.jit
+def store_row(ptr, start, end, values, STRIDE: tl.constexpr = 1):
+    """Store one number a token, those before `end`."""
+    row = tl.arange(0, values.shape[0])
+    tl.store(ptr + (start + row) * STRIDE, values, start + row < end)
 
 
 @triton.jit
@@ -79,16 +141,6 @@ def _zeros_tile(ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def plus_row(row, weights, tiles):
-    """`row` `[1, D]` + Σ weights `[R]` · rows of `tiles` `[R, D]`, in fp32."""
-    total = ()
-    for i in tl.static_range(len(tiles)):
-        weighted = tiles[i].to(tl.float32) * weights[:, None]
-        total += (row[i] + tl.sum(weighted, 0)[None, :],)
-    return total
-
-
-@triton.jit
 def plus_rows(acc, factors, tiles):
     """`acc` `[R, D]` + factors `[R]` · rows of `tiles` `[R, D]`, in fp32."""
     total = ()
@@ -98,26 +150,36 @@ def plus_rows(acc, factors, tiles):
 
 
 @triton.jit
-def dots(a, b, WIDEN: tl.constexpr):
+def dots(a, b):
     """`a·bᵀ` `[R, S]` of `a` `[R, D]` and `b` `[S, D]`."""
-    total = _dot(a[0], tl.trans(b[0]), None, WIDEN)
+    total = _dot(a[0], tl.trans(b[0]), None)
     for i in tl.static_range(1, len(a)):
-        total = _dot(a[i], tl.trans(b[i]), total, WIDEN)
+        total = _dot(a[i], tl.trans(b[i]), total)
     return total
 
 
 @triton.jit
-def plus_product(acc, weights, tiles, WIDEN: tl.constexpr):
+def plus_product(acc, weights, tiles):
     """`acc + weights·tiles` `[R, D]` of weights `[R, S]` and tiles `[S, D]`."""
     total = ()
     for i in tl.static_range(len(tiles)):
-        total += (_dot(weights, tiles[i], acc[i], WIDEN),)
+        total += (_dot(weights, tiles[i], acc[i]),)
     return total
 
 
 @triton.jit
-def _dot(a, b, acc, WIDEN: tl.constexpr):
-    if WIDEN:
-        # The interpreter would multiply bf16's bit patterns.
+def _dot(a, b, acc):
+    if _WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def place(count, FIRST: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr):
+    """This program's image, head and block of tokens, -1 for a first token apart.
+
+    The blocks of a head, which share what they walk over, come one after another.
+    """
+    blocks = tl.cdiv(count - FIRST, BLOCK) + FIRST
+    head = tl.program_id(0) // blocks
+    return (head // HEADS).to(tl.int64), head % HEADS, tl.program_id(0) % blocks - FIRST

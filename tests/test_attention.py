@@ -1,5 +1,6 @@
 """`attention` by Triton, interpreted where there is no GPU, and by PyTorch: as the reference."""
 
+import contextlib
 import math
 import re
 from collections.abc import Callable
@@ -86,22 +87,32 @@ def test_any_shape(images: int, tokens: int, heads: int, quarter: int, dtype: to
     assert_as_accurate(with_gradients(ours(heads)), with_gradients(plain(heads)), qkv, dtype=dtype)
 
 
-def test_a_long_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In large tiles, since the interpreter's time goes by their number."""
-    from dimr_fast.kernels import attention as kernels
+def in_tiles_of(size: int) -> contextlib.AbstractContextManager[Any]:
+    """Large tiles where kernels are interpreted: the interpreter's time grows with their number.
 
-    tiles = {"BLOCK_M": 1024, "BLOCK_N": 1024}
-    monkeypatch.setattr(kernels, "configuration", lambda *_: tiles)
-    assert_as_accurate(ours(1), plain(1), packed(1, 4097, 1, 4), dtype=torch.float16)
+    A GPU takes its own configuration: compiling a tile of 1024×1024 for it takes minutes.
+    """
+    from dimr_fast.kernels.configuration import trial
+
+    stack = contextlib.ExitStack()
+    if DEVICE == "cpu":
+        for kernel in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"):
+            tiles = {"BLOCK_M": size, "BLOCK_N": size}
+            stack.enter_context(trial(kernel, tiles, torch.device(DEVICE)))
+    return stack
 
 
-def test_gradients_of_a_long_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dimr_fast.kernels import attention as kernels
+def test_a_long_sequence() -> None:
+    with in_tiles_of(1024):
+        assert_as_accurate(ours(1), plain(1), packed(1, 4097, 1, 4), dtype=torch.float16)
 
-    tiles = {"BLOCK_M": 256, "BLOCK_N": 256}
-    monkeypatch.setattr(kernels, "configuration", lambda *_: tiles)
+
+def test_gradients_of_a_long_sequence() -> None:
     qkv = packed(1, 1025, 1, 8)
-    assert_as_accurate(with_gradients(ours(1)), with_gradients(plain(1)), qkv, dtype=torch.float16)
+    with in_tiles_of(256):
+        assert_as_accurate(
+            with_gradients(ours(1)), with_gradients(plain(1)), qkv, dtype=torch.float16
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -292,7 +303,7 @@ def test_auto_takes_sdpa_off_a_gpu_and_for_other_head_dims() -> None:
     few, many = (torch.zeros(1, n, 3, 1, 8, dtype=torch.bfloat16) for n in (257, 258))
     assert implementations.select("auto", few) == "bmm"
     assert implementations.select("auto", many) == "sdpa"
-    assert implementations.why_not("triton", torch.zeros(1, 2, 3, 1, 8)) is None
+    assert implementations.why_not("triton", torch.zeros(1, 2, 3, 1, 8, device=DEVICE)) is None
     torch.testing.assert_close(by("auto", 1)(packed(1, 2, 1, 6)), plain(1)(packed(1, 2, 1, 6)))
 
 
@@ -305,6 +316,7 @@ def test_tiles_waste_as_little_as_two_powers_of_two_can() -> None:
         assert widths[0] % 16 == 0
         assert sum(widths) == min(a + b for a in sizes for b in sizes if a + b >= head_dim)
     assert [tile_widths(d) for d in (60, 72, 128)] == [(64,), (64, 16), (128,)]
+    assert [tile_widths(d, most=1) for d in (4, 60, 72)] == [(16,), (64,), (128,)]
 
 
 BOTH = ("sm_80", "sm_90")
@@ -369,8 +381,11 @@ def test_compiled_kernels_neither_spill_nor_outgrow_shared_memory() -> None:
 
 def test_matrix_kernels_use_the_tensor_cores() -> None:
     for kernel in of("sm_90", torch.bfloat16, torch.float16):
-        assert kernel.count("HGMMA") > 0, kernel
-        assert kernel.count("HMMA") == 0, kernel
+        # At 128 backward's tiles have 32 rows: more would spill on sm_80 under Triton 3.6.
+        narrow = head_dim_of(kernel) == 128 and "bwd" in kernel.kernel
+        assert (kernel.count("HGMMA") > 0) != narrow, kernel
+        # The first token's tile is narrower than a warp group.
+        assert kernel.count("HMMA") > 0, kernel
     for kernel in of("sm_80", torch.bfloat16):
         assert kernel.count("HMMA") > 0, kernel
     for kernel in of("sm_100", torch.bfloat16):
@@ -378,20 +393,20 @@ def test_matrix_kernels_use_the_tensor_cores() -> None:
 
 
 def test_head_dim_72_is_multiplied_as_80() -> None:
-    """Columns × depth that a warp group multiplies in one step of each kernel's loop.
+    """Columns × depth that a warp group multiplies in one step of each kernel's loop, and before.
 
     A tile of S tokens and a head W wide is S·W for each product, be W its columns or its depth.
+    Before the loop comes the tile of the first token.
     """
-    from dimr_fast.kernels.attention_tiles import tile_widths
+    from dimr_fast.kernels.attention_tiles import FIRST_ROWS, tile_widths
 
-    products = {"fwd": (2, 64), "bwd_dq": (3, None), "bwd_dkdv": (4, 32)}
+    products = {"fwd": (2, 64), "bwd_dq": (3, 32), "bwd_dkdv": (4, 32)}
     for kernel in of("sm_90", torch.bfloat16, torch.float16):
         head_dim = head_dim_of(kernel)
         if head_dim not in (60, 64, 72):
             continue
-        name = kernel.kernel.removeprefix("_attention_").removesuffix("_kernel")
+        name = kernel.kernel.removeprefix("attention_").removesuffix("_kernel")
         count, step = products[name]
-        step = step or (32 if head_dim == 72 else 64)
         shapes = {
             tuple(map(int, re.findall(r"\d+", opcode.split(".")[1]))): number
             for opcode, number in kernel.opcodes.items()
@@ -399,7 +414,8 @@ def test_head_dim_72_is_multiplied_as_80() -> None:
         }
         assert max(columns for _, columns, _ in shapes) == 64, kernel
         work = sum(columns * depth * number for (_, columns, depth), number in shapes.items())
-        assert work == count * step * sum(tile_widths(head_dim)), kernel
+        tokens = FIRST_ROWS.value + step
+        assert work == count * tokens * sum(tile_widths(head_dim)), kernel
 
 
 def test_features_move_in_the_widest_pieces_their_rows_allow() -> None:
@@ -410,10 +426,12 @@ def test_features_move_in_the_widest_pieces_their_rows_allow() -> None:
     """
     pieces = {60: {"64"}, 64: {"128"}, 128: {"128"}}
     for kernel in of("sm_90", torch.bfloat16, torch.float16):
-        for opcode in ("LDGSTS", "STG"):
+        for opcode in ("LDG", "STG"):
             found = {name.split(".")[-1] for name in kernel.opcodes if name.startswith(opcode)}
-            found -= {"E", "U16"}
+            found -= {"E", "U16", "LDGDEPBAR"}
             wide = pieces.get(head_dim_of(kernel), {"128", "64"})
             assert found, kernel
-            assert found <= wide, kernel
+            # The statistics, 16 bytes a query.
+            others = {"128"} if opcode == "LDG" and "dkdv" in kernel.kernel else set()
+            assert found <= wide | others, kernel
             assert max(wide, key=len) in found, kernel

@@ -117,6 +117,7 @@ def room(path: Path) -> str:
 
 
 SHARED_BY_KERNELS = {
+    "dimr_fast.kernels.attention_backward",
     "dimr_fast.kernels.attention_tiles",
     "dimr_fast.kernels.configuration",
     "dimr_fast.kernels.rows",
