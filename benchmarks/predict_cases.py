@@ -172,7 +172,7 @@ def _attentions() -> Iterator[Case]:
             qkv.shape,
             "forward",
             partial(attention.launch_fwd, qkv, heads),
-            {"_attention_fwd_kernel": work("attention_fwd", "BLOCK_M", 4, 2, 2)},
+            {"attention_fwd_kernel": work("attention_fwd", "BLOCK_M", 4, 2, 2)},
         )
         parts = _fp32(BATCH, heads, 2, tokens)
         yield Case(
@@ -182,8 +182,8 @@ def _attentions() -> Iterator[Case]:
             "backward",
             partial(attention.launch_bwd, out, qkv, out, parts, heads),
             {
-                "_attention_bwd_dq_kernel": work("attention_bwd_dq", "BLOCK_M", 6, 2, 3),
-                "_attention_bwd_dkdv_kernel": work("attention_bwd_dkdv", "BLOCK_N", 6, 2, 4),
+                "attention_bwd_dq_kernel": work("attention_bwd_dq", "BLOCK_M", 6, 2, 3),
+                "attention_bwd_dkdv_kernel": work("attention_bwd_dkdv", "BLOCK_N", 6, 2, 4),
             },
         )
 
