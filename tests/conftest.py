@@ -3,6 +3,11 @@
 import os
 from collections.abc import Iterator
 
+# Processes side by side (pytest -n) share the cores: threads that wait for one another on a core
+# that is taken cost many times the work. Read when torch is imported.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 import pytest
 import torch
 from hypothesis import settings

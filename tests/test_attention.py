@@ -196,6 +196,7 @@ def test_gradients_are_deterministic(tokens: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.versions
 def test_fullgraph_forward_and_backward_equal_eager() -> None:
     qkv = packed(2, 5, 2, 12)
     eager = with_gradients(ours(2))(qkv)
@@ -287,6 +288,7 @@ def test_gradient_of_batched_products_in_each_precision(
     assert_as_accurate(ours, theirs, qkv, dtype=dtype)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_batched_products_compile_as_one_graph(backend: str) -> None:
     torch._dynamo.reset()
@@ -371,6 +373,8 @@ def of(target: str, *dtypes: torch.dtype) -> list[Compiled]:
     return kernels
 
 
+@pytest.mark.slow
+@pytest.mark.versions
 def test_compiled_kernels_neither_spill_nor_outgrow_shared_memory() -> None:
     shared = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
     for kernel in compiled("test_attention"):
@@ -379,6 +383,7 @@ def test_compiled_kernels_neither_spill_nor_outgrow_shared_memory() -> None:
         assert kernel.shared <= 1024 * shared[kernel.target], kernel
 
 
+@pytest.mark.slow
 def test_matrix_kernels_use_the_tensor_cores() -> None:
     for kernel in of("sm_90", torch.bfloat16, torch.float16):
         # At 128 backward's tiles have 32 rows: more would spill on sm_80 under Triton 3.6.
@@ -392,6 +397,7 @@ def test_matrix_kernels_use_the_tensor_cores() -> None:
         assert kernel.count("UTCHMMA") > 0, kernel
 
 
+@pytest.mark.slow
 def test_head_dim_72_is_multiplied_as_80() -> None:
     """Columns × depth that a warp group multiplies in one step of each kernel's loop, and before.
 
@@ -418,6 +424,7 @@ def test_head_dim_72_is_multiplied_as_80() -> None:
         assert work == count * tokens * sum(tile_widths(head_dim)), kernel
 
 
+@pytest.mark.slow
 def test_features_move_in_the_widest_pieces_their_rows_allow() -> None:
     """A row of a head is 120 bytes at head_dim 60, so 8 at once; 16 where it is whole 16s.
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import skip_module_without_triton
-
 import tune
+from oracle import skip_module_without_triton
 
 from dimr_fast.kernels import configuration
 
@@ -81,6 +80,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_candidates_are_compiled_ahead_and_those_that_spill_are_known(tmp_path: Path) -> None:
     """On all cores and without a GPU."""
     script = tmp_path / "script.py"

@@ -287,6 +287,7 @@ def aot_launches() -> list[Launch]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 def test_compiled_kernels_do_not_spill() -> None:
     for kernel in compiled("test_gated_gelu"):
@@ -294,6 +295,7 @@ def test_compiled_kernels_do_not_spill() -> None:
         assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
 
 
+@pytest.mark.slow
 def test_elements_move_in_16_byte_pieces() -> None:
     for kernel in compiled("test_gated_gelu"):
         if kernel.target != "gfx942":

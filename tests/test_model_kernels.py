@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from aot import Launch, compiled
-from cpu_library import each_implementation, needs_cpu
+from cpu_library import needs_cpu
 from golden import CASES, Golden, relative_error
 from oracle import DEVICE, assert_as_accurate, skip_module_without_triton
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +23,15 @@ from dimr_fast.diffusion import multi_scale_loss
 skip_module_without_triton()
 
 TOLERANCE = 1e-5
+
+# Interpreted, a whole model takes up to a minute.
+each_implementation = pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param("triton", marks=pytest.mark.slow if DEVICE == "cpu" else ()),
+        pytest.param("cpu", marks=needs_cpu),
+    ],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -197,6 +206,7 @@ def aot_launches() -> list[Launch]:
     return [Launch(p, lambda p=p, batch=b: step(p, batch)) for p, b in presets.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 def test_all_that_a_training_step_launches_compiles_without_spills() -> None:
     """With the strides, offsets and dtypes that the model itself hands to the launchers."""

@@ -56,6 +56,7 @@ def aot_launches() -> list[Launch]:
     return [Launch(case.name, case.call) for case in _compiled_again()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     COMMITTED["triton"] != triton.__version__,
     reason=f"the predictions are of Triton {COMMITTED['triton']}",

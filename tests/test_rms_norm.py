@@ -45,6 +45,7 @@ def test_residual(implementation: str) -> None:
     )
 
 
+@pytest.mark.versions
 def test_fullgraph(implementation: str) -> None:
     x, scale = seeded(2, 3, 8), seeded(8)
     graph = torch.compile(

@@ -50,7 +50,10 @@ def why_not() -> str | None:
     return None if runtimes() else "g++ has no libasan and libubsan"
 
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"{why_not()}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(why_not() is not None, reason=f"{why_not()}"),
+]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

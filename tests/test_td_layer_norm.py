@@ -175,6 +175,7 @@ def test_fp32_stream_with_a_bf16_increment_under_autocast(ours: Function) -> Non
     torch.testing.assert_close(y, plain(x, weight, bias, residual)[1].bfloat16())
 
 
+@pytest.mark.versions
 def test_fullgraph_forward_and_backward_equal_eager(ours: Function) -> None:
     inputs = seeded(2, 5, 24), *values(2, 24), seeded(2, 5, 24).flip(1)
     eager = with_gradients(ours)(*inputs)
@@ -282,6 +283,8 @@ def aot_launches() -> list[Launch]:
     return launches
 
 
+@pytest.mark.slow
+@pytest.mark.versions
 @needs_triton
 def test_compiled_kernels_do_not_spill() -> None:
     for kernel in compiled("test_td_layer_norm"):
@@ -289,6 +292,7 @@ def test_compiled_kernels_do_not_spill() -> None:
         assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
 
 
+@pytest.mark.slow
 @needs_triton
 def test_rows_move_in_16_byte_pieces() -> None:
     """Every load and store of features; statistics, one number a row, are the only smaller ones."""

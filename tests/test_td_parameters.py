@@ -276,6 +276,7 @@ def test_a_capture_finds_the_tables_of_its_warm_up(
     assert td_parameters._captured == warm, "but a graph may be replayed still"
 
 
+@pytest.mark.versions
 @each_implementation
 def test_fullgraph_forward_and_backward_equal_eager(implementation: str) -> None:
     vectors, tau = vectors_of(24, 8, 33), times(3)
@@ -296,6 +297,7 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(bwd, (seeded(3, 32), times(3), *kinds))
 
 
+@pytest.mark.versions
 @needs_cpu
 def test_compiled_operators_pass_opcheck() -> None:
     vectors = vectors_of(24, 8)
@@ -424,17 +426,21 @@ def aot_launches() -> list[Launch]:
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.versions
 def test_compiled_kernels_do_not_spill() -> None:
     for kernel in compiled("test_td_parameters"):
         assert kernel.spilled == 0, kernel
         assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
 
 
+@pytest.mark.slow
 def test_all_parameters_of_a_model_take_one_launch() -> None:
     found = [(kernel.launch, kernel.target) for kernel in compiled("test_td_parameters")]
     assert len(found) == len(set(found))
 
 
+@pytest.mark.slow
 def test_values_and_their_gradients_move_in_16_byte_pieces() -> None:
     for kernel in compiled("test_td_parameters"):
         if kernel.target == "gfx942" or "XL" not in kernel.launch:

@@ -100,6 +100,7 @@ def aot_launches() -> list[Launch]:
     return launches
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 def test_compiled_kernels_do_not_spill_and_move_rows_in_16_byte_pieces() -> None:
     kernels = compiled("test_td_rms_norm_into")

@@ -29,6 +29,8 @@ from dimr_fast.training import train
 
 pytest.importorskip("accelerate", reason="needs the accelerate package")
 
+pytestmark = pytest.mark.slow
+
 STEPS = 30
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 

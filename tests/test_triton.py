@@ -144,6 +144,7 @@ def aot_launches() -> list[Launch]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 def test_kernels_compile_at_sizes_of_one() -> None:
     """An argument of 1 is a constant to the compiler, which knows less to do with one; the

@@ -299,6 +299,7 @@ def test_no_output_is_left_unwritten(
         assert result.isfinite().all()
 
 
+@pytest.mark.versions
 @each_implementation
 @pytest.mark.parametrize(
     ("features", "backend"), [("buffer", "inductor"), ("list", "aot_eager"), ("list", "inductor")]
@@ -328,6 +329,7 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(bwd, (x, projected.bfloat16(), shift, mean, rstd, 1))
 
 
+@pytest.mark.versions
 @needs_cpu
 def test_compiled_operators_pass_opcheck() -> None:
     fwd, bwd = (
@@ -538,6 +540,8 @@ def aot_launches() -> list[Launch]:
     return launches
 
 
+@pytest.mark.slow
+@pytest.mark.versions
 def test_compiled_kernels_do_not_spill() -> None:
     for kernel in compiled("test_upsample_add"):
         if kernel.target == "gfx942" and kernel.kernel.startswith("pieces_"):
@@ -548,6 +552,7 @@ def test_compiled_kernels_do_not_spill() -> None:
         assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
 
 
+@pytest.mark.slow
 def test_features_move_in_16_byte_pieces() -> None:
     """Every load and store but those of statistics, one number a row."""
     for kernel in compiled("test_upsample_add"):
