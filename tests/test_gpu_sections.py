@@ -27,6 +27,13 @@ import torch
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+@pytest.fixture(autouse=True)
+def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pytest that a section starts is no worker of this one's: a worker does not time."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN])
 def interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
     """As in a terminal, and as in the background of a shell, whose jobs inherit that."""
