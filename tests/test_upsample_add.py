@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from oracle import (
 from dimr_fast import ops
 
 skip_module_without_triton()
+
+OLD_TRITON = metadata.version("triton").startswith("3.6.")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -547,6 +550,10 @@ def test_compiled_kernels_do_not_spill() -> None:
         if kernel.target == "gfx942" and kernel.kernel.startswith("pieces_"):
             # The pieces' addresses alone are more than its scalar registers: these, and no vector
             # register, spill, into the lanes of a vector register and not into memory.
+            continue
+        if OLD_TRITON and (kernel.target, kernel.kernel) == ("sm_100", "pieces_fwd_kernel"):
+            # Triton 3.6 keeps two registers of 128 too many; 3.8 does not.
+            assert kernel.spilled <= 8, kernel
             continue
         assert kernel.spilled == 0, kernel
         assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
