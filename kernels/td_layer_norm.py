@@ -39,20 +39,17 @@ def launch_fwd(
     bias: torch.Tensor,
     pieces: Sequence[torch.Tensor],
     residual: torch.Tensor | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The sum (empty without a residual), y `[B, …, P·D]` in `dtype`, mean and rstd `[B, N]`.
 
-    `pieces` are P tensors `[B, …, D]`; a residual goes with one piece. Where `dtype` is None, only
-    the statistics are computed and y is empty.
+    `pieces` are P tensors `[B, …, D]`; a residual goes with one piece.
     """
     x = pieces[0]
-    y = torch.empty(0, dtype=dtype or x.dtype, device=x.device)
+    y = torch.empty(*x.shape[:-1], len(pieces) * x.shape[-1], dtype=dtype, device=x.device)
     summed = y.new_empty(0)
     if residual is not None:
         summed = y.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    if dtype is not None:
-        y = y.new_empty(*x.shape[:-1], len(pieces) * x.shape[-1])
     rows = [as_rows(piece) for piece in pieces]
     images, count, width = rows[0].shape
     mean = torch.empty(images, count, dtype=torch.float32, device=x.device)
@@ -74,7 +71,6 @@ def launch_fwd(
             count,
             *_piece_strides(rows),
             (weight_stride, bias_stride),
-            HAS_Y=dtype is not None,
             ALIGNED=all(_aligned(piece) for piece in rows),
             PIECES=len(rows),
             WIDTH=width,
@@ -98,7 +94,6 @@ def launch_fwd(
         (added.stride(0), added.stride(1)),
         (weight_stride, bias_stride),
         HAS_RESIDUAL=residual is not None,
-        HAS_Y=dtype is not None,
         WIDTH=width,
         **constants,
     )
@@ -221,7 +216,6 @@ def _td_layer_norm_fwd_kernel(
     residual_strides,  # (image, row)
     time_strides,  # of weight and bias: 0 where all images share one time
     HAS_RESIDUAL: tl.constexpr,
-    HAS_Y: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -255,20 +249,19 @@ def _td_layer_norm_fwd_kernel(
     tl.store(mean_ptr + statistic, mean, row < count)
     tl.store(rstd_ptr + statistic, rstd, row < count)
 
-    if HAS_Y:
-        weight_ptr += image * time_strides[0]
-        bias_ptr += image * time_strides[1]
-        for start in range(0, WIDTH, BLOCK):
-            column = start + lane
-            inside = (row < count) & (column < WIDTH)[None, :]
-            if WIDTH > BLOCK:
-                x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
-                if HAS_RESIDUAL:
-                    x += tl.load(residual_ptr + column, inside, other=0.0).to(tl.float32)
-                    x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)
-            normed = (x - mean) * rstd
-            y = affine(normed, weight_ptr + column, bias_ptr + column, column < WIDTH)
-            tl.store(y_ptr + out + column, y.to(y_ptr.dtype.element_ty), inside)
+    weight_ptr += image * time_strides[0]
+    bias_ptr += image * time_strides[1]
+    for start in range(0, WIDTH, BLOCK):
+        column = start + lane
+        inside = (row < count) & (column < WIDTH)[None, :]
+        if WIDTH > BLOCK:
+            x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
+            if HAS_RESIDUAL:
+                x += tl.load(residual_ptr + column, inside, other=0.0).to(tl.float32)
+                x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)
+        normed = (x - mean) * rstd
+        y = affine(normed, weight_ptr + column, bias_ptr + column, column < WIDTH)
+        tl.store(y_ptr + out + column, y.to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit

@@ -87,7 +87,6 @@ def pieces_fwd_kernel(
     image_strides,  # of each piece
     row_strides,  # of each piece
     time_strides,  # of weight and bias: 0 where all images share one time
-    HAS_Y: tl.constexpr,
     ALIGNED: tl.constexpr,  # whether all rows of the pieces are whole multiples of 16 bytes
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -130,30 +129,29 @@ def pieces_fwd_kernel(
     tl.store(mean_ptr + statistic, mean, row < count)
     tl.store(rstd_ptr + statistic, rstd, row < count)
 
-    if HAS_Y:
-        weight_ptr += image * time_strides[0] + lane
-        bias_ptr += image * time_strides[1] + lane
-        y_ptr += statistic * TOTAL + lane[None, :]
-        # Backwards, from what the cache has got last; y is not to take the place of x there.
-        for start in tl.static_range((TOTAL - 1) // BLOCK * BLOCK, -1, -BLOCK):
-            channel = start + lane[None, :]
-            inside = (row < count) & (channel < TOTAL)
-            x_ptr = row_addresses(
-                x_ptrs,
-                image_strides,
-                row_strides,
-                image,
-                wide_row,
-                channel,
-                start,
-                BLOCK,
-                WIDTH,
-                ALIGNED,
-            )
-            x = tl.load(x_ptr, inside, other=0.0).to(tl.float32)
-            normed = (x - mean) * rstd
-            y = affine(normed, weight_ptr + start, bias_ptr + start, start + lane < TOTAL)
-            tl.store(y_ptr + start, y.to(y_ptr.dtype.element_ty), inside, cache_modifier=".cs")
+    weight_ptr += image * time_strides[0] + lane
+    bias_ptr += image * time_strides[1] + lane
+    y_ptr += statistic * TOTAL + lane[None, :]
+    # Backwards, from what the cache has got last; y is not to take the place of x there.
+    for start in tl.static_range((TOTAL - 1) // BLOCK * BLOCK, -1, -BLOCK):
+        channel = start + lane[None, :]
+        inside = (row < count) & (channel < TOTAL)
+        x_ptr = row_addresses(
+            x_ptrs,
+            image_strides,
+            row_strides,
+            image,
+            wide_row,
+            channel,
+            start,
+            BLOCK,
+            WIDTH,
+            ALIGNED,
+        )
+        x = tl.load(x_ptr, inside, other=0.0).to(tl.float32)
+        normed = (x - mean) * rstd
+        y = affine(normed, weight_ptr + start, bias_ptr + start, start + lane < TOTAL)
+        tl.store(y_ptr + start, y.to(y_ptr.dtype.element_ty), inside, cache_modifier=".cs")
 
 
 @triton.jit

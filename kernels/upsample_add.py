@@ -7,15 +7,11 @@ and backward, with g = dout · weight, at the shuffled positions:
     dprojected = rstd · (g − mean(g) − n · mean(g·n))    dweight = Σ dout · n    dbias = Σ dout
 
 `projected` is `[B, h, w, q²·D]`, its channels ordered `[row, column, D]` within a box of q×q: the
-position (h·q + i, w·q + j) of the output reads D adjacent numbers. Behind the projection of
-features that were not normed, their layer norm is still to be applied, with the rows' statistics μ
-and ρ: y = ρ · (projected − μ · row_sums) + constant.
+position (h·q + i, w·q + j) of the output reads D adjacent numbers.
 
 Rows of D numbers stay in registers. Forward moves x, projected and out once, backward dout,
 projected and dprojected. What comes before the projection is `td_layer_norm`, of rows in pieces.
 """
-
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -30,13 +26,8 @@ def launch_fwd(
     projected: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    behind: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output `[B, H, W, D]`, and mean and rstd of its norm's rows `[B, H·W]`.
-
-    `behind` is empty or, in fp32, mean and rstd of the features' rows, `[B, h·w]`, and row_sums
-    and constant, `[q²·D]`.
-    """
+    """The output `[B, H, W, D]`, and mean and rstd of its norm's rows `[B, H·W]`."""
     dtype = torch.promote_types(x.dtype, projected.dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows = as_rows(x)
@@ -53,7 +44,6 @@ def launch_fwd(
         projected.contiguous(),
         weight,
         bias,
-        *(behind or [mean] * 4),
         out,
         mean,
         rstd,
@@ -62,7 +52,6 @@ def launch_fwd(
         (rows.stride(0), rows.stride(1)),
         weight_stride,
         bias_stride,
-        BEHIND=len(behind) > 0,
         Q=x.shape[1] // projected.shape[1],
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
@@ -128,10 +117,6 @@ def _upsample_add_fwd_kernel(
     projected_ptr,  # [B, H // Q, W // Q, Q * Q, WIDTH], contiguous
     weight_ptr,  # [T, WIDTH]
     bias_ptr,  # [T, WIDTH]
-    mean_in_ptr,  # [B, H // Q * (W // Q)] fp32
-    rstd_in_ptr,  # [B, H // Q * (W // Q)] fp32
-    row_sums_ptr,  # [Q * Q, WIDTH] fp32
-    constant_ptr,  # [Q * Q, WIDTH] fp32
     out_ptr,  # [B, H * W, WIDTH], contiguous
     mean_ptr,  # [B, H * W] fp32
     rstd_ptr,  # [B, H * W] fp32
@@ -140,7 +125,6 @@ def _upsample_add_fwd_kernel(
     x_strides,  # (image, row)
     weight_stride,  # 0 where all images share one time
     bias_stride,
-    BEHIND: tl.constexpr,
     Q: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -157,13 +141,6 @@ def _upsample_add_fwd_kernel(
 
     source = (box * (Q * Q) + segment)[:, None] * WIDTH + column
     y = tl.load(projected_ptr + source, inside, other=0.0).to(tl.float32)
-    if BEHIND:
-        mean_in = tl.load(mean_in_ptr + box, row < count, other=0.0)[:, None]
-        rstd_in = tl.load(rstd_in_ptr + box, row < count, other=0.0)[:, None]
-        channel = segment[:, None] * WIDTH + column
-        row_sums = tl.load(row_sums_ptr + channel, inside, other=0.0)
-        constant = tl.load(constant_ptr + channel, inside, other=0.0)
-        y = rstd_in * (y - mean_in * row_sums) + constant
     mean = tl.sum(y, 1) / WIDTH
     centred = tl.where(inside, y - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / WIDTH + 1e-5)

@@ -160,10 +160,6 @@ def test_inference_mode(operator: str, ours: Function) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, ours(*inputs), strict=True))
 
 
-def statistics(pieces: list[torch.Tensor], *inputs: torch.Tensor) -> list[torch.Tensor]:
-    return torch.ops.dimr_fast.td_layer_norm_fwd.default(*inputs, pieces, None, None)[2:]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "width"), [(5, 32), (3, 33), (40, 8), (2, 960)])
 def test_a_row_in_pieces_is_their_concatenation(
@@ -182,8 +178,6 @@ def test_a_row_in_pieces_is_their_concatenation(
         *pieces,
         dtype=dtype,
     )
-    for a, b in zip(statistics(pieces, weight, bias), saved, strict=True):
-        assert torch.equal(a, b)
     dy = seeded(*row.shape).flip(0).to(dtype)
     dx, both, again = bwd(dy, None, pieces, weight, bias, *saved, True, True)
     whole, expected, _ = bwd(dy, None, [row], weight, bias, *saved, True, False)

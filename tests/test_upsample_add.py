@@ -57,9 +57,7 @@ def inputs(
     )
 
 
-def by(
-    implementation: str, features: Callable[[torch.Tensor], Any] = lambda f: f, **options: bool
-) -> Function:
+def by(implementation: str, features: Callable[[torch.Tensor], Any] = lambda f: f) -> Function:
     """`upsample_add` of tensors alone; `features` makes a buffer's list, or view, of it."""
 
     def run(x: torch.Tensor, buffer: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
@@ -72,7 +70,6 @@ def by(
             bias,
             (scale_out, shift_out),
             implementation=implementation,
-            **options,
         )
 
     return run
@@ -325,9 +322,8 @@ def test_operators_pass_opcheck() -> None:
     x, projected = seeded(2, 4, 6, 24), seeded(2, 2, 3, 96)
     scale, shift = seeded(2, 24), seeded(1, 24)
     mean, rstd = seeded(2, 24), seeded(2, 24).abs()
-    behind = [seeded(2, 6), seeded(2, 6).abs(), seeded(96), seeded(96).flip(0)]
-    torch.library.opcheck(fwd, (x, projected, scale, shift, []))
-    torch.library.opcheck(fwd, (x.bfloat16(), projected, shift, scale, behind))
+    torch.library.opcheck(fwd, (x, projected, scale, shift))
+    torch.library.opcheck(fwd, (x.bfloat16(), projected, shift, scale))
     torch.library.opcheck(bwd, (x, projected, scale, mean, rstd, 2))
     torch.library.opcheck(bwd, (x, projected.bfloat16(), shift, mean, rstd, 1))
 
@@ -342,9 +338,8 @@ def test_compiled_operators_pass_opcheck() -> None:
     x, projected = seeded(2, 4, 6, 24), seeded(2, 2, 3, 96)
     scale, shift = seeded(2, 24), seeded(1, 24)
     mean, rstd = seeded(2, 24), seeded(2, 24).abs()
-    behind = [seeded(2, 6), seeded(2, 6).abs(), seeded(96), seeded(96).flip(0)]
-    torch.library.opcheck(fwd, (x, projected, scale, shift, []))
-    torch.library.opcheck(fwd, (x.bfloat16(), projected, shift, scale, behind))
+    torch.library.opcheck(fwd, (x, projected, scale, shift))
+    torch.library.opcheck(fwd, (x.bfloat16(), projected, shift, scale))
     torch.library.opcheck(bwd, (x, projected, scale, mean, rstd, 2))
     torch.library.opcheck(bwd, (x, projected.bfloat16(), shift, mean, rstd, 1))
 
@@ -362,7 +357,7 @@ def test_results_do_not_depend_on_threads(instruction_set: None) -> None:
     packets = torch.ops.dimr_fast
 
     def run() -> tuple[torch.Tensor, ...]:
-        out, mean, rstd = packets.upsample_add_fwd.default(x, projected, scale, scale, [])
+        out, mean, rstd = packets.upsample_add_fwd.default(x, projected, scale, scale)
         grads = packets.upsample_add_bwd.default(x, projected, scale, mean, rstd, 1)
         return (out, mean, rstd, *grads)
 
@@ -388,37 +383,6 @@ def test_the_bare_operator_refuses_what_it_cannot_read(argument: str, change: An
         torch.ops.dimr_fast.upsample_add_bwd.default(*arguments)
 
 
-@pytest.mark.parametrize(
-    "implementation", ["reference", "triton", pytest.param("cpu", marks=needs_cpu)]
-)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mean", [0, 1, 3, 10])
-def test_norm_behind_the_projection(mean: float, dtype: torch.dtype, implementation: str) -> None:
-    """Features of deviation 1 about `mean`, against the standard order in the same dtype.
-
-    In half precision the one rounding of each normed feature becomes one of each weight, of the
-    same relative size, and the mean's part in it is subtracted: the oracle's rule holds as it is.
-    In fp32 what errs is the sum of the products, by their magnitude: that of features of root mean
-    square √(1 + mean²), where the normed have 1.
-    """
-    x, buffer, *values = inputs(images=2, size=(3, 4), slots=8, width=96, out=48, times=1)
-    buffer = seeded(*buffer.shape) + mean
-    quantised = [t.to(dtype) for t in (x, buffer, *values)]
-    exact = by("reference")(*(t.double() for t in quantised))
-    standard = (by("reference")(*quantised).double() - exact).abs().max()
-    ours = by(implementation, norm_behind_projection=True)(*quantised)
-    assert ours.dtype == dtype
-    growth = (1 + mean**2) ** 0.5 if dtype == torch.float32 else 1
-    allowed = 2 * growth * standard + torch.finfo(dtype).eps * exact.abs().max()
-    assert (ours.double() - exact).abs().max() <= allowed
-
-
-def test_norm_behind_the_projection_is_exact_in_exact_arithmetic() -> None:
-    values = [t.double() for t in inputs(times=1)]
-    behind = by("reference", norm_behind_projection=True)
-    torch.testing.assert_close(behind(*values), by("reference")(*values))
-
-
 X, BUFFER, SCALE_IN, SHIFT_IN, WEIGHT, BIAS, SCALE_OUT, SHIFT_OUT = inputs(times=1)
 
 
@@ -429,7 +393,6 @@ def call(
     weight: torch.Tensor = WEIGHT,
     bias: torch.Tensor = BIAS,
     norm_out: tuple[torch.Tensor, torch.Tensor] = (SCALE_OUT, SHIFT_OUT),
-    behind: bool = False,
 ) -> torch.Tensor:
     return ops.upsample_add(
         x,
@@ -438,7 +401,6 @@ def call(
         weight,
         bias,
         norm_out,
-        norm_behind_projection=behind,
         implementation="triton",
     )
 
@@ -457,15 +419,6 @@ BAD: list[tuple[Callable[[], Any], str]] = [
         "features: got dty",
     ),
     (lambda: call(x=X.double()), "x is float64"),
-    (lambda: call(list(BUFFER.unbind(-2)), behind=True), "norm_behind_projection: got features as"),
-    (
-        lambda: call(norm_in=(SCALE_IN.expand(2, -1), SHIFT_IN), behind=True),
-        "norm_behind_projection: got norm_in at 2 times",
-    ),
-    (
-        lambda: call(weight=WEIGHT.clone().requires_grad_(), behind=True),
-        "norm_behind_projection: got tensors that require gradients",
-    ),
 ]
 
 
@@ -473,12 +426,6 @@ BAD: list[tuple[Callable[[], Any], str]] = [
 def test_bad_input_names_the_argument(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_norm_behind_the_projection_of_parameters_without_gradients() -> None:
-    weight = WEIGHT.clone().requires_grad_()
-    with torch.no_grad():
-        torch.testing.assert_close(call(weight=weight, behind=True), call(weight=weight))
 
 
 def test_addresses_past_32_bits() -> None:
@@ -524,17 +471,12 @@ def aot_launches() -> list[Launch]:
         n, rows = meta(images, slots * width, dtype=wide), meta(images, low, dtype=wide)
         x, projected = meta(images, 2 * size, 2 * size, out), meta(images, size, size, 4 * out)
         m, out_rows = meta(images, out, dtype=wide), meta(images, 4 * low, dtype=wide)
-        row = meta(4 * out, dtype=wide)
         calls = {
             "norm": partial(td_layer_norm.launch_fwd, n, n, pieces, None, torch.bfloat16),
             "norm backward": partial(
                 td_layer_norm.launch_bwd, buffer, None, pieces, n, n, rows, rows, True, True
             ),
-            "statistics": partial(td_layer_norm.launch_fwd, n, n, [buffer], None, None),
-            "add": partial(upsample_add.launch_fwd, x, projected, m, m, []),
-            "add behind": partial(
-                upsample_add.launch_fwd, x, projected, m, m, [rows, rows, row, row]
-            ),
+            "add": partial(upsample_add.launch_fwd, x, projected, m, m),
             "add backward": partial(
                 upsample_add.launch_bwd, x, projected, m, out_rows, out_rows, images
             ),
@@ -573,5 +515,5 @@ def test_features_move_in_16_byte_pieces() -> None:
         # Stores that leave the cache first (EF) to others count as well.
         assert kernel.count("STG.E.64") == kernel.count("STG.E.EF.64") == 0, kernel
         assert kernel.opcodes["LDG.E.128"] >= 2, kernel
-        if not means and "statistics" not in kernel.launch:
+        if not means:
             assert kernel.count("STG.E.128") + kernel.count("STG.E.EF.128") >= 1, kernel

@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> td_layer_norm_fwd(const Tensor& weigh
                                                              const Tensor& bias,
                                                              const std::vector<Tensor>& tensors,
                                                              const std::optional<Tensor>& residual,
-                                                             std::optional<ScalarType> dtype) {
+                                                             ScalarType dtype) {
     const Pieces pieces(tensors);
     const Features& first = pieces.first();
     const Tensor& x = tensors[0];
@@ -56,8 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> td_layer_norm_fwd(const Tensor& weigh
         summed = torch::stable::new_empty(x, x.sizes(),
                                           promoted(x.scalar_type(), residual->scalar_type()));
     }
-    Tensor y =
-        dtype ? torch::stable::new_empty(x, pieces.sizes, dtype) : torch::stable::new_empty(x, {0});
+    Tensor y = torch::stable::new_empty(x, pieces.sizes, dtype);
     Tensor mean = torch::stable::new_empty(x, {first.images, first.rows}, ScalarType::Float);
     Tensor rstd = torch::stable::new_empty(x, {first.images, first.rows}, ScalarType::Float);
     if (first.empty()) return {summed, y, mean, rstd};
@@ -73,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> td_layer_norm_fwd(const Tensor& weigh
         sum = rows_in(summed, first, first.width);
         p.sum = &sum;
     }
-    if (dtype) p.y = rows_in(y, first, pieces.width);
+    p.y = rows_in(y, first, pieces.width);
     p.weight = weights.view;
     p.bias = biases.view;
     p.mean = mean.mutable_data_ptr<float>();

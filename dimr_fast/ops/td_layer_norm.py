@@ -61,14 +61,13 @@ def _fwd_shapes(
     bias: Tensor,
     pieces: Sequence[Tensor],
     residual: Tensor | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = pieces[0]
-    summed, y = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
+    summed = x.new_empty(0, dtype=dtype)
     if residual is not None:
         summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    if dtype is not None:
-        y = x.new_empty((*x.shape[:-1], len(pieces) * x.shape[-1]), dtype=dtype)
+    y = x.new_empty((*x.shape[:-1], len(pieces) * x.shape[-1]), dtype=dtype)
     rows = (x.shape[0], math.prod(x.shape[1:-1]))
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     return summed, y, mean, rstd
@@ -93,7 +92,7 @@ def _bwd_shapes(
 
 
 _FWD = (
-    "(Tensor weight, Tensor bias, Tensor[] pieces, Tensor? residual, ScalarType? dtype)"
+    "(Tensor weight, Tensor bias, Tensor[] pieces, Tensor? residual, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _BWD = (

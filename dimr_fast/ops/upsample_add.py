@@ -37,7 +37,6 @@ def upsample_add(
     bias: Tensor,
     norm_out: Values,
     *,
-    norm_behind_projection: bool = False,
     implementation: str = "auto",
 ) -> Tensor:
     """Add the features of a branch to the embedding `x` of the next, q times larger, branch.
@@ -48,9 +47,6 @@ def upsample_add(
     pixel shuffle (`[T, D]`). The projection's output channels are ordered `[row, column, D]` within
     a q×q box. It is computed in the dtype of the features or, under autocast, autocast's.
 
-    `norm_behind_projection` normalises what the projection makes of the features, instead of the
-    features, which is the same with weights that contain the norm's: for one time (T = 1 of
-    `norm_in`), a buffer of features, and without gradients.
     Raises ValueError where shapes, dtypes or devices do not fit or the implementation is unusable.
     """
     if x.dim() != 4:
@@ -68,10 +64,6 @@ def upsample_add(
         if implementation != "auto":
             raise ValueError(f"features: got dtype {dtype}, expected one of {_triton.DTYPES}")
         chosen = "reference"
-    if norm_behind_projection:
-        tensors = (x, *slots, *norm_in, weight, bias, *norm_out)
-        buffer = _check_norm_behind(features, norm_in, tensors).flatten(-2)
-        return _norm_behind(chosen, x, buffer, norm_in, weight, bias, norm_out)
     if chosen == "reference":
         return reference.upsample_add(x, slots, norm_in, weight, bias, norm_out)
     pieces = slots
@@ -128,57 +120,8 @@ def _check_parameters(
             check_device(x, value, name)
 
 
-def _check_norm_behind(
-    features: Sequence[Tensor] | Tensor, norm_in: Values, tensors: Sequence[Tensor]
-) -> Tensor:
-    name = "norm_behind_projection"
-    if not isinstance(features, Tensor):
-        raise ValueError(f"{name}: got features as a list, expected one buffer [B, h, w, S, d]")
-    times = max(value.shape[0] for value in norm_in)
-    if times != 1:
-        raise ValueError(f"{name}: got norm_in at {times} times, expected one time for all images")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise ValueError(f"{name}: got tensors that require gradients, expected none to")
-    return features
-
-
-def _norm_behind(
-    implementation: str,
-    x: Tensor,
-    features: Tensor,
-    norm_in: Values,
-    weight: Tensor,
-    bias: Tensor,
-    norm_out: Values,
-) -> Tensor:
-    """The cascade of a buffer's features `[B, h, w, S·d]` with its first norm behind the GEMM.
-
-    With the norm's scale s and shift t, W (n·s + t) + bias = ρ · (W' f − μ·W' 1) + (W t + bias),
-    where n = (f − μ)·ρ and W' = W·diag(s). It holds for any W' less a constant per row as well:
-    less the row's mean, W' f is as small as it can be and loses the fewest digits to rounding.
-    W' 1 is zero then, but for the rounding of W' itself, which large μ would bring to light.
-    """
-    features = features.to(compute_dtype(features))
-    wide = torch.promote_types(features.dtype, torch.float32)
-    scale, shift = (value.to(wide) for value in norm_in)
-    folded = weight.to(wide) * scale
-    folded = (folded - folded.mean(1, keepdim=True)).to(features.dtype)
-    row_sums = folded.sum(1, dtype=wide)
-    constant = (weight.to(wide) * shift).sum(1) + bias.to(wide)
-    projected = F.linear(features, folded)
-    if implementation != "reference":
-        _, _, mean, rstd = norm_in_fwd[implementation](scale, shift, [features], None, None)
-        behind = [mean, rstd, row_sums, constant]
-        return _fwd[implementation](x, projected, *norm_out, behind)[0]
-    variance, mean = torch.var_mean(features.to(wide), -1, correction=0, keepdim=True)
-    y = torch.rsqrt(variance + 1e-5) * (projected - mean * row_sums) + constant
-    q = x.shape[1] // features.shape[1]
-    y = y.to(features.dtype).unflatten(-1, (q, q, -1)).permute(0, 1, 3, 2, 4, 5).reshape(x.shape)
-    return x + reference.td_layer_norm(y, *norm_out)
-
-
 def _fwd_shapes(
-    x: Tensor, projected: Tensor, weight: Tensor, bias: Tensor, behind: Sequence[Tensor]
+    x: Tensor, projected: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, projected.dtype)
     rows = (x.shape[0], x.shape[1] * x.shape[2])
@@ -201,8 +144,7 @@ def _bwd_shapes(
 _FWD = (
     "upsample_add",
     "fwd",
-    "(Tensor x, Tensor projected, Tensor weight, Tensor bias, Tensor[] behind)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor projected, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
     _fwd_shapes,
 )
 _BWD = (
@@ -234,7 +176,7 @@ class _UpsampleAdd(torch.autograd.Function):
         norm_in = norm_in_fwd[implementation]
         _, normed, *statistics_in = norm_in(scale_in, shift_in, pieces, None, dtype)
         projected = F.linear(normed, weight.to(dtype), bias.to(dtype))
-        out, *statistics_out = _fwd[implementation](x, projected, scale_out, shift_out, [])
+        out, *statistics_out = _fwd[implementation](x, projected, scale_out, shift_out)
         # The normed features, as large as all features together, are computed again in backward.
         ctx.save_for_backward(
             scale_in,

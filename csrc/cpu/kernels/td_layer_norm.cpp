@@ -130,7 +130,6 @@ void td_layer_norm(const TDLayerNorm& p, int64_t begin, int64_t end) {
                    [&]<typename Input>(Input*) { add_and_average<Input>(p, image, first, last); });
         with_type(p.sum[0].dtype, [&]<typename S>(S*) {
             deviate<S>(p, image, first, last);
-            if (!p.y.data) return;
             with_type(p.y.dtype,
                       [&]<typename Y>(Y*) { scale_and_shift<S, Y>(p, image, first, last); });
         });

@@ -11,7 +11,7 @@ struct TDLayerNorm {
     const Rows* x;
     Rows residual;    // of one piece
     const Rows* sum;  // x + residual; x itself where there is none
-    Rows y;           // null where only the statistics are wanted
+    Rows y;
     Values weight, bias;
     float *mean, *rstd;  // [images, rows]
 };

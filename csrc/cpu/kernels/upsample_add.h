@@ -11,8 +11,6 @@ struct UpsampleAdd {
     Rows x;                  // [images, rows, width]
     Rows projected;          // [images, boxes, q² * width]
     Values weight, bias;
-    // Of a norm that is behind the projection: [images, boxes] and [q² * width], or null.
-    const float *mean_in, *rstd_in, *row_sums, *constant;
     Rows out;            // as x, in the dtype that x and projected convert to
     float *mean, *rstd;  // [images, rows]
 
