@@ -1,4 +1,4 @@
-"""What follows the cascade's projection: pixel shuffle, TD layer norm and the add to `x`.
+"""The cascade after its projection: pixel shuffle, TD layer norm and the add to `x`.
 
     y = shuffle(projected)    n = (y − mean(y)) · rstd    out = x + n · weight + bias
 
@@ -6,11 +6,12 @@ and backward, with g = dout · weight, at the shuffled positions:
 
     dprojected = rstd · (g − mean(g) − n · mean(g·n))    dweight = Σ dout · n    dbias = Σ dout
 
-`projected` is `[B, h, w, q²·D]`, its channels ordered `[row, column, D]` within a box of q×q: the
-position (h·q + i, w·q + j) of the output reads D adjacent numbers.
+`projected` is `[B, h, w, q²·D]`; its channels are ordered `[row, column, D]` within a box of q×q,
+so that the position (h·q + i, w·q + j) of the output reads D adjacent numbers.
 
 Rows of D numbers stay in registers. Forward moves x, projected and out once, backward dout,
-projected and dprojected. What comes before the projection is `td_layer_norm`, of rows in pieces.
+projected and dprojected. The norm before the projection is `td_layer_norm` over rows of pieces.
+upsample_add.md gives the reasons.
 """
 
 import torch
@@ -27,7 +28,7 @@ def launch_fwd(
     weight: torch.Tensor,
     bias: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output `[B, H, W, D]`, and mean and rstd of its norm's rows `[B, H·W]`."""
+    """Return the output `[B, H, W, D]`, and mean and rstd `[B, H·W]` of the normed rows."""
     dtype = torch.promote_types(x.dtype, projected.dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows = as_rows(x)
@@ -68,9 +69,10 @@ def launch_bwd(
     rstd: torch.Tensor,
     times: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `projected`, of weight and bias `[2, times, D]`, and the first one's sum.
+    """Return the gradients of `projected`, of weight and bias `[2, times, D]`, and a sum `[q²·D]`.
 
-    That sum, over images and positions, is the gradient `[q²·D]` of the projection's bias.
+    The sum is the gradient of `projected` summed over images and positions, which is the gradient
+    of the projection's bias.
     """
     dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=dout.device)
     dout_rows = as_rows(dout)
@@ -123,7 +125,7 @@ def _upsample_add_fwd_kernel(
     H,
     W,
     x_strides,  # (image, row)
-    weight_stride,  # 0 where all images share one time
+    weight_stride,  # 0 if all images share one time
     bias_stride,
     Q: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -165,20 +167,20 @@ def _upsample_add_bwd_kernel(
     mean_ptr,  # [B, h * Q * w * Q] fp32
     rstd_ptr,  # [B, h * Q * w * Q] fp32
     dprojected_ptr,  # [B, h * w, Q * Q, WIDTH], contiguous
-    partials_ptr,  # [3, B, programs, Q * Q, WIDTH] fp32: of weight, bias and projected
+    partials_ptr,  # [3, B, programs, Q * Q, WIDTH] fp32: gradients of weight, bias and projected
     images,  # B
     boxes,  # h * w
     w,
     programs,
     per_program,
     dout_strides,  # (image, row)
-    weight_stride,  # 0 where all images share one time
+    weight_stride,  # 0 if all images share one time
     Q: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # A program stays with one place in the boxes, whose channels are then its own.
+    # A program handles one place (segment) in many boxes, so all its sums are of the same channels.
     segment = tl.program_id(0) % (Q * Q)
     program = tl.program_id(0) // (Q * Q)
     image = (program // programs).to(tl.int64)
