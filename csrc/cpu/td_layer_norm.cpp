@@ -1,5 +1,6 @@
-// dimr_fast::td_layer_norm_fwd and _bwd on the CPU. The arithmetic is in kernels/; how rows are
-// shared out depends on the shape alone, so that results do not depend on the number of threads.
+// dimr_fast::td_layer_norm_fwd and _bwd on the CPU. The arithmetic is in kernels/. How rows
+// are split into tasks depends on the shape only, so results do not depend on the number of
+// threads.
 
 #include "kernels/td_layer_norm.h"
 
@@ -12,7 +13,7 @@
 namespace dimr_fast {
 namespace {
 
-// Tensors of one shape and dtype, side by side in a row.
+// Tensors of one shape and dtype, whose concatenation along the last axis is a row.
 struct Pieces {
     explicit Pieces(const std::vector<Tensor>& tensors) {
         STD_TORCH_CHECK(!tensors.empty(), "pieces: expected at least one");

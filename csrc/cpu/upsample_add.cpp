@@ -1,5 +1,6 @@
-// dimr_fast::upsample_add_fwd and _bwd on the CPU. The arithmetic is in kernels/; how boxes are
-// shared out depends on the shape alone, so that results do not depend on the number of threads.
+// dimr_fast::upsample_add_fwd and _bwd on the CPU. The arithmetic is in kernels/. How boxes
+// are split into tasks depends on the shape only, so results do not depend on the number of
+// threads.
 
 #include "kernels/upsample_add.h"
 
@@ -12,7 +13,7 @@
 namespace dimr_fast {
 namespace {
 
-// How many times larger `x` is than `projected`, in height and in width.
+// Returns how many times larger `x` is than `projected`, in height and in width.
 int64_t check_sizes(const Tensor& x, const Tensor& projected, const char* name) {
     STD_TORCH_CHECK(x.dim() == 4 && projected.dim() == 4, name,
                     " and projected: expected [B, H, W, D] and [B, h, w, q²·D]");

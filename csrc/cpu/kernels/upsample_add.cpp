@@ -1,4 +1,4 @@
-// What follows the cascade's projection: pixel shuffle, layer norm and the add to x.
+// The cascade after its projection: pixel shuffle, layer norm and the add to x.
 //
 //     y = shuffle(projected)    n = (y − mean(y)) · rstd    out = x + n · weight + bias
 //
@@ -6,8 +6,8 @@
 //
 //     dprojected = rstd · (g − mean(g) − n · mean(g·n))    dweight = Σ dout · n    dbias = Σ dout
 //
-// A box of q × q rows of x is one row of `projected`. Each row is read from memory once, and again
-// from the L1 cache: for its mean, for its variance about that mean, and for the result.
+// A box of q × q rows of x is one row of `projected`. Each row is read from memory once and then
+// again from the L1 cache: for its mean, its variance about that mean, and the result.
 
 #include "upsample_add.h"
 
@@ -16,7 +16,7 @@
 namespace dimr_fast::DIMR_FAST_INSTRUCTION_SET {
 namespace {
 
-// Calls `function(row, segment)` for each row of a box, with its place in the box.
+// Calls `function(row, segment)` for each row of a box; `segment` is its place in the box.
 template <typename Function>
 inline void each_row(int64_t box, int64_t q, int64_t boxes_in_width, Function function) {
     const int64_t top = box / boxes_in_width * q, left = box % boxes_in_width * q;
