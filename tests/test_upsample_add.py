@@ -1,4 +1,4 @@
-"""`upsample_add` by Triton, interpreted where there is no GPU, and on the CPU."""
+"""`upsample_add` by Triton (interpreted without a GPU) and by the compiled CPU library."""
 
 from collections.abc import Callable
 from functools import partial
@@ -41,7 +41,7 @@ def inputs(
     q: int = 2,
     times: int | None = None,
 ) -> Inputs:
-    """x, a buffer of features, and the parameters: norm_in, projection and norm_out, flat."""
+    """Return x, a buffer of features, and the parameters of norm_in, projection and norm_out."""
     times = images if times is None else times
     h, w = size
     channels = slots * width
@@ -58,7 +58,7 @@ def inputs(
 
 
 def by(implementation: str, features: Callable[[torch.Tensor], Any] = lambda f: f) -> Function:
-    """`upsample_add` of tensors alone; `features` makes a buffer's list, or view, of it."""
+    """Return `upsample_add` as a function of tensors; `features` converts the features' buffer."""
 
     def run(x: torch.Tensor, buffer: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
         scale_in, shift_in, weight, bias, scale_out, shift_out = values
@@ -80,7 +80,7 @@ def as_list(buffer: torch.Tensor) -> list[torch.Tensor]:
 
 
 def as_tokens(buffer: torch.Tensor) -> list[torch.Tensor]:
-    """As a transformer branch has them: all but the first without their class token."""
+    """Return features like those of a transformer branch: views without the class token."""
     first, *others = buffer.unbind(-2)
 
     def without_class_token(f: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ def as_tokens(buffer: torch.Tensor) -> list[torch.Tensor]:
 
 
 def strided(buffer: torch.Tensor) -> torch.Tensor:
-    """A buffer whose slots are not adjacent."""
+    """Return the buffer with slots that are not adjacent in memory."""
     return buffer.movedim(-2, 0).contiguous().movedim(0, -2)
 
 
@@ -141,7 +141,7 @@ def test_the_published_width(features: str, dtype: torch.dtype, implementation: 
 @settings(max_examples=15, deadline=None)
 @given(
     images=st.integers(0, 2),
-    # of too few positions the reference's own error can by chance be nearly nothing
+    # with too few positions the reference's own error can be nearly zero by chance
     size=st.tuples(st.integers(2, 3), st.integers(2, 3)),
     slots=st.integers(1, 10),
     width=st.integers(1, 20),
@@ -153,7 +153,7 @@ def test_the_published_width(features: str, dtype: torch.dtype, implementation: 
 def test_any_shape(
     implementation: str, features: str, dtype: torch.dtype, width: int, slots: int, **sizes: Any
 ) -> None:
-    # Norms of one or two numbers are signs: their gradients are nothing but rounding.
+    # A norm of one or two numbers returns signs: its gradient is only rounding errors.
     width = max(width, -(-32 // slots))
     ours, plain = (by(i, FEATURES[features]) for i in (implementation, "reference"))
     values = inputs(width=width, slots=slots, **sizes)
@@ -352,7 +352,7 @@ def test_every_instruction_set(instruction_set: None, dtype: torch.dtype) -> Non
 
 
 def test_results_do_not_depend_on_threads(instruction_set: None) -> None:
-    """Of our operators: the products between them are torch's."""
+    """Only our operators are tested: the matrix products between them are PyTorch's."""
     x, projected, scale = seeded(2, 16, 18, 40), seeded(2, 8, 9, 160), seeded(2, 40)
     packets = torch.ops.dimr_fast
 
@@ -429,9 +429,9 @@ def test_bad_input_names_the_argument(call: Callable[[], Any], message: str) -> 
 
 
 def test_addresses_past_32_bits() -> None:
-    """Rows a long way apart: the last begins past 2³¹ elements of a buffer that is mostly unused.
+    """Rows are far apart: the last begins more than 2³¹ elements after the first.
 
-    The buffer is 4 GiB of address space in fp16; only the pages that rows lie on are ever touched.
+    The buffer takes 4 GiB of address space in fp16, but only the pages of the rows use memory.
     """
     far = (2**31 + 4096) // 2
     space = torch.empty(2 * far + 64, dtype=torch.float16, device=DEVICE)
@@ -447,8 +447,8 @@ def test_addresses_past_32_bits() -> None:
         torch.testing.assert_close(actual, near)
 
 
-# images, size of the low branch, its features and their width, and the width of the next branch;
-# sizes of 1 are constants to the compiler, not numbers it reads at run time
+# Images, size of the low branch, number and width of its features, width of the next branch.
+# Triton compiles arguments that are 1 as constants: hence "ones".
 CASCADES = {
     "XL/2R": (4, 16, 40, 960, 480, TARGETS),
     "G/2R": (4, 16, 58, 1152, 576, ("sm_90",)),
@@ -490,11 +490,11 @@ def aot_launches() -> list[Launch]:
 def test_compiled_kernels_do_not_spill() -> None:
     for kernel in compiled("test_upsample_add"):
         if kernel.target == "gfx942" and kernel.kernel.startswith("pieces_"):
-            # The pieces' addresses alone are more than its scalar registers: these, and no vector
-            # register, spill, into the lanes of a vector register and not into memory.
+            # The pieces' addresses need more scalar registers than there are. Scalar registers
+            # spill into lanes of a vector register, not into memory; no vector register spills.
             continue
         if OLD_TRITON and (kernel.target, kernel.kernel) == ("sm_100", "pieces_fwd_kernel"):
-            # Triton 3.6 keeps two registers of 128 too many; 3.8 does not.
+            # Triton 3.6 uses two registers more than the 128 there are; 3.8 does not.
             assert kernel.spilled <= 8, kernel
             continue
         assert kernel.spilled == 0, kernel
@@ -503,7 +503,7 @@ def test_compiled_kernels_do_not_spill() -> None:
 
 @pytest.mark.slow
 def test_features_move_in_16_byte_pieces() -> None:
-    """Every load and store but those of statistics, one number a row."""
+    """All loads and stores do, except those of statistics (one number per row)."""
     for kernel in compiled("test_upsample_add"):
         if kernel.target == "gfx942" or kernel.kernel == "_sum_partials_kernel":
             continue
@@ -512,7 +512,7 @@ def test_features_move_in_16_byte_pieces() -> None:
         means = kernel.kernel == "pieces_bwd_means_kernel"
         # Statistics of two rows can be one load of 8 bytes.
         assert kernel.count("LDG.E.64") <= (2 if means else 0), kernel
-        # Stores that leave the cache first (EF) to others count as well.
+        # Stores with the hint "evict first" (EF) count as well.
         assert kernel.count("STG.E.64") == kernel.count("STG.E.EF.64") == 0, kernel
         assert kernel.opcodes["LDG.E.128"] >= 2, kernel
         if not means:
