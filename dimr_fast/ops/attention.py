@@ -9,6 +9,7 @@ from torch import Tensor
 from dimr_fast import reference
 from dimr_fast.ops import attention_backends as backends
 from dimr_fast.ops._checks import check_floating
+from dimr_fast.ops._compiled import CPU
 from dimr_fast.ops._triton import TRITON
 from dimr_fast.ops.registration import Implementation, Operator, differentiable
 
@@ -43,6 +44,10 @@ def _sdpa_slower(qkv: Tensor) -> str | None:
     return None
 
 
+def _cpu_slower(qkv: Tensor) -> str | None:
+    return None
+
+
 def _unmeasured(qkv: Tensor) -> str | None:
     return "never measured: it runs where it is named"
 
@@ -52,6 +57,7 @@ def _unmeasured(qkv: Tensor) -> str | None:
 operator = Operator(
     "attention",
     replace(TRITON, why_not=_triton_why_not),
+    replace(CPU, slower=_cpu_slower),
     Implementation("bmm", backends.bmm_why_not, _bmm_slower),
     Implementation("sdpa", backends.sdpa_why_not, _sdpa_slower),
     Implementation("flash_attn", backends.flash_attn_why_not, _unmeasured),
@@ -103,12 +109,12 @@ def _bwd_shapes(dout: Tensor, qkv: Tensor, out: Tensor, parts: Tensor, heads: in
 
 _FWD = "(Tensor qkv, int heads) -> (Tensor, Tensor)"
 _BWD = "(Tensor dout, Tensor qkv, Tensor out, Tensor parts, int heads) -> Tensor"
-_fwd = operator.define("fwd", _FWD, _fwd_shapes)["triton"]
-_bwd = operator.define("bwd", _BWD, _bwd_shapes)["triton"]
+_fwd = operator.define("fwd", _FWD, _fwd_shapes)
+_bwd = operator.define("bwd", _BWD, _bwd_shapes, "triton")["triton"]
 
 
 def _forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
-    out, parts = _fwd(qkv, heads)
+    out, parts = _fwd["triton"](qkv, heads)
     ctx.save_for_backward(qkv, out, parts)
     ctx.heads = heads
     return out

@@ -1,0 +1,337 @@
+// Softmax attention of every token to every token, with scale head_dim^-1/2.
+//
+// A task copies the keys of one head, transposed, and its values to scratch memory, where both
+// stay in the cache. It then takes a few queries at a time: their scores, their softmax and the
+// weighted sum of the values never leave the L1 cache. The two products are one loop: register
+// tiles of ROWS rows by up to 4 vectors of columns, whose left factor is broadcast.
+//
+// With AVX-512 BF16 and bf16 inputs, a multiplication takes pairs of numbers, and the softmax
+// weights are rounded to bf16 before the second product. Otherwise all arithmetic is fp32.
+
+#include "attention.h"
+
+#include "columns.h"
+#include "exponential.h"
+
+namespace dimr_fast::DIMR_FAST_INSTRUCTION_SET {
+namespace {
+
+// Sums, factors and one broadcast value fit in the registers: 32 with AVX-512, 16 otherwise.
+#if defined(__AVX512F__)
+constexpr int ROWS = 6, COLUMNS = 4;
+#else
+constexpr int ROWS = 4, COLUMNS = 2;
+#endif
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
+
+// Products of fp32 numbers.
+struct Single {
+    using Element = float;
+    using Factor = Vector;
+    static constexpr int64_t DEPTH = 1;  // numbers of one element
+    static Factor broadcast_of(const Element* a) { return broadcast(*a); }
+    static Factor factor(const Element* b) { return load(b); }
+    static Vector add_product(Vector sum, Factor a, Factor b) { return sum + a * b; }
+    static void write(float* row, int64_t c, Vector value) { store(row + c, value); }
+
+    // Copies LANES numbers of a row of `width` from column `c`; zero after the last.
+    template <typename T>
+    static void copy_values(const T* row, const T*, int64_t c, int64_t width, float* to) {
+        const int64_t count = width - c < LANES ? width - c : LANES;
+        store(to, count == LANES ? load(row + c) : load(row + c, count));
+    }
+};
+
+#if defined(__AVX512BF16__)
+// Products of pairs of bf16 numbers, summed in fp32.
+struct Pairs {
+    using Element = uint32_t;
+    using Factor = __m512bh;
+    static constexpr int64_t DEPTH = 2;
+    static Factor broadcast_of(const Element* a) {
+        return (__m512bh)_mm512_set1_epi32(static_cast<int>(*a));
+    }
+    static Factor factor(const Element* b) { return (__m512bh)_mm512_loadu_si512(b); }
+    static Vector add_product(Vector sum, Factor a, Factor b) {
+        return (Vector)_mm512_dpbf16_ps((__m512)sum, a, b);
+    }
+    static void write(uint32_t* row, int64_t c, Vector value) {
+        store(reinterpret_cast<BFloat16*>(row) + c, value);
+    }
+
+    // Copies pairs of numbers, each from `row` and from `next`, which may be null (zeros).
+    static void copy_values(const BFloat16* row, const BFloat16* next, int64_t c, int64_t width,
+                            uint32_t* to) {
+        const int64_t count = width - c < LANES ? width - c : LANES;
+        Bits pairs = numbers(row + c, count);
+        if (next) pairs |= numbers(next + c, count) << 16;
+        write(to, pairs);
+    }
+
+  private:
+    static Bits numbers(const BFloat16* from, int64_t count) {
+        return (Bits)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), (const void*)from));
+    }
+    static void write(uint32_t* to, Bits pairs) { _mm512_storeu_si512(to, (__m512i)pairs); }
+};
+#endif
+
+// to[r, c] = Σ_k left[r, k] · right[k, c] for R rows and C vectors of columns.
+template <typename P, int R, int C>
+inline void tile(const typename P::Element* left, int64_t left_stride,
+                 const typename P::Element* right, int64_t right_stride, int64_t depth, float* to,
+                 int64_t to_stride) {
+    Vector sums[R][C] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+        typename P::Factor factors[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) factors[c] = P::factor(right + k * right_stride + c * LANES);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+            const typename P::Factor a = P::broadcast_of(left + r * left_stride + k);
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) sums[r][c] = P::add_product(sums[r][c], a, factors[c]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) store(to + r * to_stride + c * LANES, sums[r][c]);
+}
+
+template <typename P, int R>
+inline void product_rows(const typename P::Element* left, int64_t left_stride,
+                         const typename P::Element* right, int64_t right_stride, int64_t depth,
+                         int64_t columns, float* to, int64_t to_stride) {
+    for (int64_t c = 0; c < columns;) {
+        const int64_t vectors = (columns - c) / LANES;
+        const auto run = [&]<int C>() {
+            tile<P, R, C>(left, left_stride, right + c, right_stride, depth, to + c, to_stride);
+            c += C * LANES;
+        };
+        if constexpr (COLUMNS == 4) {
+            // Five vectors become 3 and 2, not 4 and 1: one alone would wait for its own sums.
+            if (vectors == 4 || vectors > 5) {
+                run.template operator()<4>();
+                continue;
+            }
+            if (vectors >= 3) {
+                run.template operator()<3>();
+                continue;
+            }
+        }
+        if (vectors >= 2)
+            run.template operator()<2>();
+        else
+            run.template operator()<1>();
+    }
+}
+
+// The product of `rows` rows, rows <= ROWS; `columns` is a multiple of LANES.
+template <typename P>
+void product(int64_t rows, const typename P::Element* left, int64_t left_stride,
+             const typename P::Element* right, int64_t right_stride, int64_t depth,
+             int64_t columns, float* to, int64_t to_stride) {
+    if (rows == ROWS)
+        return product_rows<P, ROWS>(left, left_stride, right, right_stride, depth, columns, to,
+                                     to_stride);
+    for (int64_t r = 0; r < rows;) {
+        const auto* from = left + r * left_stride;
+        float* out = to + r * to_stride;
+        if (rows - r >= 2) {
+            product_rows<P, 2>(from, left_stride, right, right_stride, depth, columns, out,
+                               to_stride);
+            r += 2;
+        } else {
+            product_rows<P, 1>(from, left_stride, right, right_stride, depth, columns, out,
+                               to_stride);
+            r += 1;
+        }
+    }
+}
+
+// The sizes of a task's arrays in scratch memory, in elements of P.
+template <typename P>
+struct Layout {
+    explicit Layout(const Attention& p)
+        : head_depth((p.head_dim + P::DEPTH - 1) / P::DEPTH),
+          token_depth((p.tokens + P::DEPTH - 1) / P::DEPTH),
+          tokens(round_up(p.tokens, LANES)),
+          width(round_up(p.head_dim, LANES)) {}
+
+    int64_t head_depth, token_depth;  // elements of a row of queries, of weights
+    int64_t tokens, width;            // columns of scores, of values
+
+    int64_t keys() const { return head_depth * tokens; }
+    int64_t values() const { return token_depth * width; }
+    int64_t queries() const { return ROWS * head_depth; }
+    int64_t weights() const { return ROWS * tokens; }
+    int64_t scores() const { return ROWS * tokens; }
+    int64_t sums() const { return ROWS * width; }
+    int64_t bytes() const {
+        return 4 * (keys() + values() + round_up(queries(), 16) + weights() + scores() + sums());
+    }
+};
+
+template <typename P, typename T>
+class Task {
+  public:
+    Task(const Attention& p, void* scratch) : p_(p), size_(p) {
+        auto* next = static_cast<uint32_t*>(scratch);
+        const auto take = [&](int64_t count) {
+            uint32_t* const from = next;
+            next += round_up(count, 16);
+            return from;
+        };
+        values_ = reinterpret_cast<Element*>(take(size_.values()));
+        keys_ = reinterpret_cast<Element*>(take(size_.keys()));
+        weights_ = reinterpret_cast<Element*>(take(size_.weights()));
+        scores_ = reinterpret_cast<float*>(take(size_.scores()));
+        sums_ = reinterpret_cast<float*>(take(size_.sums()));
+        queries_ = reinterpret_cast<Element*>(take(size_.queries()));
+    }
+
+    void run(int64_t image, int64_t head, int64_t first, int64_t last) {
+        copy_keys_and_values(image, head);
+        for (int64_t row = first; row < last; row += ROWS)
+            attend(image, head, row, last - row < ROWS ? last - row : ROWS);
+    }
+
+  private:
+    using Element = typename P::Element;
+
+    // Row `token` of q, k or v (0, 1 or 2) of a head.
+    const T* vector(int64_t image, int64_t head, int64_t token, int64_t which) const {
+        return row_of<const T>(p_.qkv, image, token) + (which * p_.heads + head) * p_.head_dim;
+    }
+
+    static float number(T value) {
+        T lanes[LANES] = {value};
+        return load(lanes)[0];
+    }
+
+    // Element `k` of a row of `count` numbers; numbers after the last are zero.
+    static Element element(const T* row, int64_t k, int64_t count) {
+        if constexpr (P::DEPTH == 1) {
+            return number(row[k]);
+        } else {
+            uint16_t pair[2] = {};
+            __builtin_memcpy(pair, row + 2 * k, (count - 2 * k < 2 ? 1 : 2) * sizeof(T));
+            return read<uint32_t>(pair);
+        }
+    }
+
+    void copy_keys_and_values(int64_t image, int64_t head) {
+        const int64_t count = p_.tokens, width = p_.head_dim;
+        const int64_t stride = p_.qkv.row_stride;
+        const T* key = vector(image, head, 0, 1);
+        for (int64_t k = 0; k < size_.head_depth; ++k) {
+            Element* to = keys_ + k * size_.tokens;
+            for (int64_t token = 0; token < count; ++token)
+                to[token] = element(key + token * stride, k, width);
+            for (int64_t token = count; token < size_.tokens; ++token) to[token] = Element{};
+        }
+        for (int64_t k = 0; k < size_.token_depth; ++k) {
+            const T* value = vector(image, head, P::DEPTH * k, 2);
+            const T* next = P::DEPTH * k + 1 < count ? value + stride : nullptr;
+            for (int64_t d = 0; d < size_.width; d += LANES)
+                P::copy_values(value, next, d, width, values_ + k * size_.width + d);
+        }
+    }
+
+    // The output of `rows` queries from `first`.
+    void attend(int64_t image, int64_t head, int64_t first, int64_t rows) {
+        for (int64_t r = 0; r < rows; ++r) {
+            const T* query = vector(image, head, first + r, 0);
+            for (int64_t k = 0; k < size_.head_depth; ++k)
+                queries_[r * size_.head_depth + k] = element(query, k, p_.head_dim);
+        }
+        product<P>(rows, queries_, size_.head_depth, keys_, size_.tokens, size_.head_depth,
+                   size_.tokens, scores_, size_.tokens);
+        float inverse[ROWS];
+        for (int64_t r = 0; r < rows; ++r) inverse[r] = 1 / softmax(image, head, first + r, r);
+        product<P>(rows, weights_, size_.tokens, values_, size_.width, size_.token_depth,
+                   size_.width, sums_, size_.width);
+        for (int64_t r = 0; r < rows; ++r) {
+            T* y = row_of<T>(p_.y, image, first + r) + head * p_.head_dim;
+            const float* sum = sums_ + r * size_.width;
+            const Vector factor = broadcast(inverse[r]);
+            columns(p_.head_dim, [&](int64_t c, auto lanes) {
+                store(y + c, load(sum + c, lanes) * factor, lanes);
+            });
+        }
+    }
+
+    // Writes the exponentials of a row of scores to the weights; returns their sum.
+    float softmax(int64_t image, int64_t head, int64_t query, int64_t r) {
+        const float* scores = scores_ + r * size_.tokens;
+        Element* weights = weights_ + r * size_.tokens;
+        const float scale = 1 / __builtin_sqrtf(static_cast<float>(p_.head_dim));
+        const float most = largest(scores, p_.tokens);
+        const Vector factor = broadcast(scale * LOG2_E), shift = broadcast(most * scale * LOG2_E);
+        Vector total[1] = {};
+        for (int64_t c = 0; c < size_.tokens; c += LANES) {
+            Vector value = exp2<sizeof(T) == 4>(load(scores + c) * factor - shift);
+            if (c + LANES > p_.tokens) value = keep(value, p_.tokens - c);
+            P::write(weights, c, value);
+            total[0] += value;
+        }
+        const float sum_of_row = sum(total[0]);
+        float* statistics = p_.statistics + ((image * p_.heads + head) * 2) * p_.tokens + query;
+        statistics[0] = most * scale;
+        statistics[p_.tokens] = sum_of_row;
+        return sum_of_row;
+    }
+
+    static float largest(const float* scores, int64_t count) {
+        float most = scores[0];
+        int64_t c = 0;
+        if (count >= LANES) {
+            Vector lanes = load(scores);
+            for (c = LANES; c + LANES <= count; c += LANES) {
+                const Vector next = load(scores + c);
+                lanes = next > lanes ? next : lanes;
+            }
+            for (int i = 0; i < LANES; ++i) most = lanes[i] > most ? lanes[i] : most;
+        }
+        for (; c < count; ++c) most = scores[c] > most ? scores[c] : most;
+        return most;
+    }
+
+    const Attention& p_;
+    const Layout<P> size_;
+    Element *keys_, *values_, *queries_, *weights_;
+    float *scores_, *sums_;
+};
+
+template <typename P, typename T>
+void run(const Attention& p, int64_t begin, int64_t end, void* scratch) {
+    Task<P, T> task(p, scratch);
+    const int64_t share = (p.tokens + p.splits - 1) / p.splits;
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t head = i / p.splits % p.heads, image = i / p.splits / p.heads;
+        const int64_t first = i % p.splits * share;
+        task.run(image, head, first, first + share < p.tokens ? first + share : p.tokens);
+    }
+}
+
+}  // namespace
+
+int64_t attention_scratch(const Attention& p) {
+    // Without pairs the arrays are at least as large; each array starts at a cache line.
+    return Layout<Single>(p).bytes() + 6 * 64;
+}
+
+void attention(const Attention& p, int64_t begin, int64_t end, void* scratch) {
+    with_type(p.qkv.dtype, [&]<typename T>(T*) {
+#if defined(__AVX512BF16__)
+        if constexpr (__is_same(T, BFloat16)) return run<Pairs, T>(p, begin, end, scratch);
+#endif
+        return run<Single, T>(p, begin, end, scratch);
+    });
+}
+
+}  // namespace dimr_fast::DIMR_FAST_INSTRUCTION_SET
