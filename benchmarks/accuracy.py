@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dimr_fast import PRESETS, DiMR, optimize_for_inference, reference
-from dimr_fast.files import write_json
+from dimr_fast.utils.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -33,10 +33,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from dimr_fast import PRESETS, DiMR, DiMRConfig
-from dimr_fast.device import keep_freed_memory
 from dimr_fast.diffusion import multi_scale_loss
 from dimr_fast.inference import optimize_for_inference
 from dimr_fast.optim import adamw
+from dimr_fast.utils.device import keep_freed_memory
 
 PUBLISHED, KEEPING = "published", "published, no checkpointing"
 PUBLISHED_COMPILED, REFERENCE_COMPILED = "published, compiled", "reference, compiled"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dimr_fast import DiMR
-from dimr_fast.device import device_name, resolve_device
+from dimr_fast.utils.device import device_name, resolve_device
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
 PREDICTED_MB = {"DiMR-XL/2R": 336, "DiMR-G/2R": 577, "DiMR-XL/3R": 584}

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from dimr_fast import PRESETS, DiMR, DiMRConfig, optimize_for_inference
-from dimr_fast.device import device_name, keep_freed_memory, resolve_device
 from dimr_fast.diffusion import multi_scale_loss
 from dimr_fast.optim import adamw
+from dimr_fast.utils.device import device_name, keep_freed_memory, resolve_device
 
 RESULT = Path(__file__).parent / "results" / "scaling.json"
 BATCH = 8

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from gpu_compile import Verdicts, compile_all
 
-from dimr_fast.files import write_json
 from dimr_fast.kernels import configuration
+from dimr_fast.utils.files import write_json
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Constants = dict[str, int]

@@ -34,11 +34,11 @@ from dimr_fast.diffusion import DiscreteSchedule
 from dimr_fast.evaluation import EvaluateConfig, evaluate, frechet_scores
 from dimr_fast.export import ExportConfig, export
 from dimr_fast.extraction import ExtractConfig, extract
-from dimr_fast.features import EfficientNetLite0Features
-from dimr_fast.image_files import write_png
-from dimr_fast.pictures import image_grid
+from dimr_fast.evaluation.features import EfficientNetLite0Features
+from dimr_fast.sampling.writers import write_png
+from dimr_fast.utils.plots import image_grid
 from dimr_fast.sampling import ImageSampler, SampleConfig, Sampler, balanced_labels, sample
-from dimr_fast.train_config import TrainConfig
+from dimr_fast.training import TrainConfig
 from dimr_fast.training import train
 
 work = Path(sys.argv[1])  # in a notebook: Path("runs/walkthrough")
@@ -127,7 +127,7 @@ print(f"{len(latents)} latents of {latents.shape}, scaled with {latents.scale}")
 #
 # On several processes, from the shell; a run may go on with another number of them:
 #
-#     torchrun --nproc-per-node 8 -m dimr_fast.training --config imagenet256_xl2r \
+#     torchrun --nproc-per-node 8 -m dimr_fast.training.run --config imagenet256_xl2r \
 #         --output runs/xl2r --set data=latents
 
 # %%

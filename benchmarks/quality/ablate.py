@@ -24,10 +24,8 @@ from torch import Tensor
 
 from dimr_fast.checkpoint import load_checkpoint, save_checkpoint
 from dimr_fast.config import require_fields
-from dimr_fast.data.image_sets import TensorImages
 from dimr_fast.data.scaling import PixelScale
 from dimr_fast.data.tiles import Tiles, load_tiles
-from dimr_fast.device import DTYPES, keep_freed_memory, precision_name, resolve_precision
 from dimr_fast.diffusion import (
     ConstantGuidance,
     DiscreteSchedule,
@@ -35,13 +33,15 @@ from dimr_fast.diffusion import (
     guided,
     multi_scale_loss,
 )
-from dimr_fast.evaluation import quick_score
-from dimr_fast.features import EfficientNetLite0Features
-from dimr_fast.files import write_json
+from dimr_fast.evaluation import frechet_to_reference
+from dimr_fast.evaluation.features import EfficientNetLite0Features
+from dimr_fast.evaluation.image_sets import TensorImages
+from dimr_fast.evaluation.statistics import compute_statistics
 from dimr_fast.model import DiMR
 from dimr_fast.optim import EMA, adamw
-from dimr_fast.seeds import derived_seed
-from dimr_fast.summaries import summarize
+from dimr_fast.utils.device import DTYPES, keep_freed_memory, precision_name, resolve_precision
+from dimr_fast.utils.files import write_json
+from dimr_fast.utils.seeds import derived_seed
 
 from .ablation_report import PLOT, RESULT, collect, commit, draw
 from .models import ARMS, SIDE
@@ -53,7 +53,7 @@ WARMUP, DECAY = 0.03, 0.5
 """Shares of the training time: the first, in which the learning rate rises, the last, in which it
 falls to zero; both linear."""
 NOISE_LIMIT = 2.5
-"""Start noise of samples is clamped to ± this, as `dimr_fast.sampling` does by default."""
+"""Start noise of samples is clamped to ± this, as `dimr_fast.sampling.job` does by default."""
 SCORING_BATCH = 64
 FREE = ("state", "output", "seeds", "slice_seconds")
 """The settings that a resumed run may change; the others are its recipe."""
@@ -253,7 +253,7 @@ class Judge:
     def __init__(self, data: Data, settings: Settings, dtype: torch.dtype) -> None:
         self.data, self.settings, self.dtype = data, settings, dtype
         self.features = EfficientNetLite0Features()
-        self.reference = summarize(
+        self.reference = compute_statistics(
             self.features, TensorImages(data.tiles.val_images, "held-out tiles")
         )
         generator = torch.Generator().manual_seed(0)
@@ -264,7 +264,7 @@ class Judge:
 
     def distance(self, images: Tensor) -> float:
         """Fréchet distance of uint8 images [N, 3, h, w] to the held-out tiles."""
-        return quick_score(self.features, images, self.reference)
+        return frechet_to_reference(self.features, images, self.reference)
 
     def score(self, run: Run) -> dict[str, Any]:
         """A run's result, as `ablation.json` has it."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dimr_fast.data import DataUnavailableError
+from dimr_fast.errors import DataUnavailableError
 
 CLASS_NAMES = (
     "polar coast",
