@@ -181,12 +181,12 @@ def cascades(small: bool) -> Iterator[Case]:
 
         x, projected = random(batch, 2 * size, 2 * size, out), random(batch, size, size, 4 * out)
         weight, bias = (random(batch, out, dtype=torch.float32) for _ in range(2))
-        _, *statistics = upsample_add.launch_fwd(x, projected, weight, bias, [])
+        _, *statistics = upsample_add.launch_fwd(x, projected, weight, bias)
         rows = product(ROWS=[1, 2, 4, 8], num_warps=[2, 4, 8])
         yield Case(
             "upsample_add_fwd",
             out,
-            lambda x=x, p=projected, w=weight, b=bias: upsample_add.launch_fwd(x, p, w, b, []),
+            lambda x=x, p=projected, w=weight, b=bias: upsample_add.launch_fwd(x, p, w, b),
             rows,
         )
         yield Case(

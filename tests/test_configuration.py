@@ -1,4 +1,4 @@
-"""Launch configurations: the files, what is looked up in them, and the tuner that writes them."""
+"""Launch configurations: the files, the look-up, and the tuner that writes them."""
 
 import json
 import os
@@ -82,7 +82,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_candidates_are_compiled_ahead_and_those_that_spill_are_known(tmp_path: Path) -> None:
-    """On all cores and without a GPU."""
+    """Compilation uses all cores and needs no GPU."""
     script = tmp_path / "script.py"
     script.write_text(COMPILE)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -129,7 +129,7 @@ def test_the_tuner_writes_a_file_that_is_found(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     tuned = json.loads(out.read_text())
     default = json.loads(configuration.path("default").read_text())
-    # A sum too small to matter; fp32, which nobody trains in on a GPU.
+    # Not tuned: a sum too small to matter, and fp32, in which nobody trains on a GPU.
     left_alone = {"sum_partials", *(kernel for kernel in default if kernel.endswith("_fp32"))}
     assert set(tuned) | left_alone == set(default)
     for kernel, by_size in tuned.items():

@@ -157,20 +157,8 @@ class TimeTokenBranch(Branch):
                 # fastest up to there only.
                 module.implementation = "bmm"
 
-    def forward(
-        self, image: Tensor, features: list[Tensor], y: Tensor, td: TDValues
-    ) -> tuple[Tensor, list[Tensor]]:
-        x = self.input_layer(image)
-        tokens = torch.stack([self.class_embeds(y), td[0].expand(len(y), -1)], 1)
-        x = torch.cat([tokens.to(x.dtype), x], 1)
-        skips: list[Tensor] = []
-        for j, block in enumerate(self.blocks):
-            if j > self.depth:
-                x = self.skip_denses[j - self.depth - 1](x, skips.pop())
-            x = block(x, td)
-            if j < self.depth:
-                skips.append(x)
-        return self.output_layer(x[:, 2:], td), []
+    def extra_tokens(self, y: Tensor, td: TDValues) -> Tensor:
+        return torch.stack([self.class_embeds(y), td[0].expand(len(y), -1)], 1)
 
 
 class TimeEmbedded(DiMR):
