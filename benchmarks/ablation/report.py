@@ -28,13 +28,9 @@ def collect(state: Path, commit: str) -> dict[str, Any]:
     """
     recipe = json.loads((state / "recipe.json").read_text())
     scores = [json.loads(path.read_text()) for path in sorted(state.glob("seed*_*.json"))]
-    facts = machine.description()
     return {
-        "machine": machine.processor(),
-        "threads": facts["threads"],
-        "torch": facts["torch"],
+        **machine.description(),
         "commit": commit,
-        "date": facts["date"],
         "settings": recipe,
         "arms": {key: describe(key) for key in ARMS},
         "runs": scores,
@@ -91,13 +87,17 @@ def ablation_table(report: Mapping[str, Any]) -> str:
         )
     return (
         f"32×32 satellite tiles, {settings['minutes']:g} minutes of CPU time for each arm "
-        f"({report['machine']}, one thread, {settings['precision']}, torch {report['torch']}, "
-        f"commit {report['commit'][:9]}, {report['date']}), "
+        f"({machine_line(report)}, {settings['precision']}), "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. "
         f"Fréchet distance on {runs[0]['frechet_recipe']} (as many training tiles: "
         f"{runs[0]['frechet_training']:.0f}), {settings['sampling_steps']} steps, guidance "
         f"{settings['guidance']:g}. The paper's FID is for 64×64 ImageNet.\n\n{table(rows)}"
     )
+
+
+def machine_line(report: Mapping[str, Any]) -> str:
+    """Return the machine in one line; older files name the device "machine"."""
+    return machine.summary({"device": report.get("machine"), **report})
 
 
 def draw_ablation(report: Mapping[str, Any], target: Path) -> None:
@@ -125,7 +125,7 @@ def draw_ablation(report: Mapping[str, Any], target: Path) -> None:
     minutes = report["settings"]["minutes"]
     ours.set_xlabel(f"Fréchet distance, {minutes:g} CPU minutes for each arm (dots: seeds)")
     papers.set_xlabel("FID, paper (64×64 ImageNet)")
-    figure.suptitle(f"32×32 satellite tiles. {report['machine']}, one thread", fontsize=9)
+    figure.suptitle(f"32×32 satellite tiles. {machine_line(report)}", fontsize=9)
     figure.savefig(target, dpi=110)
     plt.close(figure)
 

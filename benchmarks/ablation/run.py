@@ -102,7 +102,7 @@ class Settings:
         return {key: value for key, value in vars(self).items() if key not in RESUME_OVERRIDES}
 
 
-class Data:
+class TileBatches:
     """Batches of tiles that depend on seed and step only, so that all arms see the same."""
 
     def __init__(self, tiles: Tiles) -> None:
@@ -150,7 +150,7 @@ class TrainingRun:
 
     def take_step(
         self,
-        data: Data,
+        data: TileBatches,
         settings: Settings,
         progress: float,
         dtype: torch.dtype,
@@ -231,7 +231,9 @@ def predict(
         return model(schedule.add_noise(x0, noise, n), log_snr=schedule.condition(n), y=y)
 
 
-def train(runs: list[TrainingRun], data: Data, settings: Settings, dtype: torch.dtype) -> None:
+def train(
+    runs: list[TrainingRun], data: TileBatches, settings: Settings, dtype: torch.dtype
+) -> None:
     """Train all runs in turns until each has had its CPU time; save a run after each turn."""
     budget = 60 * settings.minutes
     while unfinished := [run for run in runs if run.seconds < budget]:
@@ -256,7 +258,7 @@ def train(runs: list[TrainingRun], data: Data, settings: Settings, dtype: torch.
 class Scorer:
     """Score a model's images against the held-out tiles."""
 
-    def __init__(self, data: Data, settings: Settings, dtype: torch.dtype) -> None:
+    def __init__(self, data: TileBatches, settings: Settings, dtype: torch.dtype) -> None:
         self.data, self.settings, self.dtype = data, settings, dtype
         self.features = EfficientNetLite0Features()
         self.reference = summarize(
@@ -359,7 +361,7 @@ def ablate(settings: Settings) -> Path:
     commit = machine.commit(*CODE)
     torch.set_num_threads(1)
     keep_freed_memory()
-    data, scorer = Data(load_tiles(SIDE, 16)), None
+    data, scorer = TileBatches(load_tiles(SIDE, 16)), None
     result = settings.output / RESULT.name
     with locked_state(settings) as dtype:
         for seed in settings.seeds:

@@ -35,8 +35,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.utils import machine
 from benchmarks.utils.files import RESULTS, ROOT
-from benchmarks.utils.machine import commit
 from benchmarks.utils.names import BACKWARD, FORWARD, FORWARD_AND_BACKWARD
 from dimr_fast.files import write_json
 
@@ -59,6 +59,8 @@ ASSUMPTIONS: dict[str, float] = {
     "launch us": 2.0,
 }
 CASES = "benchmarks.gpu.launch_cases"
+COMPILER = ROOT / "tests" / "aot.py"
+"""Program that compiles the launches of a module ahead of time."""
 Row = dict[str, Any]
 
 
@@ -69,7 +71,7 @@ def compiled() -> dict[str, list[Row]]:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "compiled.json"
-        command = [sys.executable, ROOT / "tests" / "aot.py", CASES, output]
+        command = [sys.executable, COMPILER, CASES, output]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"compiling ahead of time failed:\n{done.stdout}{done.stderr}")
@@ -219,14 +221,13 @@ def _sum(parts: list[Row]) -> Row:
 
 def report() -> Row:
     """Return the contents of the results file."""
-    import torch
     import triton
 
+    facts = machine.description()
     return {
         "target": "sm_90",
         "triton": triton.__version__,
-        "torch": torch.__version__,
-        "commit": commit(),
+        **{key: facts[key] for key in ("torch", "commit", "date")},
         "assumptions": ASSUMPTIONS,
         "rows": rows(),
     }

@@ -137,15 +137,21 @@ def _architecture() -> str | None:
     return f"{major}.{minor}"
 
 
+def find_test(name: str) -> Path:
+    """Return the path of a test file, in whichever folder of tests/ it is."""
+    (path,) = TESTS.rglob(f"{name}.py")
+    return path
+
+
 def tests(section: SectionRun) -> None:
     """Run the tests that need a GPU."""
     if section.dry_run:
-        section.run_pytest(
-            "one test, on the CPU", ["tests/test_rms_norm.py", "-k", "residual and not triton"]
-        )
+        file = find_test("test_rms_norm")
+        section.run_pytest("one test, on the CPU", [file, "-k", "residual and not triton"])
         return
     # Named files only: other test files may import packages that a bare machine lacks.
-    files = [f for f in sorted(TESTS.glob("test_*.py")) if "pytest.mark.gpu" in f.read_text()]
+    files = sorted(TESTS.rglob("test_*.py"))
+    files = [file for file in files if "pytest.mark.gpu" in file.read_text()]
     section.run_pytest("marked gpu", [*files, "-m", "gpu"])
 
 
@@ -156,16 +162,19 @@ def kernels(section: SectionRun) -> None:
     hypothesis`.
     """
     if section.dry_run:
-        section.run_pytest(
-            "one test, interpreted", ["tests/test_gated_gelu.py", "-k", "deterministic"]
-        )
+        file = find_test("test_gated_gelu")
+        section.run_pytest("one test, interpreted", [file, "-k", "deterministic"])
         return
+    chosen = ["-m", "not hypothesis", "-k", f"not ({NO_GPU_NEEDED})"]
+    section.run_pytest("operators and model", [*kernel_tests(), *chosen, *in_parallel(14)])
+
+
+def kernel_tests() -> list[str | Path]:
+    """Return the tests of the section `kernels`."""
     names = ("attention", "gated_gelu", "rms_norm", "td_layer_norm", "td_parameters")
     names = ("model_kernels", *names, "td_rms_norm", "td_rms_norm_into", "upsample_add")
-    files: list[str | Path] = [TESTS / f"test_{name}.py" for name in names]
-    files.append("tests/test_inference.py::test_triton_adds_the_mlp_in_place")
-    chosen = ["-m", "not hypothesis", "-k", f"not ({NO_GPU_NEEDED})"]
-    section.run_pytest("operators and model", [*files, *chosen, *in_parallel(14)])
+    files: list[str | Path] = [find_test(f"test_{name}") for name in names]
+    return [*files, f"{find_test('test_inference')}::test_triton_adds_the_mlp_in_place"]
 
 
 def in_parallel(workers: int) -> list[str]:
@@ -196,7 +205,8 @@ def memory(section: SectionRun) -> None:
     """Run memory checkers over our kernels at small shapes."""
     scratch = section.out / ".tuned.json"
     every_triton = [sys.executable, "-m", "benchmarks.gpu.tune", "--dry-run", "--out", str(scratch)]
-    commands = {"CUDA": [*PYTEST, *SMALL_CUDA], "Triton": every_triton}
+    small_cuda = [find_test("test_depthwise_conv2d_gpu"), "-k", SMALL_CUDA]
+    commands = {"CUDA": [*PYTEST, *map(str, small_cuda)], "Triton": every_triton}
     tool = shutil.which("compute-sanitizer")
     why_not = "compute-sanitizer is not on PATH" if tool is None else None
     if section.dry_run:
@@ -214,7 +224,7 @@ def memory(section: SectionRun) -> None:
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         if language == "CUDA":
             passed = section.run_pytest(
-                title, SMALL_CUDA, under=under, environment=environment
+                title, small_cuda, under=under, environment=environment
             ).passed
         else:
             passed = section.run_command(title, [*under, *every_triton], environment=environment)
@@ -230,11 +240,8 @@ CHECKS = (
     ("initcheck", "CUDA"),
     ("racecheck", "Triton"),
 )
-SMALL_CUDA = (
-    "tests/test_depthwise_conv2d_gpu.py",
-    "-k",
-    "2-17-19 or 1-1-1-17 or 1-32-32-576 or slice",
-)
+SMALL_CUDA = "2-17-19 or 1-1-1-17 or 1-32-32-576 or slice"
+"""Shapes of the CUDA kernels' tests that are small enough for a checker."""
 
 
 def parse_sanitizer_log(log: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.utils import machine
 from benchmarks.utils.files import RESULTS
 from dimr_fast import PRESETS, DiMR, optimize_for_inference, reference
 from dimr_fast.files import write_json
@@ -54,11 +55,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.json")
     arguments = parser.parse_args()
     ours, theirs = errors(arguments.preset, getattr(torch, arguments.dtype))
-    result = {
+    result = machine.description() | {
         "preset": arguments.preset,
         "dtype": arguments.dtype,
-        "device": "cpu",
-        "torch": torch.__version__,
         "optimised": ours,
         "reference_under_autocast": theirs,
         "within_twice": all(our <= 2 * their for our, their in zip(ours, theirs, strict=True)),

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from benchmarks.model.flops import backward_flops, work
 from benchmarks.model.published import PublishedDiMR
-from benchmarks.ops.harness import DEVICES, check_close, describe, name
+from benchmarks.ops.harness import DEVICES, check_close, describe, dtype_name
 from benchmarks.utils.names import (
     FORWARD,
     OURS,
@@ -101,7 +101,14 @@ class Row:
     @property
     def label(self) -> str:
         """Return the row's name for pytest."""
-        words = [self.device, self.preset, self.batch, name(self.dtype), self.title, self.provider]
+        words = [
+            self.device,
+            self.preset,
+            self.batch,
+            dtype_name(self.dtype),
+            self.title,
+            self.provider,
+        ]
         return "-".join(map(str, words)).replace(" ", "_")
 
     @property
@@ -153,37 +160,45 @@ def _memory() -> None:
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.label) for row in rows()])
 def test_model(benchmark: BenchmarkFixture, row: Row) -> None:
-    row = dataclasses.replace(row, shallow=benchmark.disabled)
+    measure_or_skip(benchmark, dataclasses.replace(row, shallow=benchmark.disabled))
+
+
+def measure_or_skip(
+    benchmark: BenchmarkFixture,
+    row: Row,
+    measure: Callable[[BenchmarkFixture, Row], None] | None = None,
+) -> None:
+    """Measure a row; skip it, with all of its memory released, if it does not fit the device."""
     try:
-        measure(benchmark, row)
+        (measure or measure_row)(benchmark, row)
     except torch.OutOfMemoryError as error:
         reason = f"{OUT_OF_MEMORY}: {error}".split("\n")[0]
     else:
         return
     # Outside the handler, where the exception no longer keeps the row's tensors alive.
-    free()
+    release_memory()
     pytest.skip(reason)
 
 
-def free() -> None:
+def release_memory() -> None:
     """Release the GPU memory of a row for the next one."""
     torch.compiler.reset()
-    _base.cache_clear()
+    _cached_model.cache_clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def measure(benchmark: BenchmarkFixture, row: Row) -> None:
+def measure_row(benchmark: BenchmarkFixture, row: Row) -> None:
     """Compare a row with the reference, then time it; on a GPU measure its peak memory too."""
-    inputs = draw(row)
-    expected = outcomes(dataclasses.replace(row, provider=""))
+    inputs = draw_inputs(row)
+    expected = expected_tensors(dataclasses.replace(row, provider=""))
     gc.collect()
     before = torch.cuda.memory_allocated() if row.device == "cuda" else 0
-    run, model = provide(row)
+    run, model = build_provider(row)
     # The published execution rounds in another order; a wrong result differs by far more.
     times = 4 if row.provider.startswith(PUBLISHED) else 2
-    for actual, *others in zip(outcome(row, run, model, inputs), *expected, strict=True):
+    for actual, *others in zip(tensors_to_check(row, run, model, inputs), *expected, strict=True):
         check_close(actual.cpu(), *others, times=times)
     call = (
         training_call(row, run, model, inputs)
@@ -191,7 +206,7 @@ def measure(benchmark: BenchmarkFixture, row: Row) -> None:
         else partial(forward, row, run, inputs)
     )
     del model  # a sampler keeps the optimised model only
-    benchmark.extra_info |= facts(row, inputs["x"])
+    benchmark.extra_info |= row_facts(row, inputs["x"])
     benchmark.pedantic(synchronised(row, call), rounds=rounds(row, call), warmup_rounds=1)
     if row.device == "cuda":
         # The peak so far includes compiling and checking.
@@ -200,10 +215,10 @@ def measure(benchmark: BenchmarkFixture, row: Row) -> None:
         benchmark.extra_info["peak_bytes"] = torch.cuda.max_memory_allocated() - before
 
 
-def provide(row: Row) -> tuple[Run, DiMR]:
+def build_provider(row: Row) -> tuple[Run, DiMR]:
     """Return a provider with the interface of `DiMR`, and the model whose parameters it trains."""
     # A copy: training changes the weights, and on a GPU the provider's own memory is measured.
-    model = base(row)
+    model = base_model(row)
     if row.training or row.device == "cuda":
         model = copy.deepcopy(model)
     if row.provider == PUBLISHED:
@@ -235,7 +250,7 @@ def compiled(row: Row, model: torch.nn.Module) -> Run:
 
 
 @lru_cache(maxsize=1)
-def _base(config: DiMRConfig, device: str) -> DiMR:
+def _cached_model(config: DiMRConfig, device: str) -> DiMR:
     """Return a model of random weights, the last one requested from a cache."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -248,18 +263,18 @@ def _base(config: DiMRConfig, device: str) -> DiMR:
     return model
 
 
-def base(row: Row) -> DiMR:
+def base_model(row: Row) -> DiMR:
     """Return the fp32 model whose weights every provider of a preset uses."""
-    return _base(row.config, row.device)
+    return _cached_model(row.config, row.device)
 
 
-def draw(row: Row) -> dict[str, Tensor]:
+def draw_inputs(row: Row) -> dict[str, Tensor]:
     """Return x, times, classes and noise of a batch; images share one time except in training."""
     config, generator = row.config, torch.Generator().manual_seed(0)
     shape = row.batch, config.channels, *config.image_size
     times = row.batch if row.training else 1
     drawn = {
-        # The same numbers in either dtype.
+        # Rounded to the row's dtype first, so that reference and provider get the same numbers.
         "x": torch.randn(shape, generator=generator).to(row.dtype),
         "log_snr": 8 * torch.rand(times, generator=generator) - 4,
         "y": torch.randint(config.num_classes, (row.batch,), generator=generator),
@@ -298,7 +313,7 @@ def training_call(
     return step
 
 
-def outcome(row: Row, run: Run, model: DiMR, inputs: dict[str, Tensor]) -> list[Tensor]:
+def tensors_to_check(row: Row, run: Run, model: DiMR, inputs: dict[str, Tensor]) -> list[Tensor]:
     """Return the tensors to check: predictions and, in training, all gradients as one vector."""
     if not row.training:
         return [p[:CHECKED] for p in forward(row, run, inputs)]
@@ -308,9 +323,9 @@ def outcome(row: Row, run: Run, model: DiMR, inputs: dict[str, Tensor]) -> list[
 
 
 @lru_cache(maxsize=1)
-def outcomes(row: Row) -> tuple[list[Tensor], list[Tensor]]:
+def expected_tensors(row: Row) -> tuple[list[Tensor], list[Tensor]]:
     """Return the reference's tensors to check in the row's dtype and in a wider one, on the CPU."""
-    inputs = {k: v if len(v) == 1 else v[:CHECKED] for k, v in draw(row).items()}
+    inputs = {k: v if len(v) == 1 else v[:CHECKED] for k, v in draw_inputs(row).items()}
     exact = torch.float64 if row.dtype == torch.float32 else torch.float32
     more = {k: v.to(exact) if v.is_floating_point() else v for k, v in inputs.items()}
     wide = dataclasses.replace(row, dtype=torch.float32)  # not under autocast
@@ -319,8 +334,8 @@ def outcomes(row: Row) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _reference(row: Row, weights: torch.dtype, inputs: dict[str, Tensor]) -> list[Tensor]:
-    model = copy.deepcopy(base(row)).to(weights).set_implementation("reference")
-    return [t.cpu() for t in outcome(row, model, model, inputs)]
+    model = copy.deepcopy(base_model(row)).to(weights).set_implementation("reference")
+    return [t.cpu() for t in tensors_to_check(row, model, model, inputs)]
 
 
 def _gradient(parameters: list[Tensor]) -> Tensor:
@@ -333,7 +348,7 @@ def _gradient(parameters: list[Tensor]) -> Tensor:
     return vector
 
 
-def facts(row: Row, x: Tensor) -> dict[str, Any]:
+def row_facts(row: Row, x: Tensor) -> dict[str, Any]:
     """Return a row's facts for the results file: work per call, and the machine's present rates."""
     counted = work(row.config)
     flops = counted.flops + (backward_flops(row.config) if row.training else 0)
@@ -341,7 +356,7 @@ def facts(row: Row, x: Tensor) -> dict[str, Any]:
         "preset": row.preset,
         "batch": row.batch,
         "pass": row.title,
-        "dtype": name(row.dtype),
+        "dtype": dtype_name(row.dtype),
         "flops": row.batch * flops,
     }
     if not row.training:

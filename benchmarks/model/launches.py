@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+from benchmarks.utils import machine
 from benchmarks.utils.files import RESULTS
 from dimr_fast import DiMR
 from dimr_fast.files import write_json
@@ -85,7 +86,7 @@ def report() -> dict[str, Any]:
         }
         for preset, published in PUBLISHED.items()
     }
-    return {"torch": torch.__version__, "triton": triton.__version__, "presets": presets}
+    return {**machine.description(), "triton": triton.__version__, "presets": presets}
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.utils import machine
 from benchmarks.utils.files import RESULTS
 from dimr_fast import DiMR
-from dimr_fast.device import device_name, resolve_device
+from dimr_fast.device import resolve_device
 from dimr_fast.files import write_json
 
 RESULT = RESULTS / "memory.json"
@@ -64,7 +65,7 @@ def report(presets: Sequence[str]) -> dict[str, Any]:
             "predicted_bytes_per_image": 10**6 * PREDICTED_MB[name],
         }
         del model
-    return {"device": device_name(device), "torch": torch.__version__, "presets": found}
+    return machine.description() | {"presets": found}
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ Values = list[Tensor]
 
 
 class Permute(nn.Module):
+    """Permute dimensions, as a module."""
+
     def __init__(self, *order: int) -> None:
         super().__init__()
         self.order = order
@@ -61,6 +63,8 @@ class TDParameter(nn.Module):
 
 
 class LayerNorm(nn.Module):
+    """Layer norm with time-dependent scale and shift ("LN")."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = TDParameter(dim)
@@ -78,11 +82,14 @@ class LayerNorm(nn.Module):
 
 
 def rms_normalised(x: Tensor) -> Tensor:
+    """Return x divided by its root mean square over the last dimension."""
     rms = x.norm(2, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
     return x / (rms + 1e-8)
 
 
 class RMSNorm(nn.Module):
+    """RMS norm with a learned scale ("RMSN")."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.empty(dim))
@@ -92,6 +99,8 @@ class RMSNorm(nn.Module):
 
 
 class TDRMSNorm(nn.Module):
+    """RMS norm with a time-dependent scale ("TDRMSN")."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = TDParameter(dim)
@@ -111,6 +120,8 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class Attention(nn.Module):
+    """Pre-norm self-attention on packed q, k and v, which are cast to fp32."""
+
     def __init__(self, config: BranchConfig, norm_type: str) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
@@ -126,6 +137,8 @@ class Attention(nn.Module):
 
 
 class Depthwise(nn.Sequential):
+    """Depthwise convolution, with permutations from and to channels-last."""
+
     def __init__(self, config: BranchConfig) -> None:
         k, d = config.kernel_size, config.dim
         conv = nn.Conv2d(d, d, k, padding=k // 2, groups=d)
@@ -136,6 +149,8 @@ class Depthwise(nn.Sequential):
 
 
 class GatedMLP(nn.Module):
+    """Pre-norm `w2(gelu(w0(x)) * w1(x))`."""
+
     def __init__(self, config: BranchConfig, norm_type: str) -> None:
         super().__init__()
         self.norm = NORMS[norm_type](config.dim)
@@ -149,6 +164,8 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention or convolution, then MLP, each with a residual add."""
+
     def __init__(self, config: BranchConfig, norm_type: str, checkpointing: bool) -> None:
         super().__init__()
         self.checkpointing = checkpointing
@@ -168,6 +185,8 @@ class Block(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
+    """Add a learned embedding of each position."""
+
     def __init__(self, config: BranchConfig) -> None:
         super().__init__()
         self.width = config.max_width
@@ -181,6 +200,8 @@ class PositionEmbedding(nn.Module):
 
 
 class PixelShuffle(nn.Module):
+    """Project features and rearrange them to an image `ratio` times as large."""
+
     def __init__(self, in_features: int, dim: int, ratio: int) -> None:
         super().__init__()
         self.ratio = ratio
@@ -192,6 +213,8 @@ class PixelShuffle(nn.Module):
 
 
 class Branch(nn.Module):
+    """One resolution: input layer, cascade, blocks with skips, output layer."""
+
     def __init__(self, model: DiMRConfig, index: int, checkpointing: bool) -> None:
         super().__init__()
         config = model.stage_configs[index]

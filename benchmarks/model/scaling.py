@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.utils import machine
 from benchmarks.utils.files import RESULTS
 from dimr_fast import PRESETS, DiMR, DiMRConfig, optimize_for_inference
-from dimr_fast.device import device_name, keep_freed_memory, resolve_device
+from dimr_fast.device import keep_freed_memory, resolve_device
 from dimr_fast.diffusion import multi_scale_loss
 from dimr_fast.files import write_json
 from dimr_fast.optim import adamw
@@ -115,9 +116,8 @@ def report(device: torch.device) -> dict[str, Any]:
             for title in ("forward", "training step")
         }
     return {
-        "device": device_name(device),
+        **machine.description(),
         "dtype": str(DTYPE).removeprefix("torch."),
-        "torch": torch.__version__,
         "axes": found,
     }
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.ops.harness import COMPILE, DEVICES, Row, compare, name
+from benchmarks.ops.harness import COMPILE, DEVICES, Row, compare, dtype_name
 from dimr_fast.ops import OPERATORS, depthwise_conv2d, td_rms_norm
 
 SHAPES = {
@@ -49,7 +49,7 @@ def parameters() -> list[Any]:
     ):
         for preset, shape in SHAPES[device].items():
             row = Row("depthwise_conv2d", provider, preset, shape, dtype, device, False)
-            label = "-".join([device, preset, name(dtype), title, provider])
+            label = "-".join([device, preset, dtype_name(dtype), title, provider])
             found.append(pytest.param(row, title, id=label.replace(" ", "_")))
     return found
 

@@ -22,7 +22,7 @@ ROTATION = 8
 Function = Callable[..., Any]
 
 
-def name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype without its module."""
     return str(dtype).removeprefix("torch.")
 
@@ -78,7 +78,7 @@ def rows(
         for preset, shape in list(presets.items())[:count]:
             row = Row(operator, provider, preset, (batch, *shape), dtype, device, backward)
             passes = "forward+backward" if backward else "forward"
-            title = "-".join([device, preset, name(dtype), passes, provider])
+            title = "-".join([device, preset, dtype_name(dtype), passes, provider])
             found.append(pytest.param(row, id=title.replace(" ", "_")))
     return pytest.mark.parametrize("row", found)
 
@@ -250,7 +250,7 @@ def describe(operator: str, implementation: str, x: torch.Tensor) -> dict[str, A
         "operator": operator,
         "implementation": implementation,
         "shape": list(x.shape),
-        "dtype": name(x.dtype),
+        "dtype": dtype_name(x.dtype),
         "device": torch.cuda.get_device_name(x.device) if x.is_cuda else "CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.ops.harness import check_close, name
+from benchmarks.ops.harness import check_close, dtype_name
 from benchmarks.utils import machine
 from benchmarks.utils.files import RESULTS
 from dimr_fast import _extension
@@ -86,12 +86,12 @@ def measure(d: int, k: int, b: int, dtype: torch.dtype, seconds: float) -> list[
         try:
             check(timed, tensors, ours(), theirs())
         except AssertionError as error:
-            at = f"{title}, {name(dtype)}, D={d} k={k} B={b}"
+            at = f"{title}, {dtype_name(dtype)}, D={d} k={k} B={b}"
             raise AssertionError(f"{at}: not as accurate as torch, so not timed") from error
         times = alternate(ours, theirs, seconds)
         medians = [1e3 * statistics.median(side) for side in times]
         chosen = OPERATORS["depthwise_conv2d"].select("auto", tensors[0])
-        point = {"pass": title, "dtype": name(dtype), "batch": b, "width": d, "kernel": k}
+        point = {"pass": title, "dtype": dtype_name(dtype), "batch": b, "width": d, "kernel": k}
         point |= {"implementation": chosen, "ours_ms": medians[0], "torch_ms": medians[1]}
         found.append(point | {"ratio": medians[1] / medians[0], "repetitions": len(times[0])})
     return found

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.report.cpu_targets import TARGETS
 from benchmarks.report.results import Entry, Group, ModelResults
+from benchmarks.utils import machine
 from benchmarks.utils.markdown import table
 from benchmarks.utils.names import (
     BF16,
@@ -120,6 +121,6 @@ def scaling_text(report: Mapping[str, Any]) -> str:
         exponents = [f"{title} {fit['exponent']:.2f}" for title, fit in fits.items()]
         found.append(f"{axis} {', '.join(exponents)}")
     return (
-        f"Time of a model like the demo's as a power of its size ({report['device']}, "
+        f"Time of a model like the demo's as a power of its size ({machine.summary(report)}, "
         f"{report['dtype']}). Fitted exponents: {'; '.join(found)}."
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report.results import machine_line
+from benchmarks.utils import machine
 from benchmarks.utils.files import RESULTS
 from benchmarks.utils.markdown import table
 from dimr_fast.ops import OPERATORS
@@ -72,8 +73,7 @@ def sweep_table(report: Mapping[str, Any]) -> str:
     return (
         f"Speedup (×) of `depthwise_conv2d` over eager torch, for D ∈ {{{sizes['width']}}}, "
         f"k ∈ {{{sizes['kernel']}}}, B ∈ {{{sizes['batch']}}} at {side}×{side} "
-        f"({report['device']}, {report['instruction_set']}, {report['threads']} threads, "
-        f"torch {report['torch']}, commit {report['commit'][:9]}, {report['date']}):\n\n"
+        f"({machine.summary(report)}, {report['instruction_set']}):\n\n"
         f"{table(rows)}"
     )
 
@@ -93,7 +93,7 @@ def launch_table(report: Mapping[str, Any]) -> str:
 
 def memory_table(report: Mapping[str, Any]) -> str:
     """Return the bytes saved for the backward pass, and their prediction."""
-    title = f"saved for the backward pass, bf16 autocast, {report['device']}"
+    title = f"saved for the backward pass, bf16 autocast ({machine.summary(report)})"
     return table(
         {
             title: preset,
@@ -115,6 +115,7 @@ def prediction_table(report: Mapping[str, Any]) -> str:
         for row in report["rows"]
     ]
     return (
-        f"For {report['target']}, compiled by Triton {report['triton']}. "
+        f"For {report['target']}, compiled by Triton {report['triton']} at commit "
+        f"{report['commit']:.9}. "
         f"Assumed rates: {rates}.\n\n{table(rows)}"
     )

@@ -9,6 +9,7 @@ import matplotlib
 
 from benchmarks.ablation.report import draw_ablation
 from benchmarks.report.results import Group, ModelResults
+from benchmarks.utils import machine
 from benchmarks.utils.files import PLOTS, RESULTS
 from benchmarks.utils.names import (
     OURS,
@@ -161,7 +162,9 @@ def draw_scaling(report: Mapping[str, Any], target: Path) -> None:
         axes.legend(fontsize=7, loc="upper left")
         axes.grid(alpha=0.3, linewidth=0.4)
     panels[0][0].set_ylabel("ms")
-    figure.suptitle(f"A model like the demo's, {report['dtype']}. {report['device']}", fontsize=9)
+    figure.suptitle(
+        f"A model like the demo's, {report['dtype']}. {machine.summary(report)}", fontsize=9
+    )
     figure.savefig(target, dpi=110)
     plt.close(figure)
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.utils import machine
 from benchmarks.utils.spread import Spread
 
 
 class Group(NamedTuple):
-    """What the providers of a row have in common."""
+    """A pass of a model, which several providers execute."""
 
     preset: str
     title: str
@@ -87,8 +88,11 @@ class ModelResults:
 def machine_line(content: Mapping[str, Any]) -> str:
     """Return device, threads, version, commit and date of a pytest-benchmark file."""
     info = content["benchmarks"][0]["extra_info"]
-    device = info["device"]
-    if device == "CPU":
-        device = f"{content['machine_info']['cpu']['brand_raw']}, {info['threads']} threads"
-    commit = content["commit_info"].get("id", "unknown")[:9]
-    return f"{device}, torch {info['torch']}, commit {commit}, {content['datetime'][:10]}"
+    on_cpu = info["device"] == "CPU"
+    facts = {
+        "device": content["machine_info"]["cpu"]["brand_raw"] if on_cpu else info["device"],
+        "torch": info["torch"],
+        "commit": content["commit_info"].get("id", "unknown"),
+        "date": content["datetime"][:10],
+    }
+    return machine.summary(facts | ({"threads": info["threads"]} if on_cpu else {}))

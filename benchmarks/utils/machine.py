@@ -4,6 +4,7 @@ import datetime
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,19 @@ def description(*paths: str) -> dict[str, Any]:
         "commit": commit(*paths),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def summary(facts: Mapping[str, Any]) -> str:
+    """Return device, threads, version of torch, commit and date in one line, if they are known."""
+    threads = facts.get("threads")
+    formats = {
+        "device": "{}",
+        "threads": "{} thread" if threads == 1 else "{} threads",
+        "torch": "torch {}",
+        "commit": "commit {:.9}",
+        "date": "{}",
+    }
+    return ", ".join(form.format(facts[key]) for key, form in formats.items() if key in facts)
 
 
 def _git(*arguments: str) -> str:

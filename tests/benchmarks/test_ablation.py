@@ -11,7 +11,7 @@ import torch
 from benchmarks.ablation import report as ablation_report
 from benchmarks.ablation import run as ablation
 from benchmarks.ablation.models import ARMS, AdaLNZeroBlock, PlainMLP
-from benchmarks.ablation.run import Data, Settings, TrainingRun
+from benchmarks.ablation.run import Settings, TileBatches, TrainingRun
 from benchmarks.model.flops import flops
 from benchmarks.utils import machine
 from dimr_fast import PRESETS, DiMR
@@ -33,14 +33,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def data() -> Data:
+def data() -> TileBatches:
     generator = torch.Generator().manual_seed(0)
 
     def part(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
         return images, torch.arange(count) % 6, torch.zeros(count, 2, dtype=torch.int64)
 
-    return Data(Tiles(*part(12), *part(6)))
+    return TileBatches(Tiles(*part(12), *part(6)))
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_each_arm_changes_one_thing() -> None:
 
 @pytest.mark.parametrize("key", ["b", "e"])
 def test_a_resumed_run_goes_on_as_if_never_stopped(
-    key: str, data: Data, settings: Settings, tmp_path: Path
+    key: str, data: TileBatches, settings: Settings, tmp_path: Path
 ) -> None:
     def steps(run: TrainingRun, count: int) -> None:
         for _ in range(count):
@@ -149,14 +149,16 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(
         assert torch.equal(second.ema.tensors[name], whole.ema.tensors[name]), name
 
 
-def test_batches_depend_on_seed_and_step_only(data: Data) -> None:
+def test_batches_depend_on_seed_and_step_only(data: TileBatches) -> None:
     same = zip(data.batch(1, 7, 4), data.batch(1, 7, 4), strict=True)
     assert all(torch.equal(one, other) for one, other in same)
     assert not torch.equal(data.batch(1, 7, 4)[3], data.batch(1, 8, 4)[3])
     assert not torch.equal(data.batch(1, 7, 4)[3], data.batch(2, 7, 4)[3])
 
 
-def test_a_step_without_a_finite_gradient_changes_nothing(data: Data, settings: Settings) -> None:
+def test_a_step_without_a_finite_gradient_changes_nothing(
+    data: TileBatches, settings: Settings
+) -> None:
     def infinite_loss(predictions: list[torch.Tensor], noise: torch.Tensor) -> torch.Tensor:
         return predictions[-1].mean() * torch.inf
 
@@ -172,7 +174,7 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     assert factors == pytest.approx([0, 0.5, 1, 1, 0.5, 0, 0])
 
 
-def test_runs_take_turns_until_each_has_had_its_time(data: Data, settings: Settings) -> None:
+def test_runs_take_turns_until_each_has_had_its_time(data: TileBatches, settings: Settings) -> None:
     runs = [TrainingRun(key, 0, CLASSES) for key in "ae"]
     ablation.train(runs, data, settings, torch.float32)
     for run in runs:
@@ -235,7 +237,7 @@ def test_the_report_is_made_of_the_scores(settings: Settings, tmp_path: Path) ->
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def test_a_run_is_scored_on_held_out_tiles(data: Data, settings: Settings) -> None:
+def test_a_run_is_scored_on_held_out_tiles(data: TileBatches, settings: Settings) -> None:
     scorer = object.__new__(ablation.Scorer)
     scorer.data, scorer.settings, scorer.dtype = data, settings, torch.float32
     scorer.labels = torch.tensor([0, 1, 2, 3])

@@ -222,7 +222,7 @@ class FakeBenchmark:
         call()
 
 
-def test_a_model_that_does_not_fit_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_not_fit_is_a_result() -> None:
     freed = []
     row = next(r for r in bench_model.rows() if r.preset == "demo" and not r.training)
 
@@ -231,10 +231,8 @@ def test_a_model_that_does_not_fit_is_a_result(monkeypatch: pytest.MonkeyPatch) 
         weakref.finalize(large, freed.append, True)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB\nand more")
 
-    monkeypatch.setattr(bench_model, "forward", too_large)
-    monkeypatch.setattr(bench_model, "outcomes", lambda row: ([], []))
     with pytest.raises(pytest.skip.Exception) as skipped:
-        bench_model.test_model(FakeBenchmark(), row)  # type: ignore[arg-type]
+        bench_model.measure_or_skip(FakeBenchmark(), row, too_large)  # type: ignore[arg-type]
     assert str(skipped.value) == (
         f"{names.OUT_OF_MEMORY}: CUDA out of memory. Tried to allocate 80 GiB"
     )
@@ -336,3 +334,12 @@ def test_a_dry_run_end_to_end(tmp_path: Path) -> None:
     assert {"reference"} <= measured == {r["implementation"] for r in rows}
     assert all(r["median ms"] > 0 for r in rows)
     assert f"## {wanted[0]}" in (tmp_path / "report.md").read_text()
+
+
+def test_the_tests_that_sections_run_exist() -> None:
+    """`find_test` fails if a name is missing or ambiguous."""
+    *files, single = sections.kernel_tests()
+    assert len(files) == 9
+    path, _, name = str(single).partition("::")
+    assert f"def {name}(" in Path(path).read_text()
+    sections.find_test("test_depthwise_conv2d_gpu")

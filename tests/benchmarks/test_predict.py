@@ -29,6 +29,7 @@ LOOP = KERNEL | {"loops": [{"LDG.E.128": 1, "FADD": 10, "BRA": 1}]}
 
 
 def test_cases_have_names_of_their_own() -> None:
+    assert predict.COMPILER.is_file()
     names = [case.name for case in cases()]
     assert len(set(names)) == len(names)
     keys = [(row["operator"], row["x"], row["pass"]) for row in COMMITTED["rows"]]
