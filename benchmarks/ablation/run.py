@@ -277,6 +277,7 @@ class Scorer:
     def score(self, run: TrainingRun) -> dict[str, Any]:
         """Return a run's entry for `ablation.json`."""
         model = run.averaged()
+        images = generate(model, self.labels, self.data, self.settings, self.dtype, run.seed)
         return {
             "arm": run.key,
             "seed": run.seed,
@@ -284,43 +285,52 @@ class Scorer:
             "skipped_steps": run.skipped,
             "cpu_seconds": run.seconds,
             "images_per_cpu_second": run.step * self.settings.batch_size / run.seconds,
-            "held_out_loss": self.held_out_loss(model),
-            "frechet": self.distance(self.draw(model, run.seed)),
+            "held_out_loss": held_out_loss(model, self.data, self.dtype),
+            "frechet": self.distance(images),
             "frechet_training": self.training,
             "frechet_recipe": f"{self.features.recipe}, {self.settings.samples} images against "
             f"{len(self.data.tiles.val_images)} held-out tiles",
         }
 
-    @torch.no_grad()
-    def held_out_loss(self, model: DiMR) -> float:
-        """Return the mean squared error of the noise at full resolution; predicting 0 gives 1."""
-        losses = []
-        for x0, y, n, noise in self.data.held_out():
-            predictions = predict(model, self.data.schedule, x0, y, n, noise, self.dtype)
-            losses.append(multi_scale_loss(predictions[-1:], noise))
-        return torch.cat(losses).mean().item()
 
-    @torch.no_grad()
-    def draw(self, model: DiMR, seed: int) -> Tensor:
-        """Generate uint8 images [samples, 3, H, W], from the same noise and labels in all arms."""
+@torch.no_grad()
+def held_out_loss(model: DiMR, data: TileBatches, dtype: torch.dtype) -> float:
+    """Return the mean squared error of the noise at full resolution; predicting 0 gives 1."""
+    losses = []
+    for x0, y, n, noise in data.held_out():
+        predictions = predict(model, data.schedule, x0, y, n, noise, dtype)
+        losses.append(multi_scale_loss(predictions[-1:], noise))
+    return torch.cat(losses).mean().item()
 
-        def noise_of(x: Tensor, condition: Tensor, y: Tensor) -> Tensor:
-            with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-                return model(x, log_snr=condition, y=y)[-1]
 
-        generator = torch.Generator().manual_seed(derived_seed(seed, 2))
-        guidance, images = ConstantGuidance(self.settings.guidance), []
-        for y in self.labels.split(SCORING_BATCH):
-            noise = torch.randn(len(y), 3, SIDE, SIDE, generator=generator)
-            x = dpm_solver_singlestep(
-                guided(noise_of, y, self.data.null_class, guidance),
-                noise.clamp(-NOISE_LIMIT, NOISE_LIMIT),
-                self.data.schedule,
-                self.settings.sampling_steps,
-                clip=self.data.scale.range,
-            )
-            images.append(self.data.scale.to_pixels(x))
-        return torch.cat(images)
+@torch.no_grad()
+def generate(
+    model: DiMR,
+    labels: Tensor,
+    data: TileBatches,
+    settings: Settings,
+    dtype: torch.dtype,
+    seed: int,
+) -> Tensor:
+    """Generate uint8 images [N, 3, H, W] of the labels, from the same noise in all arms."""
+
+    def noise_of(x: Tensor, condition: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return model(x, log_snr=condition, y=y)[-1]
+
+    generator = torch.Generator().manual_seed(derived_seed(seed, 2))
+    guidance, images = ConstantGuidance(settings.guidance), []
+    for y in labels.split(SCORING_BATCH):
+        noise = torch.randn(len(y), 3, SIDE, SIDE, generator=generator)
+        x = dpm_solver_singlestep(
+            guided(noise_of, y, data.null_class, guidance),
+            noise.clamp(-NOISE_LIMIT, NOISE_LIMIT),
+            data.schedule,
+            settings.sampling_steps,
+            clip=data.scale.range,
+        )
+        images.append(data.scale.to_pixels(x))
+    return torch.cat(images)
 
 
 def checkpoint_path(settings: Settings, run: TrainingRun) -> Path:

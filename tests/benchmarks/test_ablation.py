@@ -25,7 +25,7 @@ CLASSES = 7
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As the ablation runs; batches this small gain nothing from more."""
+    """Use one thread, as the ablation does."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,7 +56,7 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def randomised(model: DiMR) -> DiMR:
-    """With every parameter off its initial value, so that none is left out by being zero."""
+    """Add noise to every parameter, so that none has no effect by being zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -79,7 +79,7 @@ def test_every_arm_predicts_noise_from_image_time_and_class(key: str) -> None:
     with torch.no_grad():
         for changed in ({"log_snr": log_snr + 1, "y": y}, {"log_snr": log_snr, "y": 6 - y}):
             assert not torch.equal(model(x, **changed)[-1], predictions[-1])
-        # As sampling calls it: one time for all images.
+        # Sampling passes one time for all images.
         alone = model(x, log_snr=log_snr[:1], y=y)[-1][0]
     torch.testing.assert_close(alone, predictions[-1][0], rtol=1e-3, atol=1e-4)
 
@@ -89,7 +89,7 @@ def test_arms_have_about_as_many_parameters_as_the_demo() -> None:
         demo = sum(p.numel() for p in DiMR(PRESETS["demo"]).parameters())
     found = {key: ablation_report.describe(key) for key in ARMS}
     assert all(0.9 < arm["parameters"] / demo < 1.1 for arm in found.values()), found
-    # As the published execution of the same model is counted.
+    # The same FLOP as in the published execution of the same model.
     with torch.device("meta"):
         config = ARMS["f"].build(CLASSES).config
     assert found["f"]["flops"] == flops(config)
@@ -126,7 +126,7 @@ def test_each_arm_changes_one_thing() -> None:
 
 
 @pytest.mark.parametrize("key", ["b", "e"])
-def test_a_resumed_run_goes_on_as_if_never_stopped(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     key: str, data: TileBatches, settings: Settings, tmp_path: Path
 ) -> None:
     def steps(run: TrainingRun, count: int) -> None:
@@ -174,7 +174,7 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     assert factors == pytest.approx([0, 0.5, 1, 1, 0.5, 0, 0])
 
 
-def test_runs_take_turns_until_each_has_had_its_time(data: TileBatches, settings: Settings) -> None:
+def test_every_run_gets_its_cpu_time(data: TileBatches, settings: Settings) -> None:
     runs = [TrainingRun(key, 0, CLASSES) for key in "ae"]
     ablation.train(runs, data, settings, torch.float32)
     for run in runs:
@@ -183,7 +183,7 @@ def test_runs_take_turns_until_each_has_had_its_time(data: TileBatches, settings
         assert progress["step"] == run.step >= 1
 
 
-def test_a_state_folder_is_of_one_recipe_and_one_process(settings: Settings) -> None:
+def test_a_state_folder_serves_one_recipe_and_one_process(settings: Settings) -> None:
     in_use = pytest.raises(BlockingIOError, match="another process")
     with ablation.locked_state(settings) as first, in_use, ablation.locked_state(settings):
         pass
@@ -195,7 +195,7 @@ def test_a_state_folder_is_of_one_recipe_and_one_process(settings: Settings) -> 
 
 
 @pytest.mark.parametrize("name", ["minutes", "samples", "batch_size", "slice_seconds"])
-def test_settings_out_of_range_are_named(name: str, tmp_path: Path) -> None:
+def test_an_error_names_the_setting_out_of_range(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=name):
         Settings(state=tmp_path, **{name: 0}).validate()
 
@@ -215,7 +215,7 @@ def result(arm: str, seed: int, frechet: float) -> dict[str, Any]:
     }
 
 
-def test_the_report_is_made_of_the_scores(settings: Settings, tmp_path: Path) -> None:
+def test_the_report_contains_the_scores(settings: Settings, tmp_path: Path) -> None:
     with ablation.locked_state(settings):
         pass
     for one in (result("a", 0, 200.0), result("a", 1, 210.0), result("f", 0, 150.0)):
@@ -238,12 +238,10 @@ def test_the_report_is_made_of_the_scores(settings: Settings, tmp_path: Path) ->
 
 
 def test_a_run_is_scored_on_held_out_tiles(data: TileBatches, settings: Settings) -> None:
-    scorer = object.__new__(ablation.Scorer)
-    scorer.data, scorer.settings, scorer.dtype = data, settings, torch.float32
-    scorer.labels = torch.tensor([0, 1, 2, 3])
     model = TrainingRun("f", 0, CLASSES).averaged()
-    # Untrained it predicts nearly nothing, whose error is the noise's variance.
-    assert scorer.held_out_loss(model) == pytest.approx(1, abs=0.5)
-    images = scorer.draw(model, 0)
+    # An untrained model predicts almost zero, so the error is the variance of the noise.
+    assert ablation.held_out_loss(model, data, torch.float32) == pytest.approx(1, abs=0.5)
+    arguments = (model, torch.tensor([0, 1, 2, 3]), data, settings, torch.float32, 0)
+    images = ablation.generate(*arguments)
     assert (images.shape, images.dtype) == ((4, 3, 32, 32), torch.uint8)
-    assert torch.equal(images, scorer.draw(model, 0))
+    assert torch.equal(images, ablation.generate(*arguments))

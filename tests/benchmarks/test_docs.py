@@ -12,7 +12,7 @@ from benchmarks.utils.names import OURS
 
 
 @pytest.mark.parametrize("path", docs.PAGES, ids=lambda path: path.name)
-def test_a_page_is_what_the_results_files_say(path: docs.Path) -> None:
+def test_generated_pages_are_current(path: docs.Path) -> None:
     page = path.read_text()
     assert docs.PAGES[path](page) == page, "run python -m benchmarks.report"
 

@@ -11,13 +11,13 @@ GFLOP = {"DiMR-XL/2R": (320, 646), "DiMR-G/2R": (662, 1333), "DiMR-XL/3R": (412,
 
 
 @pytest.mark.parametrize("preset", GFLOP)
-def test_published_models(preset: str) -> None:
+def test_counts_equal_published_figures(preset: str) -> None:
     forward, backward = GFLOP[preset]
     assert flops(PRESETS[preset]) / 1e9 == pytest.approx(forward, rel=0.02)
     assert backward_flops(PRESETS[preset]) / 1e9 == pytest.approx(backward, rel=0.02)
 
 
-def test_a_block_more_costs_what_it_should() -> None:
+def test_two_more_blocks_add_the_flop_computed_by_hand() -> None:
     config = PRESETS["tiny"]
     low, *others = config.stage_configs
     deeper = dataclasses.replace(low, num_blocks=low.num_blocks + 2)
@@ -29,7 +29,7 @@ def test_a_block_more_costs_what_it_should() -> None:
     assert flops(more) - flops(config) == 2 * (2 * products + (n + 1) * 2 * d * d + cascade)
 
 
-def test_traffic_is_per_image_and_weights_per_batch() -> None:
+def test_traffic_grows_with_images_and_weights_count_once() -> None:
     found = work(PRESETS["tiny"])
     model = DiMR.from_preset("tiny")
     assert found.parameters == sum(p.numel() for p in model.parameters())

@@ -54,7 +54,7 @@ def alive(pid: int) -> bool:
     return status.exists() and status.read_text().rsplit(")")[-1].split()[0] != "Z"
 
 
-def test_what_goes_wrong_costs_only_itself(tmp_path: Path) -> None:
+def test_a_failing_section_does_not_affect_the_others(tmp_path: Path) -> None:
     planned = [FAILS, CRASHES, HANGS, HALF, GOOD]
     start = time.monotonic()
     results = gpu_run.run(planned, tmp_path, minutes=0.1, dry_run=True)
@@ -80,7 +80,7 @@ def test_what_goes_wrong_costs_only_itself(tmp_path: Path) -> None:
     assert on_disk["sections"] == found
 
 
-def test_minutes_are_a_limit_and_what_is_not_used_is_handed_on(tmp_path: Path) -> None:
+def test_minutes_are_a_limit_and_unused_time_goes_to_later_sections(tmp_path: Path) -> None:
     note = "write(NAME, facts={'limit': float(sys.argv[sys.argv.index('--seconds') + 1])})"
     planned = [
         section("first", note.replace("NAME", "'first'"), 1.5),
@@ -91,13 +91,13 @@ def test_minutes_are_a_limit_and_what_is_not_used_is_handed_on(tmp_path: Path) -
     found = gpu_run.run(planned, tmp_path, minutes=0.06, dry_run=True)["sections"]
     assert time.monotonic() - start < 5
     assert found["first"]["facts"]["limit"] == pytest.approx(0.75 * 3.6, rel=0.05)
-    # Its own part of the whole would have been 0.9 s.
+    # Without the time that the first section left, its limit would have been 0.9 s.
     assert found["hangs"]["seconds"] > 2
     assert found["last"] == {"status": "not reached"}
     assert "| last | not reached |" in (tmp_path / "report.md").read_text()
 
 
-def test_where_there_is_too_little_time_the_first_sections_have_theirs(tmp_path: Path) -> None:
+def test_with_too_little_time_the_first_sections_get_their_plan(tmp_path: Path) -> None:
     note = "write(NAME, facts={'limit': float(sys.argv[sys.argv.index('--seconds') + 1])})"
     planned = [section(name, note.replace("NAME", repr(name)), 4) for name in ("one", "two")]
     planned.insert(1, section("between", "time.sleep(60)", 4))
@@ -107,7 +107,7 @@ def test_where_there_is_too_little_time_the_first_sections_have_theirs(tmp_path:
     assert found["two"] == {"status": "not reached"}
 
 
-def test_only_keeps_what_was_there_of_the_others(tmp_path: Path) -> None:
+def test_only_keeps_the_results_of_other_sections(tmp_path: Path) -> None:
     (tmp_path / "benchmarks").mkdir()
     kept = tmp_path / "benchmarks" / "kept.json"
     kept.touch()
@@ -126,7 +126,7 @@ def test_only_keeps_what_was_there_of_the_others(tmp_path: Path) -> None:
     assert "log" not in found["fails"]
 
 
-def test_without_a_gpu_only_a_dry_run_goes_on(tmp_path: Path) -> None:
+def test_without_a_gpu_only_a_dry_run_continues(tmp_path: Path) -> None:
     machine = section("machine", "write('machine', facts={'GPU': 'none'})")
     statuses = {
         dry_run: gpu_run.run([machine, GOOD], tmp_path, minutes=0.1, dry_run=dry_run)
@@ -136,15 +136,15 @@ def test_without_a_gpu_only_a_dry_run_goes_on(tmp_path: Path) -> None:
     assert statuses[True]["sections"]["good"]["status"] == "passed"
 
 
-def test_a_section_is_told_which_rows_are_wanted(tmp_path: Path) -> None:
+def test_a_section_receives_the_chosen_rows(tmp_path: Path) -> None:
     tells = section("tells", "write('tells', facts={'rows': sys.argv[-1]})")
     wanted = {"tells": "XL/2R and ours"}
     found = gpu_run.run([tells], tmp_path, minutes=0.1, only=wanted, dry_run=True)["sections"]
     assert found["tells"]["facts"] == {"rows": "XL/2R and ours"}
 
 
-def test_a_machine_without_a_build_is_built_on_first(tmp_path: Path) -> None:
-    """Only if a section needs it; and every run states its machine."""
+def test_the_build_runs_first_if_it_is_missing(tmp_path: Path) -> None:
+    """It runs only if a section needs it. Every run states its machine."""
     machine, build, plots = (
         dataclasses.replace(section(name, code), needs_build=False)
         for name, code in (
@@ -173,7 +173,7 @@ def test_a_machine_without_a_build_is_built_on_first(tmp_path: Path) -> None:
     assert names(True) == ["machine", "build", "good", "plots"]
 
 
-def test_what_counts_as_built(tmp_path: Path) -> None:
+def test_is_built_requires_kernels_and_libraries_for_this_python(tmp_path: Path) -> None:
     assert not gpu_run.is_built(tmp_path)
     for name in ("kernels", "libdimr_fast_cpu.so", "_bindings.cpython-30-x.so"):
         (tmp_path / name).touch()
@@ -183,7 +183,7 @@ def test_what_counts_as_built(tmp_path: Path) -> None:
 
 
 def test_a_run_resumes_from_an_archive(tmp_path: Path) -> None:
-    """On another machine, which has neither the results nor the tuned configurations."""
+    """The other machine has neither the results nor the tuned configurations."""
     archive, installed = tmp_path / "back" / "gpu.tar.gz", tmp_path / "installed"
     installed.mkdir()
     options: dict[str, Any] = {"minutes": 0.1, "configurations": installed}
@@ -211,7 +211,7 @@ def test_a_run_resumes_from_an_archive(tmp_path: Path) -> None:
     assert list(alone["sections"]) == ["good"]
 
 
-def test_a_run_that_is_killed_leaves_its_archive(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_its_archive(tmp_path: Path) -> None:
     code = f"""
 import pathlib, sys
 from benchmarks.gpu import run
@@ -262,7 +262,7 @@ def synthetic() -> dict[str, Any]:
         row("ours", 1, **xl) | {"preset": "demo"},
         row("ours", 10, **one),
         row("ours", 300, **training, **{"peak GB": 61.0}),
-        # Without its counterpart at this dtype.
+        # No row of ours has this dtype.
         row("published", 1, **training) | {"dtype": "float32"},
     ]
     operators = [
@@ -319,7 +319,7 @@ def test_targets_are_judged_by_their_worst_row() -> None:
     assert {r["verdict"] for r in targets.judge(results)} == {"not measured"}
 
 
-def test_targets_name_what_the_benchmarks_say() -> None:
+def test_targets_name_existing_operators_and_passes() -> None:
     """Operators, passes and implementations exist in the operators' benchmarks."""
     assert "chain" in bench_depthwise_conv2d.GRADIENT_OF
     for operator, implementation in (
@@ -331,7 +331,7 @@ def test_targets_name_what_the_benchmarks_say() -> None:
         assert implementation in OPERATORS[operator].names
 
 
-def test_the_report_reads_well(tmp_path: Path) -> None:
+def test_the_report_has_its_tables_in_order(tmp_path: Path) -> None:
     results = synthetic()
     results["sections"]["measure"]["notes"] = ["a note"]
     results["sections"]["plots"] = {
@@ -350,7 +350,7 @@ def test_the_report_reads_well(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*")), "nothing unfinished is left"
 
 
-def test_what_was_predicted_stands_beside_what_was_measured(tmp_path: Path) -> None:
+def test_predicted_times_are_compared_with_measured_ones(tmp_path: Path) -> None:
     results = synthetic()
     norm = {"operator": "td_rms_norm", "x": "64×257×960", "dtype": "bfloat16"}
     results["sections"]["operators"]["tables"]["benchmarks"] = [
@@ -382,17 +382,17 @@ def test_what_was_predicted_stands_beside_what_was_measured(tmp_path: Path) -> N
         assert times == [pytest.approx((20, 2)), pytest.approx((80, 2)), (None, None)]
 
 
-def test_every_section_has_its_action() -> None:
+def test_every_planned_section_is_implemented() -> None:
     assert [s.name for s in gpu_run.SECTIONS] == list(sections.SECTIONS)
 
 
-def test_the_page_says_what_each_section_is_given() -> None:
+def test_the_page_states_the_planned_time_of_each_section() -> None:
     for planned in gpu_run.SECTIONS:
         assert re.search(rf"^\| {planned.name} \| {planned.seconds:g} \| ", PAGE, re.M), planned
 
 
-def test_the_calls_of_the_page_have_time_for_what_they_run() -> None:
-    """Each on a bare machine, within nine minutes, and together everything that there is."""
+def test_the_calls_on_the_page_have_enough_minutes() -> None:
+    """Each has time for its sections and the build; together they run every section."""
     seconds = {planned.name: planned.seconds for planned in gpu_run.SECTIONS}
     commands = re.findall(r"^python -m benchmarks.gpu.run (.*--only.*)$", PAGE, re.M)
     run = []

@@ -28,21 +28,21 @@ from benchmarks.utils.files import ROOT
 
 @pytest.fixture(autouse=True)
 def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pytest that a section starts is no worker of this one's: a worker does not time."""
+    """Hide pytest-xdist from the sessions that sections start: its workers do not time."""
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
         monkeypatch.delenv(name)
 
 
 @pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN])
 def interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
-    """As in a terminal, and as in the background of a shell, whose jobs inherit that."""
+    """Handle SIGINT as in a terminal, and ignore it as in background jobs of a shell."""
     before = signal.signal(signal.SIGINT, request.param)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interrupts")
-def test_a_section_keeps_what_a_command_left_when_interrupted(tmp_path: Path) -> None:
+def test_an_interrupted_command_can_save_its_results(tmp_path: Path) -> None:
     section = SectionRun("x", tmp_path, 30, dry_run=True)
     code = """
 import pathlib, sys, time
@@ -63,19 +63,19 @@ except KeyboardInterrupt:
 
 
 def found(tmp_path: Path) -> dict[str, Any]:
-    """What section x has written."""
+    """Return what section x has written."""
     return dict(json.loads((tmp_path / "x.json").read_text()))
 
 
 @pytest.fixture
 def few_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others take seconds to import, in each of the sessions that a test starts."""
+    """Load only one plugin in started sessions: the others take seconds to import."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTEST_PLUGINS", "pytest_benchmark.plugin")
 
 
 @pytest.mark.usefixtures("few_plugins")
-def test_no_test_that_passes_is_a_failure(tmp_path: Path) -> None:
+def test_a_section_fails_if_no_test_passes(tmp_path: Path) -> None:
     file = tmp_path / "test_it.py"
     file.write_text(
         "import pytest\n\n\n@pytest.mark.parametrize('i', [0, 1])\ndef test_it(i):\n    assert i\n"
@@ -112,11 +112,11 @@ def test_it(i):
         STOP
         time.sleep(60)
 """
-DEAF = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+IGNORE_SIGINT = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 
 def cut_off(tmp_path: Path, section: SectionRun, stop: str, *arguments: str) -> list[str]:
-    """Run tests of which one hangs after `stop`; the section's notes."""
+    """Run tests of which one hangs after `stop`; return the section's notes."""
     file = tmp_path / "test_it.py"
     file.write_text(SLOW.replace("STOP", stop))
     assert not section.run_pytest("slow", [file, *arguments]).passed
@@ -128,10 +128,10 @@ def cut_off(tmp_path: Path, section: SectionRun, stop: str, *arguments: str) -> 
     return list(found(tmp_path)["notes"])
 
 
-@pytest.mark.parametrize("stop", ["pass", DEAF], ids=["interrupted", "killed"])
+@pytest.mark.parametrize("stop", ["pass", IGNORE_SIGINT], ids=["interrupted", "killed"])
 @pytest.mark.usefixtures("few_plugins")
-def test_tests_that_are_cut_off_leave_the_outcomes_they_had(tmp_path: Path, stop: str) -> None:
-    """Also where the interruption does not end them, as under a driver that hangs."""
+def test_interrupted_tests_leave_their_outcomes(tmp_path: Path, stop: str) -> None:
+    """This includes tests that ignore the interruption, as under a driver that hangs."""
     section = SectionRun("x", tmp_path, 8, dry_run=True)
     start = time.monotonic()
     assert cut_off(tmp_path, section, stop) == ["slow: interrupted after 6 s"]
@@ -140,8 +140,8 @@ def test_tests_that_are_cut_off_leave_the_outcomes_they_had(tmp_path: Path, stop
     assert not section.failed, "what was not reached is no failure"
 
 
-def test_parallel_tests_that_are_cut_off_leave_the_outcomes_they_had(tmp_path: Path) -> None:
-    """pytest-xdist takes long to end, and here the controller is killed outright."""
+def test_killed_parallel_tests_leave_their_outcomes(tmp_path: Path) -> None:
+    """The controller of pytest-xdist is killed without a chance to write."""
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     section = SectionRun("x", tmp_path, 300, dry_run=True)
     stop = "time.sleep(3); os.kill(os.getppid(), signal.SIGKILL)"
@@ -174,8 +174,8 @@ def bench(folder: Path, code: str, section: SectionRun, keywords: str = "cpu") -
 
 
 @pytest.mark.usefixtures("few_plugins")
-def test_benchmarks_that_are_cut_off_leave_the_rows_they_had(tmp_path: Path) -> None:
-    """In bf16 first; a row that does not fit the GPU's memory is a result."""
+def test_killed_benchmarks_leave_their_rows(tmp_path: Path) -> None:
+    """Rows in bf16 run first. A row that does not fit into memory is a result."""
     bench(tmp_path, BENCH, SectionRun("x", tmp_path, 300, dry_run=False))
     findings = found(tmp_path)
     assert findings["notes"] == ["x: cpu: exit code -9"]
@@ -194,7 +194,7 @@ def test_benchmarks_that_are_cut_off_leave_the_rows_they_had(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("few_plugins")
-def test_single_rows_replace_their_own_and_keep_the_others(tmp_path: Path) -> None:
+def test_chosen_rows_replace_earlier_ones_and_keep_the_others(tmp_path: Path) -> None:
     code = BENCH.replace("os.kill(os.getpid(), signal.SIGKILL)", "pass")
     bench(tmp_path, code, SectionRun("x", tmp_path, 300, dry_run=False))
     before = {r["dtype"]: r["median ms"] for r in found(tmp_path)["tables"]["benchmarks"]}
@@ -211,7 +211,7 @@ def test_single_rows_replace_their_own_and_keep_the_others(tmp_path: Path) -> No
 
 
 class FakeBenchmark:
-    """Of pytest-benchmark, what a row touches."""
+    """The part of pytest-benchmark's fixture that a row uses."""
 
     disabled = True
 
@@ -264,10 +264,10 @@ sys.exit(CXX)
 @pytest.mark.parametrize(
     ("nvcc", "cxx"), [(0, 0), (1, 0), (1, 1), ("__import__('time').sleep(60)", 0)]
 )
-def test_a_build_goes_on_without_cuda(
+def test_a_build_continues_without_cuda(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nvcc: Any, cxx: int
 ) -> None:
-    """Where nvcc fails or hangs: a fallback that worked is no failure, but is said first."""
+    """If nvcc fails or hangs, the CPU library is built, and the report starts with a warning."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "dimr_fast").mkdir()
     script = SETUP.replace("NVCC", str(nvcc)).replace("CXX", str(cxx))
@@ -291,7 +291,7 @@ def test_a_build_goes_on_without_cuda(
         assert report.index(text) < report.index("## Targets")
 
 
-def test_a_memory_checkers_log() -> None:
+def test_a_sanitizer_log_is_parsed() -> None:
     log = """========= COMPUTE-SANITIZER
 ========= Invalid __global__ read of size 4 bytes
 =========     at void dimr_fast::depthwise<float>(float*)+0x80 in a.cu:7

@@ -10,8 +10,8 @@ from benchmarks.model import launches
 from dimr_fast import PRESETS
 
 
-def test_launches_of_a_forward() -> None:
-    """The committed count is what the code launches now; each operator as often as it should."""
+def test_launches_of_a_forward_pass() -> None:
+    """The committed count is current, and each operator is launched as often as expected."""
     found = launches.report()
     assert found["presets"] == json.loads(launches.RESULT.read_text())["presets"]
     for preset, counts in found["presets"].items():

@@ -6,7 +6,7 @@ from benchmarks.model.memory import bytes_per_image, saved_bytes
 from dimr_fast import PRESETS, DiMR
 
 
-def test_every_image_costs_the_same_and_less_when_blocks_are_computed_again() -> None:
+def test_saved_bytes_grow_linearly_and_checkpointing_reduces_them() -> None:
     config = PRESETS["tiny"]
     model = DiMR(config)
     per_image = bytes_per_image(model)

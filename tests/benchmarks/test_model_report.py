@@ -65,14 +65,14 @@ def path(tmp_path: Path) -> Path:
     return target
 
 
-def test_ratios_span_the_worst_and_the_best_that_the_spreads_allow() -> None:
+def test_a_ratio_spans_the_extremes_that_both_spreads_allow() -> None:
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 1.8, 4.2)
     ratio = Spread(4.0, 3.0, 6.0) / Spread(2.0, 1.5, 3.0)
     assert ratio == Spread(2.0, 1.0, 4.0)
     assert str(ratio) == "2.00 (1.00–4.00)"
 
 
-def test_the_table_and_the_targets_say_what_the_file_says(path: Path) -> None:
+def test_tables_state_the_values_of_the_file(path: Path) -> None:
     found = ModelResults.read(path)
     assert found.on_cpu
     table = model_table(found)
@@ -93,7 +93,7 @@ def test_the_table_and_the_targets_say_what_the_file_says(path: Path) -> None:
     assert verdicts["demo-size training against torch.compile of it"] == "missed"
 
 
-def test_a_target_that_nobody_measured_is_said_to_be_so(path: Path) -> None:
+def test_a_target_without_rows_is_not_measured(path: Path) -> None:
     found = ModelResults.read(path)
     group = Group("G/2R", "forward", 1, "bfloat16")
     assert Target("", 1, 2, speedup(group, PUBLISHED)).judge(found).verdict == "not measured"
@@ -106,7 +106,7 @@ def test_a_file_without_rows_is_refused(path: Path) -> None:
         ModelResults.read(path)
 
 
-def test_pictures_are_drawn(path: Path, tmp_path: Path) -> None:
+def test_plots_are_drawn(path: Path, tmp_path: Path) -> None:
     found = ModelResults.read(path)
     draw_speedups(found, tmp_path / "speedups.png")
     draw_roofline(found, tmp_path / "roofline.png")
@@ -117,13 +117,13 @@ def test_pictures_are_drawn(path: Path, tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_power_is_found_again() -> None:
+def test_fit_recovers_a_power() -> None:
     found = scaling.fit([1, 3, 10], [5.0, 5.0 * 3**1.5, 5.0 * 10**1.5])
     assert found["exponent"] == pytest.approx(1.5)
     assert found["factor"] == pytest.approx(5.0)
 
 
-def test_deeper_and_larger_models_are_what_they_are_called() -> None:
+def test_deeper_and_larger_configurations() -> None:
     demo = scaling.PRESETS["demo"]
     assert scaling.larger(demo, 64).image_size == (64, 64)
     twice = scaling.deeper(demo, 2)

@@ -28,12 +28,12 @@ KERNEL = {
 LOOP = KERNEL | {"loops": [{"LDG.E.128": 1, "FADD": 10, "BRA": 1}]}
 
 
-def test_cases_have_names_of_their_own() -> None:
+def test_case_names_and_rows_are_unique() -> None:
     assert predict.COMPILER.is_file()
     names = [case.name for case in cases()]
     assert len(set(names)) == len(names)
     keys = [(row["operator"], row["x"], row["pass"]) for row in COMMITTED["rows"]]
-    # Parts are several kernels; what a benchmark times is in one row.
+    # Several kernels of a pass are "parts"; a benchmark times the row of their sum.
     keys = [key for key in keys if not key[2].endswith("part")]
     assert len(set(keys)) == len(keys)
 
@@ -86,11 +86,11 @@ def test_kernels_still_compile_to_what_was_committed(monkeypatch: pytest.MonkeyP
         ({"warps": 1, "registers": 16}, 32),
     ],
 )
-def test_programs_of_a_multiprocessor(changes: dict[str, Any], blocks: int) -> None:
+def test_how_many_programs_a_multiprocessor_runs(changes: dict[str, Any], blocks: int) -> None:
     assert predict.resident(KERNEL | changes) == blocks
 
 
-def test_each_resource_can_bind() -> None:
+def test_each_resource_can_be_the_limit() -> None:
     def why(work: Work, programs: int = 100_000, kernel: dict[str, Any] = KERNEL) -> str:
         return predict.predict(kernel, programs, work)["why"].partition(":")[0]
 
@@ -104,13 +104,13 @@ def test_each_resource_can_bind() -> None:
     assert why(Work(1e6), kernel=special) == "special functions"
 
 
-def test_a_copy_takes_its_bytes() -> None:
+def test_the_time_of_a_copy_follows_from_its_bytes() -> None:
     found = predict.predict(KERNEL, 100_000, Work(3e9))
     assert found["floor us"] == 1000
     assert 1000 < found["predicted us"] < 1010
 
 
-def test_rows_that_outgrow_the_cache_are_read_again_from_memory() -> None:
+def test_data_larger_than_the_cache_is_read_again_from_memory() -> None:
     def time(reread: float) -> float:
         found = predict.predict(KERNEL, 100_000, Work(3e9, reread=3e9, reread_per_program=reread))
         return float(found["predicted us"])
@@ -120,7 +120,7 @@ def test_rows_that_outgrow_the_cache_are_read_again_from_memory() -> None:
     assert time(1e6) == pytest.approx(2000, rel=0.02)
 
 
-def test_asynchronous_copies_do_not_wait() -> None:
+def test_asynchronous_copies_hide_latency() -> None:
     copies = LOOP | {"loops": [{"LDGSTS.E.128": 1, "FADD": 10, "BRA": 1}]}
     plain, ahead = (
         predict.predict(k, 500, Work(1e6, [100]))["predicted us"] for k in (LOOP, copies)
@@ -128,6 +128,6 @@ def test_asynchronous_copies_do_not_wait() -> None:
     assert ahead < plain / 5
 
 
-def test_unknown_loops_are_an_error() -> None:
+def test_a_wrong_number_of_loops_is_an_error() -> None:
     with pytest.raises(ValueError, match="got 2 for copy, expected 1"):
         predict.predict(LOOP, 10, Work(1e6, [1, 2]))

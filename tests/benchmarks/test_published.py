@@ -46,7 +46,7 @@ def test_loss_and_every_gradient_equal_the_published_model(case: str, checkpoint
     loss = multi_scale_loss(outputs, golden["in/noise"], golden.loss_coeffs)
     assert relative_error(loss, golden["loss/per_image"]) < TOLERANCE
     loss.mean().backward()
-    # The parameters are the model's own, and so are their gradients.
+    # Both share parameters, and so gradients.
     found = {name: p.grad for name, p in model.named_parameters()}
     expected = golden.under("grad/")
     assert found.keys() == expected.keys()
@@ -84,11 +84,11 @@ def test_each_block_is_checkpointed_with_and_without_gradients(
         published(**arguments(golden))
     assert calls.count("checkpoint") == calls.count("run") == blocks
     sum(o.square().mean() for o in published(**arguments(golden))).backward()
-    # Once more in the backward pass.
+    # The backward pass recomputes each block.
     assert (calls.count("checkpoint"), calls.count("run")) == (2 * blocks, 3 * blocks)
 
 
-def test_autocast_casts_and_stays_close_to_fp32() -> None:
+def test_autocast_returns_bf16_close_to_fp32() -> None:
     golden, model = golden_model("three_branch_tdrms")
     published = PublishedDiMR.of(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -125,7 +125,7 @@ def test_compiles_in_training() -> None:
         assert relative_error(parameter.grad, expected[name]) < TOLERANCE, name
 
 
-def test_guidance_by_two_passes_is_guidance() -> None:
+def test_guidance_by_two_passes_equals_ours() -> None:
     golden, model = golden_model("two_branch_tdrms")
     null = model.config.null_class
     x, y, t = golden["in/x"], golden["in/y"], torch.tensor(0.3)
