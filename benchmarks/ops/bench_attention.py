@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.ops.harness import Row, compare, rows
+from benchmarks.ops.harness import Row, check_and_time, parametrize_rows
 from dimr_fast.ops import attention
 
 PRESETS = {
@@ -22,13 +22,13 @@ PRESETS = {
 HEADS = {"demo": 4, "XL/2R": 16, "G/2R": 16, "M/3R": 12}
 
 
-@rows("attention", PRESETS, dtypes=[torch.float32, torch.bfloat16], on_cpu=2)
+@parametrize_rows("attention", PRESETS, dtypes=[torch.float32, torch.bfloat16], on_cpu=2)
 def test_attention(benchmark: BenchmarkFixture, row: Row) -> None:
     def by_heads(qkv: torch.Tensor, *, implementation: str) -> Any:
         return attention(qkv, HEADS[row.preset], implementation=implementation)
 
     batch, tokens, width = row.shape
-    compare(
+    check_and_time(
         benchmark,
         row,
         by_heads,

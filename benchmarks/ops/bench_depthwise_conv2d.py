@@ -13,7 +13,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.ops.harness import COMPILE, DEVICES, Row, compare, dtype_name
+from benchmarks.ops.harness import COMPILE, DEVICES, Row, check_and_time, dtype_name
 from dimr_fast.ops import OPERATORS, depthwise_conv2d, td_rms_norm
 
 SHAPES = {
@@ -60,7 +60,7 @@ def test_depthwise_conv2d(benchmark: BenchmarkFixture, row: Row, title: str) -> 
     sizes: list[tuple[int, ...]] = [row.shape, (d, 1, KERNEL, KERNEL), (d,)]
     if title == "chain":
         sizes.append((row.shape[0], d))
-    compare(
+    check_and_time(
         benchmark,
         row,
         chain if title == "chain" else depthwise_conv2d,

@@ -8,7 +8,7 @@ is 1.5·n·e; backward reads the input and the output's gradient and writes the 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.ops.harness import Row, compare, rows
+from benchmarks.ops.harness import Row, check_and_time, parametrize_rows
 from dimr_fast.ops import gated_gelu
 
 PRESETS = {
@@ -20,9 +20,9 @@ PRESETS = {
 }
 
 
-@rows("gated_gelu", PRESETS)
+@parametrize_rows("gated_gelu", PRESETS)
 def test_gated_gelu(benchmark: BenchmarkFixture, row: Row) -> None:
-    compare(
+    check_and_time(
         benchmark,
         row,
         gated_gelu,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.ops.harness import Row, compare, rows
+from benchmarks.ops.harness import Row, check_and_time, parametrize_rows
 from dimr_fast.ops import rms_norm
 
 PRESETS = {"XL/2R transformer": (257, 960), "XL/2R convolutions": (1024, 480)}
@@ -20,9 +20,9 @@ def add_and_norm(
     return rms_norm(x, scale, residual, implementation=implementation)
 
 
-@rows("rms_norm", PRESETS)
+@parametrize_rows("rms_norm", PRESETS)
 def test_rms_norm(benchmark: BenchmarkFixture, row: Row) -> None:
-    compare(
+    check_and_time(
         benchmark,
         row,
         add_and_norm,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.ops.harness import Row, compare, rows
+from benchmarks.ops.harness import Row, check_and_time, parametrize_rows
 from dimr_fast.ops import td_layer_norm
 
 PRESETS = {
@@ -30,9 +30,9 @@ def add_and_norm(
     return td_layer_norm(x, weight, bias, residual, implementation=implementation)
 
 
-@rows("td_layer_norm", PRESETS)
+@parametrize_rows("td_layer_norm", PRESETS)
 def test_td_layer_norm(benchmark: BenchmarkFixture, row: Row) -> None:
-    compare(
+    check_and_time(
         benchmark,
         row,
         add_and_norm,

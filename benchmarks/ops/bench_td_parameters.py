@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.ops.harness import Row, compare, rows
+from benchmarks.ops.harness import Row, check_and_time, parametrize_rows
 from dimr_fast import DiMR
 from dimr_fast.layers import TDParameter
 from dimr_fast.ops import td_parameters
@@ -19,7 +19,7 @@ PRESETS: dict[str, tuple[int, ...]] = dict.fromkeys(
 )
 
 
-@rows("td_parameters", PRESETS, dtypes=[torch.float32])
+@parametrize_rows("td_parameters", PRESETS, dtypes=[torch.float32])
 def test_td_parameters(benchmark: BenchmarkFixture, row: Row) -> None:
     with torch.device("meta"):
         model = DiMR.from_preset(row.preset)
@@ -34,7 +34,7 @@ def test_td_parameters(benchmark: BenchmarkFixture, row: Row) -> None:
         )
 
     columns = sum(widths)
-    compare(
+    check_and_time(
         benchmark,
         row,
         all_parameters,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.ops.harness import Row, compare, rows
+from benchmarks.ops.harness import Row, check_and_time, parametrize_rows
 from dimr_fast.ops import td_rms_norm
 
 PRESETS = {
@@ -28,9 +28,9 @@ def add_and_norm(
     return td_rms_norm(x, scale, residual, implementation=implementation)
 
 
-@rows("td_rms_norm", PRESETS)
+@parametrize_rows("td_rms_norm", PRESETS)
 def test_td_rms_norm(benchmark: BenchmarkFixture, row: Row) -> None:
-    compare(
+    check_and_time(
         benchmark,
         row,
         add_and_norm,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.ops.harness import Row, compare, rows
+from benchmarks.ops.harness import Row, check_and_time, parametrize_rows
 from dimr_fast.config import preset
 from dimr_fast.ops import upsample_add
 
@@ -25,7 +25,9 @@ def _embedding(name: str, index: int) -> tuple[int, int, int]:
     return high.max_height, high.max_width, high.dim
 
 
-@rows("upsample_add", {name: _embedding(name, i) for name, i in CASCADES.items()}, gpu_batch=32)
+@parametrize_rows(
+    "upsample_add", {name: _embedding(name, i) for name, i in CASCADES.items()}, gpu_batch=32
+)
 def test_upsample_add(benchmark: BenchmarkFixture, row: Row) -> None:
     low = preset(row.preset).stage_configs[CASCADES[row.preset]]
     batch, height, _, dim = row.shape
@@ -50,7 +52,7 @@ def test_upsample_add(benchmark: BenchmarkFixture, row: Row) -> None:
 
     positions = batch * low.max_height * low.max_width
     moved = 3 * positions * channels + 2 * positions * projected + 2 * row.size
-    compare(
+    check_and_time(
         benchmark,
         row,
         cascade,

@@ -1,7 +1,7 @@
 """Check and time one row of an operator's benchmark."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,9 +55,9 @@ def interpreted(provider: str, device: str) -> bool:
     return provider == "triton" and device == "cpu"
 
 
-def rows(
+def parametrize_rows(
     operator: str,
-    presets: dict[str, tuple[int, ...]],
+    presets: Mapping[str, tuple[int, ...]],
     *,
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
     on_cpu: int = 1,
@@ -90,7 +90,7 @@ def skip_unusable(operator: str, implementation: str, x: torch.Tensor) -> None:
         pytest.skip(f"{implementation}: {reason}")
 
 
-def compare(
+def check_and_time(
     benchmark: BenchmarkFixture,
     row: Row,
     function: Function,
