@@ -32,14 +32,13 @@ from dimr_fast.data.latents import LatentShards
 from dimr_fast.data.tiles import load_tiles
 from dimr_fast.diffusion import DiscreteSchedule
 from dimr_fast.evaluation import EvaluateConfig, evaluate, frechet_scores
+from dimr_fast.evaluation.features import EfficientNetLite0Features
 from dimr_fast.export import ExportConfig, export
 from dimr_fast.extraction import ExtractConfig, extract
-from dimr_fast.evaluation.features import EfficientNetLite0Features
-from dimr_fast.sampling.writers import write_png
-from dimr_fast.utils.plots import image_grid
 from dimr_fast.sampling import ImageSampler, SampleConfig, Sampler, balanced_labels, sample
-from dimr_fast.training import TrainConfig
-from dimr_fast.training import train
+from dimr_fast.sampling.writers import write_png
+from dimr_fast.training import TrainConfig, train
+from dimr_fast.utils.plots import image_grid
 
 work = Path(sys.argv[1])  # in a notebook: Path("runs/walkthrough")
 work.mkdir(parents=True)

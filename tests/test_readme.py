@@ -1,6 +1,5 @@
-"""The README's generated sections are what their sources say; its commands are there."""
+"""The README's links, modules and snippets exist and work."""
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,15 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_generated_sections_are_current() -> None:
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.render(README) == README, "run python benchmarks/readme.py"
-
-
 def test_what_the_readme_points_to_exists() -> None:
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / target).is_file(), target
     house = README.split("## The house")[1].split("```")[1]
     modules = re.findall(r"\b(\w+)\.py\b", house)
     assert len(modules) > 10
     for name in modules:
         if name not in ("bench_", "test_"):
-            found = [*ROOT.glob(f"dimr_fast/**/{name}.py"), *ROOT.glob(f"benchmarks/{name}.py")]
+            found = [*ROOT.glob(f"dimr_fast/**/{name}.py"), *ROOT.glob(f"benchmarks/**/{name}.py")]
             assert found, name
 
 
