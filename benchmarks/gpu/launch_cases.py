@@ -83,12 +83,10 @@ def _constants(kernel: str, size: int) -> Mapping[str, int]:
     return configuration(kernel, size, torch.device("meta"))
 
 
-def _in_sequence(*calls: Callable[[], Any]) -> Callable[[], None]:
-    def run() -> None:
-        for call in calls:
-            call()
-
-    return run
+def run_in_sequence(*calls: Callable[[], Any]) -> None:
+    """Call the launchers of a case one after another."""
+    for call in calls:
+        call()
 
 
 def _sum_partials(width: int, count: int, times: int) -> Work:
@@ -225,9 +223,10 @@ def _cascades() -> Iterator[LaunchCase]:
             "DiMR-XL/2R",
             x.shape,
             "forward",
-            _in_sequence(
+            partial(
+                run_in_sequence,
                 partial(td_layer_norm.launch_fwd, value, value, pieces, None, torch.bfloat16),
-                partial(cascade_add.launch_fwd, x, projected, value_out, value_out, []),
+                partial(cascade_add.launch_fwd, x, projected, value_out, value_out),
             ),
             {
                 "pieces_fwd_kernel": [
@@ -266,7 +265,8 @@ def _cascades() -> Iterator[LaunchCase]:
             "DiMR-XL/2R",
             x.shape,
             "backward",
-            _in_sequence(
+            partial(
+                run_in_sequence,
                 partial(
                     cascade_add.launch_bwd, x, projected, value_out, *[statistic_out] * 2, batch
                 ),

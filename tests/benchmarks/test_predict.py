@@ -1,7 +1,9 @@
 """Tests of predicted kernel times: the committed ones, and the model behind them."""
 
+import inspect
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import triton
 from aot import compiled
 
 from benchmarks.gpu import predict
-from benchmarks.gpu.launch_cases import LaunchCase, Work, cases
+from benchmarks.gpu.launch_cases import LaunchCase, Work, cases, run_in_sequence
 from benchmarks.utils.files import ROOT
 
 COMMITTED = json.loads(predict.RESULT.read_text())
@@ -36,6 +38,22 @@ def test_case_names_and_rows_are_unique() -> None:
     # Several kernels of a pass are "parts"; a benchmark times the row of their sum.
     keys = [key for key in keys if not key[2].endswith("part")]
     assert len(set(keys)) == len(keys)
+
+
+def launcher_calls(call: Any) -> Iterator[Any]:
+    """Yield the partial calls of launchers in a case's call."""
+    if call.func is run_in_sequence:
+        for part in call.args:
+            yield from launcher_calls(part)
+    else:
+        yield call
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_a_call_has_the_arguments_of_its_launcher(case: LaunchCase) -> None:
+    """Compiling all cases takes minutes; a launcher whose arguments change shows here."""
+    for call in launcher_calls(case.call):
+        inspect.signature(call.func).bind(*call.args, **call.keywords)
 
 
 def _compiled_again() -> list[LaunchCase]:
