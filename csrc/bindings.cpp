@@ -1,5 +1,5 @@
-// Facts of the build, for `dimr_fast._extension`. Touches neither torch nor CUDA, so it can always
-// be imported; the operators register when `_extension` loads the libraries beside it.
+// Versions of the build, for `dimr_fast._extension`. Links neither torch nor CUDA, so it can always
+// be imported. The operators are registered when `_extension` loads the libraries.
 
 #include <pybind11/pybind11.h>
 

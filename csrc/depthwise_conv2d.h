@@ -1,5 +1,5 @@
-// What every implementation of dimr_fast::depthwise_conv2d_fwd and _bwd asks of its arguments. The
-// Python function checks with better messages; this keeps a direct call of the operators from
+// Checks of the arguments of dimr_fast::depthwise_conv2d_fwd and _bwd, for every implementation.
+// The Python function gives better messages; these prevent a direct call of the operators from
 // reading out of bounds.
 #pragma once
 

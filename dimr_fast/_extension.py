@@ -1,7 +1,7 @@
-"""Finds and loads the compiled libraries, or keeps the reason why not.
+"""Load the compiled libraries, or record why they cannot be loaded.
 
-One library a device, "cpu" and "cuda". Each is loaded when first asked for; loading it registers
-its kernels for the schemas that `dimr_fast.ops` defines.
+There is one library per device, "cpu" and "cuda". Each is loaded at its first use; loading it
+registers its kernels for the schemas that `dimr_fast.ops` defines.
 """
 
 import ctypes
@@ -19,9 +19,9 @@ _FOLDER = Path(__file__).parent
 
 @torch.compiler.assume_constant_result
 def why_not(library: str) -> str | None:
-    """The reason why `library` ("cpu" or "cuda") is not loaded, or None once it is.
+    """Return why `library` ("cpu" or "cuda") is not loaded, or None if it is.
 
-    The first call tries to load it; its answer holds for the life of the process.
+    The first call loads the library; later calls in the same process return the same answer.
     """
     return _load(library)
 
@@ -43,18 +43,21 @@ def _load(library: str) -> str | None:
 
 
 INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512", "AVX-512 with BF16")
-"""What the CPU library is compiled for, from the least to the most that it asks for."""
+"""The instruction sets that the CPU library is compiled for, each including those before it."""
 
 
 def instruction_set() -> str:
-    """The instructions that the CPU library, once loaded, uses: the best of this processor's."""
+    """Return the instruction set that the CPU library uses: the best that this processor has.
+
+    The library must be loaded.
+    """
     name = _cpu_library().dimr_fast_instruction_set
     name.restype = ctypes.c_char_p
     return name().decode()
 
 
 def use_instruction_set(name: str) -> bool:
-    """Use these instructions from now on; False where this processor lacks them. For tests."""
+    """Switch to an instruction set; return False if this processor lacks it. For tests only."""
     return _cpu_library().dimr_fast_use_instruction_set(name.encode()) == 0
 
 
@@ -71,7 +74,10 @@ def _why_not_built(library: str) -> str:
 
 @torch.compiler.assume_constant_result
 def why_not_gpu(index: int | None) -> str | None:
-    """The reason why the CUDA library has no code for GPU `index` (None: the current one)."""
+    """Return why the CUDA library cannot run on GPU `index`, or None if it can.
+
+    `index` None means the current GPU.
+    """
     return _check_gpu(torch.cuda.current_device() if index is None else index)
 
 
@@ -83,7 +89,10 @@ def _check_gpu(index: int) -> str | None:
 
 
 def why_not_architecture(capability: tuple[int, int], compiled: str) -> str | None:
-    """Why a GPU of `capability` cannot run code compiled for, say, "8.0 9.0a 10.0+PTX"."""
+    """Return why a GPU cannot run code compiled for `compiled` architectures, or None if it can.
+
+    `capability` is the GPU's compute capability; `compiled` is a list such as "8.0 9.0a 10.0+PTX".
+    """
     for number, minor_number, suffix, ptx in re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", compiled):
         built_for = (int(number), int(minor_number))
         if suffix == "a":
@@ -98,7 +107,7 @@ def why_not_architecture(capability: tuple[int, int], compiled: str) -> str | No
 
 
 def build_facts() -> dict[str, str]:
-    """What the libraries were built from; empty where nothing was compiled.
+    """Return the versions that the libraries were built with, empty if nothing was compiled.
 
     Keys: version, torch, compiler, cuda (empty without nvcc), cuda_architectures.
     """

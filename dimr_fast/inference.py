@@ -1,4 +1,4 @@
-"""A trained model in the form that samples fastest: same call, same predictions, no gradients."""
+"""Optimise a trained model for sampling: same call and predictions, no gradients."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from dimr_fast.model import Branch, DiMR, check_inputs
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GRAPHS = 8
-"""CUDA graphs that a model keeps; the least recently used makes room."""
+"""The number of CUDA graphs that a model keeps; a new one replaces the least recently used."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -36,16 +36,17 @@ def optimize_for_inference(
     dtype: torch.dtype = torch.bfloat16,
     cuda_graphs: Literal["auto"] | bool = "auto",
 ) -> "InferenceDiMR":
-    """A copy of `model` for sampling, which is called like it and predicts the same.
+    """Return a copy of `model` for sampling with the same call and the same predictions.
 
-    It computes in `dtype`: bfloat16, float16 or float32, whatever autocast says; time-dependent
-    parameters and statistics stay float32. `model` is neither changed nor referred to: it may go
-    on training, and the copy keeps the weights of this moment. Dropout is off.
+    The copy computes in `dtype` (bfloat16, float16 or float32), also under autocast;
+    time-dependent parameters and statistics stay float32. It shares nothing with `model`, which can
+    be trained further without changing the copy. Dropout is off.
 
-    `cuda_graphs` replays a whole forward pass as one launch, captured at the first call of each
-    batch size, number of times and dtypes of the inputs; "auto" does so on a GPU.
+    With `cuda_graphs` a whole forward pass is replayed as one launch. A graph is captured at the
+    first call with each combination of batch size, number of times and dtypes of the inputs;
+    "auto" uses graphs on a GPU.
 
-    Raises ValueError for another dtype, and for `cuda_graphs=True` where there is no GPU.
+    Raises ValueError for any other dtype, and for `cuda_graphs=True` if the model is not on a GPU.
     """
     device = next(model.parameters()).device
     if dtype not in DTYPES:
@@ -59,12 +60,12 @@ def optimize_for_inference(
 
 
 class InferenceDiMR(nn.Module):
-    """What `optimize_for_inference` makes of a model.
+    """A model optimised for inference, made by `optimize_for_inference`.
 
-    It stays on the device and in the dtype it was made for. Calls of one instance must not overlap:
-    they share buffers, which are as large as the largest batch so far. `torch.compile` leaves its
-    calls as they are: they run kernels of their own on weights in oneDNN's order, of which Inductor
-    makes nothing faster.
+    Its device and dtype cannot change. Calls of one instance must not overlap: they share buffers,
+    which are as large as the largest batch so far. `torch.compile` does not trace its calls: they
+    run our own kernels and oneDNN on weights in oneDNN's layout, and Inductor makes none of these
+    faster.
     """
 
     td_vectors: Tensor
@@ -76,7 +77,7 @@ class InferenceDiMR(nn.Module):
         self.device = next(model.parameters()).device
         self.implementation = model.implementation
         self.stages = nn.ModuleList(_Branch(cast(Branch, stage), dtype) for stage in model.stages)
-        # Side by side, all time-dependent parameters are one.
+        # Concatenated, all time-dependent parameters are one wide parameter.
         td = sorted(
             (m for m in model.modules() if isinstance(m, TDParameter)), key=lambda p: p.index
         )
@@ -97,25 +98,25 @@ class InferenceDiMR(nn.Module):
         *,
         last_only: bool = False,
     ) -> list[Tensor]:
-        """The noise in `x` as each branch sees it, from low to high resolution.
+        """Predict the noise in `x` at the resolution of each branch, from low to high.
 
-        Arguments, result and errors are those of `DiMR.forward`, but that `x` may be of any
+        Arguments, result and errors are those of `DiMR.forward`, except that `x` may have any
         floating-point dtype and the predictions have the dtype of `x`. With `last_only` the list
-        holds the last prediction alone, and those of lower resolution are not computed. The result
-        is the caller's own.
+        contains only the last prediction, and those of lower resolution are not computed. Later
+        calls do not overwrite the result.
         """
         log_snr, y = check_inputs(self.config, self.device, x, log_snr, y)
-        # Buffers outlive this call and must serve one in another mode.
+        # Buffers outlive this call, and a later call may run in another mode.
         with torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
             if self._graphs is not None and len(x) and not capturing:
                 return self._graphs(last_only, x, log_snr, y)
             if capturing:
                 return self._compute(last_only, x, log_snr, y)
-            return self._run(last_only, x, log_snr, y, self._reused(len(x)))
+            return self._run(last_only, x, log_snr, y, self._buffers_for(len(x)))
 
     def _compute(self, last_only: bool, x: Tensor, log_snr: Tensor, y: Tensor) -> list[Tensor]:
-        """With buffers of its own: a graph keeps those that it was captured with."""
+        """Compute with new buffers: a CUDA graph keeps the buffers that it was captured with."""
         return self._run(last_only, x, log_snr, y, self._allocate(len(x)))
 
     def _run(
@@ -139,7 +140,7 @@ class InferenceDiMR(nn.Module):
     def _allocate(self, batch: int) -> "list[_Buffers]":
         return [cast(_Branch, stage).allocate(batch) for stage in self.stages]
 
-    def _reused(self, batch: int) -> "list[_Buffers]":
+    def _buffers_for(self, batch: int) -> "list[_Buffers]":
         if batch > self._buffers_in_use[0].pairs.shape[1]:
             self._buffers_in_use = self._allocate(batch)
         return [buffers.first(batch) for buffers in self._buffers_in_use]
@@ -151,21 +152,23 @@ class InferenceDiMR(nn.Module):
 
 
 class _Buffers(NamedTuple):
-    """Where a branch's features lie between blocks, so that nothing need be concatenated.
+    """Memory for a branch's features between blocks, arranged so that nothing is concatenated.
 
-    Before an out-block, its input and the output of the in-block that skips to it are one tensor's
-    halves. `pairs` `[num_blocks // 2, B, tokens, 2, D]` holds every block's output but the last's.
-    `tokens` `[B, tokens, D]` is what the first block of a transformer reads: class and positions.
+    A skip connection joins the output of an earlier block to the input of a later one. The two are
+    the halves of one tensor. `pairs` `[num_blocks // 2, B, tokens, 2, D]` stores the outputs of all
+    blocks except the last. `tokens` `[B, tokens, D]` is the input of a transformer's first block:
+    the class token and the positions.
     """
 
     pairs: Tensor
     tokens: Tensor
 
     def first(self, batch: int) -> "_Buffers":
+        """Return the part of the buffers for a smaller batch."""
         return _Buffers(self.pairs[:, :batch], self.tokens[:batch])
 
     def slot(self, block: int) -> Tensor | None:
-        """Where the block of that number writes its output; nowhere in particular for the last."""
+        """Return the memory for the output of a block, None for the last block."""
         depth = len(self.pairs)
         if block == 2 * depth:
             return None
@@ -174,7 +177,7 @@ class _Buffers(NamedTuple):
 
 
 class _Branch(nn.Module):
-    """`model.Branch` with its features in `_Buffers`."""
+    """`model.Branch` that keeps its features in `_Buffers`."""
 
     def __init__(self, branch: Branch, dtype: torch.dtype) -> None:
         super().__init__()
@@ -207,7 +210,7 @@ class _Branch(nn.Module):
         td: TDValues,
         buffers: _Buffers,
     ) -> list[Tensor]:
-        """The features `[B, h·w, D]` of the input and of each block."""
+        """Return the features `[B, h·w, D]` of the input embedding and of each block."""
         x = self.input_layer(image)
         if features:
             x = self.upsample(x, features, td)
@@ -226,7 +229,7 @@ class _Branch(nn.Module):
 
 
 class _Block(nn.Module):
-    """`layers.Block` that writes its result where it is told to."""
+    """`layers.Block` that writes its result to `out`, if given."""
 
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
         super().__init__()
@@ -243,7 +246,7 @@ class _Block(nn.Module):
 
 
 class _GatedMLP(nn.Module):
-    """`layers.GatedMLP` with its two input projections kept as one, and its residual add."""
+    """`layers.GatedMLP` with its input projections merged, including the residual add."""
 
     def __init__(self, mlp: GatedMLP, dtype: torch.dtype) -> None:
         super().__init__()
@@ -257,12 +260,11 @@ class _GatedMLP(nn.Module):
     def forward(
         self, x: Tensor, td: TDValues, residual: Tensor | None, out: Tensor | None
     ) -> Tensor:
-        """Return `s + MLP(norm(s))`, written to `out` where given, of `s = x (+ residual)`."""
+        """Return `s + MLP(norm(s))`, where `s = x (+ residual)`; write it to `out`, if given."""
         if out is not None and self._adds_in_place(x):
             norm = cast(TDRMSNorm | RMSNorm, self.norm)
             normed = ops.td_rms_norm_into(out, x, norm.value(td), residual, self.w2.bias)
-            # The product reads and writes the sum where it is: an add of its own, to rows that are
-            # not adjacent, would read two tensors more.
+            # The matrix product adds to `out` in place. A separate add would read two more tensors.
             rows = out.view(-1, out.shape[-1])
             rows.addmm_(self._hidden(normed).flatten(0, 1), self.w2.weight.mT)
             return out
@@ -275,24 +277,24 @@ class _GatedMLP(nn.Module):
         return ops.gated_gelu(self.w01(normed), implementation=self.implementation)
 
     def _adds_in_place(self, x: Tensor) -> bool:
-        if not isinstance(self.norm, TDRMSNorm | RMSNorm) or self.w2.by_onednn:
+        if not isinstance(self.norm, TDRMSNorm | RMSNorm) or self.w2.uses_onednn:
             return False
         operator = ops.OPERATORS[self.norm.operator]
         return operator.select(self.norm.implementation, x) == "triton"
 
 
 def _attention(attention: Attention, dtype: torch.dtype) -> Attention:
-    """A copy whose heads are, on a GPU, whole multiples of 16 bytes, as its loads want them."""
+    """Return a copy; on a GPU its heads are padded to multiples of 16 bytes, the widest load."""
     head_dim = attention.dense.weight.shape[1] // attention.num_heads
     on_gpu = attention.dense.weight.device.type == "cuda"
     return pad_heads(attention, head_dim + (-head_dim % 8 if on_gpu else 0), dtype)
 
 
 def pad_heads(attention: Attention, head_dim: int, dtype: torch.dtype) -> Attention:
-    """A copy of `attention` that computes the same with wider heads: zeros in its weights.
+    """Return a copy of `attention` with heads padded by zero weights, which computes the same.
 
-    The scale `head_dim^-½` of the wider heads is made up for in the queries' weights, before they
-    are rounded to `dtype`.
+    Wider heads have a smaller scale `head_dim^-½`; the weights of the queries compensate for it
+    before they are rounded to `dtype`.
     """
     heads = attention.num_heads
     qkv = attention.query_key_value.weight.unflatten(0, (3, heads, -1))
@@ -309,11 +311,11 @@ def pad_heads(attention: Attention, head_dim: int, dtype: torch.dtype) -> Attent
 
 
 class _Linear(Linear):
-    """`layers.Linear` of weights that are given, in `dtype`.
+    """`layers.Linear` with given weights in `dtype`.
 
-    In bfloat16 on a CPU oneDNN is asked itself: with the weights in its own order, into which it
-    would otherwise bring them at every call, and with the bias, with which PyTorch would fill the
-    whole result first.
+    In bfloat16 on a CPU it calls oneDNN directly, with weights in oneDNN's layout, to which PyTorch
+    would convert them at every call, and with the bias, which PyTorch would first copy to every row
+    of the result.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -321,12 +323,12 @@ class _Linear(Linear):
         self.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
         if bias is not None:
             self.bias = nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
-        self.by_onednn = (
+        self.uses_onednn = (
             (weight.device.type, dtype) == ("cpu", torch.bfloat16)
             and torch.backends.mkldnn.is_available()
             and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         )
-        if self.by_onednn:
+        if self.uses_onednn:
             packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
             self.weight = nn.Parameter(packed, requires_grad=False)
 
@@ -336,15 +338,15 @@ class _Linear(Linear):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
-        if self.by_onednn:
+        if self.uses_onednn:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
 
 def _copy(module: Module, dtype: torch.dtype) -> Module:
-    """A copy without gradients: projections in `dtype`, norms' own parameters in float32.
+    """Return a copy without gradients: projections in `dtype`, parameters of norms in float32.
 
-    Time-dependent parameters leave only their place among the values; their vectors are packed.
+    A time-dependent parameter keeps only its index; `InferenceDiMR.td_vectors` has its vectors.
     """
     copied = copy.deepcopy(module).requires_grad_(False)
     for part in copied.modules():
@@ -369,9 +371,10 @@ Compute = Callable[..., list[Tensor]]
 
 
 class _Graphs:
-    """A function of a flag and tensors, captured once for each flag, shapes and dtypes.
+    """A function of a flag and tensors, captured once per flag, shapes and dtypes.
 
-    `capture(function, inputs)` returns what replays the function on other inputs like them.
+    `capture(function, inputs, pool)` returns a function that replays `function` on new inputs of
+    the same shapes and dtypes.
     """
 
     def __init__(
@@ -382,7 +385,7 @@ class _Graphs:
         self._function = function
         self._capture = capture
         self._replays: dict[tuple[Any, ...], Compute] = {}
-        # Graphs are never replayed at the same time, so they may work in the same memory.
+        # Graphs never run at the same time, so they can share memory.
         self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
     def __call__(self, flag: bool, *inputs: Tensor) -> list[Tensor]:
@@ -399,7 +402,7 @@ class _Graphs:
 def _capture(function: Compute, inputs: Sequence[Tensor], pool: Any) -> Compute:
     static = [tensor.clone(memory_format=torch.contiguous_format) for tensor in inputs]
     with torch.cuda.device(static[0].device):
-        # Kernels are compiled and libraries take their memory before, where that is allowed.
+        # Warm up before the capture: it does not allow compiling kernels or initialising libraries.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -407,7 +410,7 @@ def _capture(function: Compute, inputs: Sequence[Tensor], pool: Any) -> Compute:
                 function(*static)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on meanwhile: a training's loader pins memory in one.
+        # Only this thread is restricted: a training's data loader pins memory in another one.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             outputs = function(*static)
 

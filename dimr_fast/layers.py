@@ -1,8 +1,8 @@
-"""The modules a branch is made of; parameters carry the published names.
+"""The modules of a branch; parameters have the published names.
 
-Time enters a forward pass as `td`: the value of every time-dependent parameter of the model at
-the batch's times (`ops.td_parameters`, computed once per forward). A `TDParameter` knows its
-place in it, so no module keeps state between calls.
+A forward pass receives time as `td`: the values of all time-dependent parameters of the model at
+the times of the batch (`ops.td_parameters`, computed once per forward pass). Each `TDParameter`
+has an index into `td`, so no module keeps state between calls.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,13 @@ from dimr_fast import ops
 from dimr_fast.config import BranchConfig
 
 TDValues = Sequence[Tensor]
+"""The value `[T, D]` of each time-dependent parameter, in the order of `TDParameter.index`."""
 Normed = Tensor | tuple[Tensor, Tensor]
-"""What a norm returns: the normed features or, given a residual, the sum and the normed sum."""
+"""The result of a norm: the normed features or, with a residual, the sum and the normed sum."""
 
 
 class Operation(nn.Module):
-    """A module that runs one operator, by the implementation its attribute names."""
+    """A module that runs one operator with the implementation that an attribute names."""
 
     operator: str
     implementation: str = "auto"
@@ -30,7 +31,7 @@ class Operation(nn.Module):
 class Linear(nn.Linear):
     """`nn.Linear` with the published initialisation: truncated normal (std 0.02), zero bias.
 
-    It takes its input in pieces of the last axis, too.
+    `forward` also takes the input in several pieces along the last axis.
     """
 
     def reset_parameters(self) -> None:
@@ -50,10 +51,10 @@ class Embedding(nn.Embedding):
 
 
 class TDParameter(nn.Module):
-    """A width-D parameter that depends on time (paper eq. 4–5), as four vectors.
+    """A time-dependent parameter of width D (paper eq. 4–5), stored as four vectors.
 
-    `initial` is its value before training: 1 for a scale, 0 for a shift. `index`, its place among
-    the model's time-dependent parameters, is assigned by `DiMR`.
+    `initial` is its value before training: 1 for a scale, 0 for a shift. `DiMR` assigns `index`,
+    the index of the parameter in `TDValues`.
     """
 
     index: int
@@ -81,7 +82,7 @@ class TDLayerNorm(Operation):
         self.bias = TDParameter(dim, 0.0)
 
     def values(self, td: TDValues) -> tuple[Tensor, Tensor]:
-        """Scale and shift, `[T, D]` each."""
+        """Return the scale and the shift, each `[T, D]`."""
         return td[self.weight.index], td[self.bias.index]
 
     def forward(self, x: Tensor, td: TDValues, residual: Tensor | None = None) -> Normed:
@@ -98,7 +99,7 @@ class TDRMSNorm(Operation):
         self.scale = TDParameter(dim, 1.0)
 
     def value(self, td: TDValues) -> Tensor:
-        """Scale, `[T, D]`."""
+        """Return the scale `[T, D]`."""
         return td[self.scale.index]
 
     def forward(self, x: Tensor, td: TDValues, residual: Tensor | None = None) -> Normed:
@@ -107,7 +108,7 @@ class TDRMSNorm(Operation):
 
 
 class RMSNorm(Operation):
-    """`ops.rms_norm` over the last axis ("RMSN"); time has no part in it."""
+    """`ops.rms_norm` over the last axis ("RMSN"); it does not depend on time."""
 
     operator = "rms_norm"
 
@@ -116,7 +117,7 @@ class RMSNorm(Operation):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def value(self, td: TDValues) -> Tensor:
-        """Scale, `[1, D]`."""
+        """Return the scale `[1, D]`."""
         return self.scale[None]
 
     def forward(self, x: Tensor, td: TDValues, residual: Tensor | None = None) -> Normed:
@@ -131,7 +132,7 @@ NORMS: dict[str, type[TDLayerNorm] | type[TDRMSNorm] | type[RMSNorm]] = {
 
 
 class Attention(Operation):
-    """Pre-norm self-attention, without the residual add."""
+    """Pre-norm self-attention without the residual add."""
 
     operator = "attention"
 
@@ -148,7 +149,7 @@ class Attention(Operation):
 
 
 class DepthwiseConv2d(Operation):
-    """`ops.depthwise_conv2d` of a branch's image `[B, H·W, D]`; `residual` adds the image."""
+    """`ops.depthwise_conv2d` of a branch's features `[B, H·W, D]`; `residual=True` adds them."""
 
     operator = "depthwise_conv2d"
 
@@ -156,7 +157,7 @@ class DepthwiseConv2d(Operation):
         super().__init__()
         self.size = (config.max_height, config.max_width)
         k = config.kernel_size
-        # The published name of the convolution inside its block; it also initialises the weights.
+        # "1" is the published name; the module also initialises the weights.
         self.add_module("1", nn.Conv2d(config.dim, config.dim, k, groups=config.dim))
 
     def forward(self, x: Tensor, td: TDValues, residual: bool = False) -> Tensor:
@@ -170,8 +171,8 @@ class DepthwiseConv2d(Operation):
 class GatedMLP(Operation):
     """Pre-norm `w2(gelu(w0(x)) · w1(x))` (paper section 3.3).
 
-    With a `residual` it is that of `residual + x`: the add is fused with the norm. What it is of is
-    returned beside the MLP's output.
+    Returns the MLP's input and its output. With a `residual` the input is `residual + x`, whose add
+    is fused with the norm.
     """
 
     operator = "gated_gelu"
@@ -196,7 +197,7 @@ class GatedMLP(Operation):
 
 
 class Block(nn.Module):
-    """Mix positions, then channels: a transformer or ConvNeXt block on `[B, N, D]`."""
+    """A transformer or ConvNeXt block on `[B, N, D]`: mixes positions, then channels."""
 
     def __init__(self, config: BranchConfig, norm_type: str) -> None:
         super().__init__()
@@ -214,19 +215,19 @@ class Block(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Add a learned vector to every position of `[B, H·W, D]` (row-major)."""
+    """Adds a learned vector to every position of `[B, H·W, D]` (row-major)."""
 
     def __init__(self, config: BranchConfig) -> None:
         super().__init__()
         self.position_embeddings = Embedding(config.max_height * config.max_width, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In the dtype of x: under autocast the whole residual stream stays in autocast's.
+        # In the dtype of x: under autocast the whole residual stream is in autocast's dtype.
         return x + self.position_embeddings.weight.to(x.dtype)
 
 
 class PatchEmbedding(nn.Module):
-    """Full-resolution image `[B, C, H, W]` to a branch's positions `[B, h·w, D]`."""
+    """Embeds the full-resolution image `[B, C, H, W]` as positions `[B, h·w, D]` of a branch."""
 
     def __init__(self, config: BranchConfig, channels: int) -> None:
         super().__init__()
@@ -235,8 +236,8 @@ class PatchEmbedding(nn.Module):
         self.add_module("3", PositionEmbedding(config))
 
     def forward(self, x: Tensor) -> Tensor:
-        # A convolution whose stride is its size is a product with each patch; as one it leaves the
-        # channels last, as everything after it wants them.
+        # A convolution whose stride equals its size is a linear layer on patches. Computed as one,
+        # its result is channels-last, the layout of all features.
         conv = cast(nn.Conv2d, self.get_submodule("1"))
         r = conv.stride[0]
         patches = x.unflatten(3, (-1, r)).unflatten(2, (-1, r)).permute(0, 2, 4, 1, 3, 5)
@@ -245,7 +246,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """A branch's noise prediction `[B, C, h, w]` from its last features `[B, h·w, D]`."""
+    """Predicts a branch's noise `[B, C, h, w]` from its last features `[B, h·w, D]`."""
 
     def __init__(self, config: BranchConfig, channels: int) -> None:
         super().__init__()
@@ -260,7 +261,7 @@ class Head(nn.Module):
 
 
 class _Projection(nn.Module):
-    """The cascade's linear layer under its published name."""
+    """The linear layer of the cascade under its published name."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -268,7 +269,7 @@ class _Projection(nn.Module):
 
 
 class UpsampleAdd(Operation):
-    """`ops.upsample_add`: a branch's features, upsampled, added to the next branch's embedding."""
+    """`ops.upsample_add`: adds a branch's upsampled features to the next branch's embedding."""
 
     operator = "upsample_add"
 

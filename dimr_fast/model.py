@@ -1,4 +1,4 @@
-"""DiMR: branches of rising resolution, wired together (paper figure 2)."""
+"""The DiMR model: branches of increasing resolution, joined by a cascade (paper figure 2)."""
 
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ from dimr_fast.layers import (
 
 
 class Branch(nn.Module):
-    """One resolution: embed the image, add what comes from below, run the blocks, predict."""
+    """One resolution: embed the image, add the lower branch's features, run the blocks, predict."""
 
     def __init__(self, model: DiMRConfig, index: int) -> None:
         super().__init__()
@@ -49,16 +49,20 @@ class Branch(nn.Module):
     def forward(
         self, image: Tensor, features: list[Tensor], y: Tensor, td: TDValues
     ) -> tuple[Tensor, list[Tensor]]:
-        """The noise prediction `[B, C, h, w]`, and the features `[B, h·w, D]` for the cascade.
+        """Return the noise prediction `[B, C, h, w]` and features `[B, h·w, D]` for the cascade.
 
-        The last branch feeds none: its features are not kept.
+        `features` are those of the branch below. The last branch returns only its input embedding
+        as features, since no cascade follows.
         """
         x = self.input_layer(image)
         if features:
             x = self.upsample(x, features, td)
         features = [x]
-        if self.is_transformer:
-            x = torch.cat([self.class_embeds(y)[:, None].to(x.dtype), x], 1)
+        extra = self.extra_tokens(y, td)
+        count = 0
+        if extra is not None:
+            count = extra.shape[1]
+            x = torch.cat([extra.to(x.dtype), x], 1)
         skips: list[Tensor] = []
         for j, block in enumerate(self.blocks):
             if j > self.depth:
@@ -67,12 +71,15 @@ class Branch(nn.Module):
             if j < self.depth:
                 skips.append(x)
             if self.feeds_cascade:
-                features.append(self._positions(x))
-        return self.output_layer(self._positions(x), td), features
+                features.append(_positions(x, count))
+        return self.output_layer(_positions(x, count), td), features
 
-    def _positions(self, x: Tensor) -> Tensor:
-        """The tokens without the class token."""
-        return x[:, 1:] if self.is_transformer else x
+    def extra_tokens(self, y: Tensor, td: TDValues) -> Tensor | None:
+        """Return the tokens `[B, E, D]` that precede the positions, or None: here the class token.
+
+        A subclass may condition its blocks on other tokens.
+        """
+        return self.class_embeds(y)[:, None] if self.is_transformer else None
 
     def _run(self, block: nn.Module, x: Tensor, td: TDValues) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
@@ -80,13 +87,18 @@ class Branch(nn.Module):
         return block(x, td)
 
 
+def _positions(x: Tensor, extra: int) -> Tensor:
+    """Return the tokens of `x` without the first `extra`."""
+    return x[:, extra:] if extra else x
+
+
 class DiMR(Operation, HubModel):
     """Multi-resolution diffusion model that predicts the noise in an image (arXiv 2406.09416).
 
     `config` is a `DiMRConfig` or a published configuration object (any object with its attributes;
     it is not changed). Parameters have the names and shapes of the published state dict.
-    `save_pretrained`, `from_pretrained` and `push_to_hub` are `HubModel`'s and its mixin's.
-    Raises ValueError naming the field of a configuration that is out of range.
+    `save_pretrained`, `from_pretrained` and `push_to_hub` come from `HubModel` and its mixin.
+    Raises ValueError with the name of a configuration field that is out of range.
     """
 
     operator = "td_parameters"
@@ -97,24 +109,24 @@ class DiMR(Operation, HubModel):
             config = DiMRConfig.from_published(config)
         self.config = config
         self.stages = nn.ModuleList(Branch(config, i) for i in range(len(config.stage_configs)))
-        # Found once: walking all modules takes longer than the operator that reads these.
+        # Collected once: walking all modules takes longer than the operator that reads these.
         self._td_parameters = tuple(m for m in self.modules() if isinstance(m, TDParameter))
         for index, parameter in enumerate(self._td_parameters):
             parameter.index = index
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
-        """A randomly initialised model of a named size, e.g. `"DiMR-XL/2R"`.
+        """Return a randomly initialised model of a named size, e.g. `"DiMR-XL/2R"`.
 
-        `overrides` replace fields of `DiMRConfig`, e.g. `num_classes=11`. Raises ValueError naming
-        an unknown preset or field.
+        `overrides` replace fields of `DiMRConfig`, e.g. `num_classes=11`. Raises ValueError with
+        the name of an unknown preset or field.
         """
         return cls(preset(name, **overrides))
 
     def set_implementation(self, implementation: str) -> Self:
-        """Run every operator that has it by the named implementation, the others by "auto".
+        """Use the named implementation for every operator that has it, "auto" for the others.
 
-        Raises ValueError where no operator has one of that name.
+        Raises ValueError if no operator has an implementation of that name.
         """
         known = {name for operator in ops.OPERATORS.values() for name in operator.names}
         if implementation not in known | {"auto"}:
@@ -128,10 +140,10 @@ class DiMR(Operation, HubModel):
         return self
 
     def set_attention_backend(self, backend: str) -> Self:
-        """Run attention by the named implementation; the other operators stay as they are.
+        """Use the named implementation for attention; other operators keep theirs.
 
-        Named as in diffusers, whose "native" and "flash" are "sdpa" and "flash_attn" here.
-        Raises ValueError where attention has no implementation of that name.
+        The method and the names "native" and "flash" are those of diffusers; they select "sdpa" and
+        "flash_attn". Raises ValueError if attention has no implementation of that name.
         """
         name = {"native": "sdpa", "flash": "flash_attn"}.get(backend, backend)
         known = ("auto", *ops.OPERATORS["attention"].names)
@@ -149,18 +161,19 @@ class DiMR(Operation, HubModel):
         log_snr: Tensor | None = None,
         y: Tensor | None = None,
     ) -> list[Tensor]:
-        """The noise in `x` as each branch sees it, from low to high resolution.
+        """Predict the noise in `x` at the resolution of each branch, from low to high.
 
         Args:
             x: noisy image `[B, C, H, W]`, floating point.
-            t: unused; there because published training scripts pass it.
+            t: ignored; published training scripts pass it.
             log_snr: the time condition, `[B]` (a time per image) or `[1]` (one for all), floating
                 point. Despite its name it is not a log-SNR in the published recipe but
                 `8·n/1000 − 4` for the discrete step n of 1..1000.
-            y: class of each image `[B]`, int64 or int32; `config.null_class` means none.
+            y: class of each image `[B]`, int64 or int32; `config.null_class` means no class.
 
-        Returns a list of `[B, C, h, w]`, one a branch; the last has the size of `x`.
-        Raises ValueError naming an argument that is missing or of the wrong shape or dtype.
+        Returns a list of `[B, C, h, w]`, one per branch; the last has the size of `x`.
+        Raises ValueError with the name of an argument that is missing or has a wrong shape, dtype
+        or device.
         """
         weight = next(self.parameters())
         log_snr, y = check_inputs(self.config, weight.device, x, log_snr, y)
@@ -188,8 +201,10 @@ def check_inputs(
     log_snr: Tensor | None,
     y: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The `log_snr` `[B]` or `[1]` and the `y` of a call of `DiMR.forward`, whose dtype of `x` is
-    not looked at; ValueError where one of the three does not fit the model."""
+    """Check the arguments of `DiMR.forward`; return `log_snr` as `[B]` or `[1]`, and `y`.
+
+    Any floating-point dtype of `x` is accepted. Raises ValueError if an argument does not fit.
+    """
     expected = (config.channels, *config.image_size)
     if x.dim() != 4 or tuple(x.shape[1:]) != expected:
         raise ValueError(

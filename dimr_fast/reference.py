@@ -1,9 +1,9 @@
-"""What every operator means, and the whole model, in plain PyTorch.
+"""The specification: every operator and the whole model in plain PyTorch.
 
-This file is the specification that the tests compare with. It shares no code with the fast path:
-it is written to be read beside the paper (arXiv 2406.09416), not to be quick. Features are
-channels-last; `B` is the batch, `N` the tokens, `D` the width, and `T` is `B` (a time per image)
-or 1 (one time for all).
+The tests compare all implementations with this file. It shares no code with them and is written to
+be read beside the paper (arXiv 2406.09416), not to be fast. Features are channels-last; `B` is the
+batch size, `N` the number of tokens, `D` the width, and `T` is `B` (a time per image) or 1 (one
+time for all).
 """
 
 import math
@@ -16,25 +16,25 @@ from torch import Tensor
 
 
 def _widen(x: Tensor) -> Tensor:
-    """Statistics are never taken in half precision."""
+    """Cast half precision to float32: statistics are never computed in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _per_image(value: Tensor, x: Tensor) -> Tensor:
-    """View a `[T, D]` value so that it broadcasts over `[B, …, D]`."""
+    """Return a view of a `[T, D]` value that broadcasts over `[B, …, D]`."""
     return value.reshape(value.shape[0], *[1] * (x.dim() - 2), value.shape[-1])
 
 
 def td_parameter(
     tau: Tensor, param0: Tensor, param1: Tensor, nodecay_weight: Tensor, nodecay_bias: Tensor
 ) -> Tensor:
-    """Value `[T, D]` of a time-dependent parameter at times `tau` `[T]` (paper eq. 4–5)."""
+    """Return the value `[T, D]` of a time-dependent parameter at times `tau` `[T]` (eq. 4–5)."""
     gate = torch.sigmoid((nodecay_weight + 1) * tau[:, None] + nodecay_bias)
     return param1 + gate * (param0 - param1)
 
 
 def td_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """LayerNorm of `x` `[B, …, D]` with a scale and a shift per time, each `[T, D]`."""
+    """Compute the layer norm of `x` `[B, …, D]` with scale and shift per time, each `[T, D]`."""
     wide = _widen(x)
     centred = wide - wide.mean(-1, keepdim=True)
     normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
@@ -42,26 +42,29 @@ def td_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def td_rms_norm(x: Tensor, scale: Tensor) -> Tensor:
-    """RMSNorm of `x` `[B, …, D]` with a scale per time `[T, D]`; epsilon is added to the rms."""
+    """Compute the RMS norm of `x` `[B, …, D]` with a scale per time `[T, D]`.
+
+    Epsilon is added to the root mean square, not to the mean square.
+    """
     wide = _widen(x)
-    # A norm, unlike the root of a mean of squares, has a finite gradient on a row of zeros.
+    # Unlike the square root of a mean, vector_norm has a finite gradient on a row of zeros.
     rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
     return (wide / (rms + 1e-8) * _per_image(scale, x)).to(x.dtype)
 
 
 def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
-    """RMSNorm of `x` `[B, …, D]` with one learned scale `[D]`."""
+    """Compute the RMS norm of `x` `[B, …, D]` with one learned scale `[D]`."""
     return td_rms_norm(x, scale[None])
 
 
 def gated_gelu(x: Tensor) -> Tensor:
-    """`gelu(a) · b` for `x` `[…, 2·hidden]` = `a ‖ b`, with the exact (erf) GELU."""
+    """Compute `gelu(a) · b` with the exact (erf) GELU, for `x` `[…, 2·hidden]` = `[a, b]`."""
     gate, value = x.chunk(2, -1)
     return F.gelu(gate) * value
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """Softmax attention: packed `[B, N, 3·heads·head_dim]` to `[B, N, heads·head_dim]`."""
+    """Compute softmax attention, packed `[B, N, 3·heads·head_dim]` to `[B, N, heads·head_dim]`."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     scores = _widen(q @ k.mT) / math.sqrt(q.shape[-1])
     out = scores.softmax(-1).to(v.dtype) @ v
@@ -85,9 +88,9 @@ def upsample_add(
 ) -> Tensor:
     """Add a branch's features to the embedding `x` `[B, H, W, D]` of the next (paper section 3.1).
 
-    `features` are `[B, h, w, d]` each, `norm_in` and `norm_out` scale and shift of the two norms
-    at each time, `weight` `[D·q², d·len(features)]` the projection, whose output channels are
-    ordered `[row, column, D]` within a box of q×q, q = H/h.
+    `features` are `[B, h, w, d]` each. `norm_in` and `norm_out` are the scale and shift per time of
+    the two norms. `weight` `[D·q², d·len(features)]` is the projection, whose output channels are
+    ordered `[row, column, D]` within a box of q×q, where q = H/h.
     """
     h, w = features[0].shape[1:3]
     q = x.shape[1] // h
@@ -98,7 +101,7 @@ def upsample_add(
 
 
 class _Parameters:
-    """A state dict seen from one prefix, with time-dependent parameters read at `tau`."""
+    """The parameters of a state dict under one prefix, with time-dependent ones at `tau`."""
 
     def __init__(self, state: Mapping[str, Tensor], tau: Tensor, prefix: str = "") -> None:
         self.state, self.tau, self.prefix = state, tau, prefix
@@ -146,10 +149,11 @@ def _block(x: Tensor, p: _Parameters, config: Any, branch: Any) -> Tensor:
 def dimr(
     config: Any, state: Mapping[str, Tensor], image: Tensor, log_snr: Tensor, y: Tensor
 ) -> list[Tensor]:
-    """The whole model without dropout: one noise prediction `[B, C, h, w]` a branch, low to high.
+    """Run the whole model without dropout.
 
-    `config` has the fields of `DiMRConfig`, `state` the names of the published state dict; `image`
-    is `[B, C, H, W]`, `log_snr` `[B]` or `[1]`, `y` `[B]`.
+    Returns one noise prediction `[B, C, h, w]` per branch, from low to high resolution. `config`
+    has the fields of `DiMRConfig`, `state` the names of the published state dict; `image` is
+    `[B, C, H, W]`, `log_snr` `[B]` or `[1]`, `y` `[B]`.
     """
     params = _Parameters(state, log_snr / 4)
     predictions: list[Tensor] = []

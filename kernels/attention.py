@@ -6,16 +6,17 @@ and backward, with δ = Σ dout · out over a row, ds = p · (dout·vᵀ − δ)
 
     dq = ds·k        dk = dsᵀ·q        dv = pᵀ·dout
 
-Scores never reach memory: a program keeps a tile of queries (for dk and dv, of keys) and walks
-over the others, forward with a running softmax. 4·N²·D FLOP an image forward and 10·N²·D backward
-by the usual count; backward in fact computes s and dout·vᵀ twice, once for dq and once for dk and
-dv, so that each result has one writer and no atomic adds, 14·N²·D (in fp32, 16).
+Scores are never written to memory: a program keeps a tile of queries (for dk and dv, of keys) and
+loops over the tiles of keys (queries), in forward with a running softmax. By the usual count
+forward has 4·N²·D FLOP per image and backward 10·N²·D. This backward computes s and dout·vᵀ twice,
+once for dq and once for dk and dv: 14·N²·D (in fp32 16·N²·D). So each result has one writer and
+needs no atomic adds.
 
-q, k and v are read where they lie in the packed tensor. A head is one tile as wide as the next
-power of two or, where that would waste more, two (72 is 64 + 16). Where one token is left over
-from whole tiles (257 is a class token and 4 · 64), the first token has a tile of its own, of the
-fewest rows that the tensor cores take: as a key before the others, as a query in a program apart.
-Whole tiles then need no mask. attention.md gives the reasons and the figures.
+q, k and v are read in place from the packed tensor. A head is one tile as wide as the next power of
+two or, if that wastes more, two tiles (72 = 64 + 16). If whole tiles leave one token over (257 is a
+class token and 4 · 64 positions), the first token has a tile of its own with the fewest rows that
+the tensor cores take: as a key it precedes the other keys, as a query it has its own program. Whole
+tiles then need no mask. attention.md gives the reasons and the figures.
 """
 
 import math
@@ -46,10 +47,11 @@ from dimr_fast.kernels.configuration import configuration
 
 
 def launch_fwd(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention `[B, N, D]` of packed `[B, N, 3·D]`, and each softmax's parts `[B, heads, 2, N]`.
+    """Return attention `[B, N, D]` of packed `[B, N, 3·D]` and softmax parts `[B, heads, 2, N]`.
 
-    With s in units of ln 2, those are its top, max s, and its share, 1 / Σ exp2(s - top). Added
-    up to one number, a log-sum-exp, they would cost each probability |top|·eps in backward.
+    With s in units of ln 2, the two parts of a row are top = max s and share =
+    1 / Σ exp2(s - top). They are not merged into one log-sum-exp, because backward would then lose
+    |top|·eps of each probability to rounding.
     """
     images, count, width = qkv.shape
     out = torch.empty(images, count, width // 3, dtype=qkv.dtype, device=qkv.device)
@@ -63,14 +65,14 @@ def launch_fwd(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tenso
 def launch_bwd(
     dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, parts: torch.Tensor, heads: int
 ) -> torch.Tensor:
-    """Gradient `[B, N, 3·D]` of the packed qkv, from what forward was given and returned."""
+    """Return the gradient `[B, N, 3·D]` of qkv from the inputs and results of forward."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if qkv.numel():
         qkv = _in_units(qkv, _unit(qkv.shape[2] // 3 // heads))
         dout, out, parts = dout.contiguous(), out.contiguous(), parts.contiguous()
         statistics = parts.new_empty(parts.shape[0], heads, parts.shape[3], 4)
         shared = (dout, statistics, dqkv)
-        # In this order: the first kernel writes the statistics, the second reads them.
+        # The order matters: the first kernel writes the statistics that the second reads.
         dq = (attention_bwd_dq_kernel, "BLOCK_M", qkv, heads, out, parts)
         _launch("attention_bwd_dq", *dq, *shared)
         _launch("attention_bwd_dkdv", attention_bwd_dkdv_kernel, "BLOCK_N", qkv, heads, *shared)
@@ -80,10 +82,10 @@ def launch_bwd(
 def _launch(
     table: str, kernel: Any, own: str, qkv: torch.Tensor, heads: int, *tensors: torch.Tensor
 ) -> None:
-    """Start a program for each image, head and tile of `own` tokens, a first token's included."""
+    """Launch one program per image, head and tile of `own` tokens, plus one for a first token."""
     images, count, width = qkv.shape
     head_dim = width // 3 // heads
-    # fp32 tiles take twice the memory and are multiplied on the plain cores.
+    # fp32 tiles take twice the memory and do not use the tensor cores.
     table += "_fp32" if qkv.dtype == torch.float32 else ""
     constants = configuration(table, head_dim, qkv.device)
     step = constants["BLOCK_N" if own == "BLOCK_M" else "BLOCK_M"]
@@ -106,14 +108,15 @@ def _launch(
 
 
 def _unit(head_dim: int) -> int:
-    """How many elements a head is a whole number of, up to 16 bytes of 16-bit ones."""
+    """Return the largest unit, up to 8 elements (16 bytes in 16 bits), that divides a head."""
     return math.gcd(head_dim, 8)
 
 
 def _in_units(qkv: torch.Tensor, unit: int) -> torch.Tensor:
-    """`qkv`, or a copy where its columns are not adjacent or a stride is not in whole units.
+    """Return `qkv`, or a contiguous copy if its last axis is strided or a stride is not in units.
 
-    Kernels are given strides in units: so the compiler knows how many elements it may load at once.
+    Kernels receive strides in units, so that the compiler knows how many elements one load can
+    take.
     """
     fits = qkv.stride(2) == 1 and qkv.stride(0) % unit == qkv.stride(1) % unit == 0
     return qkv if fits else qkv.contiguous()
@@ -196,7 +199,7 @@ def _fwd_tile(
     WIDTHS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Compute a tile of queries, those before `end`, against all keys."""
+    """Compute a tile of queries from `start` (those before `end`) against all keys."""
     q = load(q_ptr, start, end, BLOCK_M, False, STRIDE, HEAD_DIM, WIDTHS)
     k_ptr = q_ptr + WIDTH
     v_ptr = k_ptr + WIDTH
@@ -233,7 +236,7 @@ def _fwd_keys(
     HEAD_DIM: tl.constexpr,
     WIDTHS: tl.constexpr,
 ):
-    """Take a tile of keys into the running softmax: its top, its sum and the weighted values."""
+    """Add a tile of keys to the running softmax: maximum, sum and weighted values."""
     scale: tl.constexpr = HEAD_DIM**-0.5 * LOG2E
     k = load(k_ptr, start, end, BLOCK_N, WHOLE, STRIDE, HEAD_DIM, WIDTHS)
     v = load(v_ptr, start, end, BLOCK_N, WHOLE, STRIDE, HEAD_DIM, WIDTHS)

@@ -1,4 +1,4 @@
-"""The backward kernels of `attention`: one for dq, one for dk and dv."""
+"""The backward kernels of `attention`: one computes dq, one dk and dv."""
 
 import triton
 import triton.language as tl
@@ -112,10 +112,10 @@ def _dq_tile(
     WIDTHS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Compute dq and the statistics of a tile of queries, those before `end`."""
-    # A row of ds adds up to zero, but for the rounding of out, which 16 bits hide and fp32 shows:
-    # a row whose tokens are all alike is then nothing but that. So in fp32 what is left of the sum
-    # goes into delta, and out of dq.
+    """Compute dq and the statistics of a tile of queries from `start` (those before `end`)."""
+    # Exactly computed, a row of ds sums to zero. The rounding of `out` leaves a remainder, which
+    # fp32 shows: if all tokens are equal, dq consists of nothing else. So in fp32 the remainder is
+    # subtracted from ds, by adding it to delta and correcting dq.
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     k_ptr = q_ptr + WIDTH
     v_ptr = k_ptr + WIDTH
@@ -199,7 +199,7 @@ def _dq_keys(
     HEAD_DIM: tl.constexpr,
     WIDTHS: tl.constexpr,
 ):
-    """Add what a tile of keys contributes."""
+    """Add the contribution of a tile of keys to dq and, if EXACT, to `left` and `mean`."""
     scale: tl.constexpr = HEAD_DIM**-0.5 * LOG2E
     k = load(k_ptr, start, end, BLOCK_N, WHOLE, STRIDE, HEAD_DIM, WIDTHS)
     v = load(v_ptr, start, end, BLOCK_N, WHOLE, STRIDE, HEAD_DIM, WIDTHS)
@@ -297,7 +297,7 @@ def _dkdv_tile(
     WIDTHS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Compute dk and dv of a tile of keys, those before `end`, from all queries."""
+    """Compute dk and dv of a tile of keys from `start` (those before `end`) from all queries."""
     k = load(q_ptr + WIDTH, start, end, BLOCK_N, False, STRIDE, HEAD_DIM, WIDTHS)
     v = load(q_ptr + 2 * WIDTH, start, end, BLOCK_N, False, STRIDE, HEAD_DIM, WIDTHS)
     dk = zeros(BLOCK_N, WIDTHS)
@@ -360,11 +360,11 @@ def _dkdv_queries(
     HEAD_DIM: tl.constexpr,
     WIDTHS: tl.constexpr,
 ):
-    """Add what a tile of queries contributes."""
+    """Add the contribution of a tile of queries to dk and dv."""
     scale: tl.constexpr = HEAD_DIM**-0.5 * LOG2E
     q = load(q_ptr, start, end, BLOCK_M, WHOLE, STRIDE, HEAD_DIM, WIDTHS)
     dout = load(dout_ptr, start, end, BLOCK_M, WHOLE, WIDTH, HEAD_DIM, WIDTHS)
-    # A query past the last has a share of zero, and so no weight.
+    # A query past the last has a share of zero, so its weights are zero.
     top, share, delta = load_statistics(statistics_ptr, start, end, BLOCK_M, WHOLE)
     p = tl.exp2(dots(k, q) * scale - top[None, :]) * share[None, :]
     dv = plus_product(dv, p.to(dout[0].dtype), dout)

@@ -1,7 +1,7 @@
-"""Tiles of a head: what the kernels of `attention` load, multiply and store.
+"""Tiles of a head: how the kernels of `attention` load, multiply and store them.
 
-A tile here is a tuple of tensors `[R, widths[i]]`, side by side: a head as wide as `tile_widths`
-says, since a tensor's own shape must be powers of two.
+A tile is a tuple of tensors `[R, widths[i]]` that are adjacent columns of a head, because each
+tensor's shape must be powers of two. `tile_widths` chooses the widths.
 """
 
 import triton
@@ -9,16 +9,16 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FIRST_ROWS = tl.constexpr(16)
-"""Rows of the first token's tile: the fewest that the tensor cores take."""
+"""The number of rows of the first token's tile: the fewest that the tensor cores take."""
 
 _WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
-"""The interpreter would multiply bf16's bit patterns."""
+"""True in Triton's interpreter, which would multiply the bit patterns of bf16 numbers."""
 
 
 def tile_widths(head_dim: int, most: int = 2) -> tuple[int, ...]:
-    """At most 1 or 2 powers of two that cover a head with the least waste.
+    """Return one or two (at most `most`) powers of two that cover a head with the least waste.
 
-    The tensor cores take 16 at least.
+    Each is at least 16, the least that the tensor cores take.
     """
     whole = max(16, triton.next_power_of_2(head_dim))
     split = (whole // 2, max(16, triton.next_power_of_2(head_dim - whole // 2)))
@@ -36,10 +36,10 @@ def load(
     HEAD_DIM: tl.constexpr,
     WIDTHS: tl.constexpr,
 ):
-    """Load tokens from `start` of one head `[R, HEAD_DIM]` as tiles of those widths, zero beyond.
+    """Load ROWS tokens from `start` of one head as tiles of the given widths, zero past `end`.
 
-    `WHOLE` states that all are before `end`. Offsets within a tile do not change from tile to tile,
-    so a loop adds but its start to them.
+    `WHOLE` states that all of them are before `end`. Offsets within a tile are the same for every
+    tile, so a loop only adds the start of the tile to them.
     """
     row = tl.arange(0, ROWS)
     ptr += _start(start, STRIDE)
@@ -61,7 +61,7 @@ def _start(start, STRIDE: tl.constexpr):
 
 @triton.jit
 def _offsets(ROWS: tl.constexpr, STRIDE: tl.constexpr):
-    # They stay in registers all along, so in 32 bits unless tokens are far apart.
+    # They stay in registers for the whole loop: 32 bits unless tokens are far apart.
     if ROWS * STRIDE < 2**31:
         return (tl.arange(0, ROWS) * STRIDE)[:, None]
     else:
@@ -72,7 +72,7 @@ def _offsets(ROWS: tl.constexpr, STRIDE: tl.constexpr):
 def store(
     ptr, start, end, STRIDE: tl.constexpr, tiles, HEAD_DIM: tl.constexpr, FACTOR: tl.constexpr = 1.0
 ):
-    """Store tokens from `start` of one head, those before `end`."""
+    """Store `tiles` times FACTOR as the tokens of one head from `start`, those before `end`."""
     ptr += _start(start, STRIDE)
     row = tl.arange(0, tiles[0].shape[0])
     for i in tl.static_range(len(tiles)):
@@ -84,14 +84,14 @@ def store(
 
 @triton.jit
 def load_row(ptr, start, end, ROWS: tl.constexpr):
-    """Load one number a token."""
+    """Load one number per token."""
     row = tl.arange(0, ROWS)
     return tl.load(ptr + start + row, start + row < end, other=0.0)
 
 
 @triton.jit
 def load_statistics(ptr, start, end, ROWS: tl.constexpr, WHOLE: tl.constexpr):
-    """Load the first three of four numbers a token, in one load."""
+    """Load the first three of four numbers per token, in one load."""
     row = tl.arange(0, ROWS)
     at = ptr + start * 4 + (row[:, None] * 4 + tl.arange(0, 4)[None, :])
     four = tl.load(at) if WHOLE else tl.load(at, (start + row < end)[:, None], other=0.0)
@@ -103,7 +103,7 @@ def load_statistics(ptr, start, end, ROWS: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def store_row(ptr, start, end, values, STRIDE: tl.constexpr = 1):
-    """Store one number a token, those before `end`."""
+    """Store one number per token, those before `end`."""
     row = tl.arange(0, values.shape[0])
     tl.store(ptr + (start + row) * STRIDE, values, start + row < end)
 
@@ -118,7 +118,7 @@ def zeros(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
 
 @triton.jit
 def scaled(tiles, factors):
-    """Rows `[R, D]`, or one row for all, times factors `[R]`, in fp32."""
+    """Return rows `[R, D]`, or one row for all, times factors `[R]`, in fp32."""
     products = ()
     for i in tl.static_range(len(tiles)):
         products += (tiles[i].to(tl.float32) * factors[:, None],)
@@ -127,7 +127,7 @@ def scaled(tiles, factors):
 
 @triton.jit
 def row_dots(a, b):
-    """Each row of `a` `[R, D]` times that of `b`, or times its only row: `[R]` in fp32."""
+    """Return the dot products `[R]` in fp32 of the rows of `a` `[R, D]` and `b` `[R or 1, D]`."""
     total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
     for i in tl.static_range(1, len(a)):
         total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
@@ -136,13 +136,13 @@ def row_dots(a, b):
 
 @triton.jit
 def _zeros_tile(ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    # Of its own, since Triton 3.6 takes no element of a tuple in a shape.
+    # A function of its own: Triton 3.6 does not accept an element of a tuple in a shape.
     return tl.zeros([ROWS, WIDTH], tl.float32)
 
 
 @triton.jit
 def plus_rows(acc, factors, tiles):
-    """`acc` `[R, D]` + factors `[R]` · rows of `tiles` `[R, D]`, in fp32."""
+    """Return `acc` `[R, D]` + factors `[R]` · rows of `tiles` `[R, D]`, in fp32."""
     total = ()
     for i in tl.static_range(len(tiles)):
         total += (acc[i] + tiles[i].to(tl.float32) * factors[:, None],)
@@ -151,7 +151,7 @@ def plus_rows(acc, factors, tiles):
 
 @triton.jit
 def dots(a, b):
-    """`a·bᵀ` `[R, S]` of `a` `[R, D]` and `b` `[S, D]`."""
+    """Return `a·bᵀ` `[R, S]` of `a` `[R, D]` and `b` `[S, D]`."""
     total = _dot(a[0], tl.trans(b[0]), None)
     for i in tl.static_range(1, len(a)):
         total = _dot(a[i], tl.trans(b[i]), total)
@@ -160,7 +160,7 @@ def dots(a, b):
 
 @triton.jit
 def plus_product(acc, weights, tiles):
-    """`acc + weights·tiles` `[R, D]` of weights `[R, S]` and tiles `[S, D]`."""
+    """Return `acc + weights·tiles` `[R, D]` of weights `[R, S]` and tiles `[S, D]`."""
     total = ()
     for i in tl.static_range(len(tiles)):
         total += (_dot(weights, tiles[i], acc[i]),)
@@ -176,9 +176,9 @@ def _dot(a, b, acc):
 
 @triton.jit
 def place(count, FIRST: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr):
-    """This program's image, head and block of tokens, -1 for a first token apart.
+    """Return this program's image, head and block of tokens, -1 for the first token's own tile.
 
-    The blocks of a head, which share what they walk over, come one after another.
+    The blocks of one head have consecutive program ids, because they read the same keys.
     """
     blocks = tl.cdiv(count - FIRST, BLOCK) + FIRST
     head = tl.program_id(0) // blocks

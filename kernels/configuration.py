@@ -1,4 +1,4 @@
-"""Launch configurations of the kernels, from files, by GPU and size."""
+"""Launch configurations of the kernels, read from files, by GPU and size."""
 
 import functools
 import json
@@ -13,11 +13,11 @@ _ANY_SIZE = 2**63
 
 
 def configuration(kernel: str, size: int, device: torch.device) -> Mapping[str, int]:
-    """The constants with which to launch `kernel`, e.g. `{"ROWS": 4, "num_warps": 4}`.
+    """Return the constants to launch `kernel` with, e.g. `{"ROWS": 4, "num_warps": 4}`.
 
-    `size` is what decides in that kernel (say, the width of a row). A file lists configurations by
-    the largest size each is for. What `<name of the GPU>.json` does not list, `default.json` does;
-    a size beyond all listed there takes the last.
+    `size` is the size that the configuration of that kernel depends on, e.g. the width of a row. A
+    file lists configurations by the largest size that each serves. `default.json` serves the sizes
+    that `<name of the GPU>.json` does not list; a size larger than all takes the last one there.
     """
     for table in (_table(gpu_name(device)), _table("default")):
         by_size = table.get(kernel, {})
@@ -29,7 +29,7 @@ def configuration(kernel: str, size: int, device: torch.device) -> Mapping[str, 
 
 @contextmanager
 def trial(kernel: str, constants: Mapping[str, int], device: torch.device) -> Iterator[None]:
-    """Launch `kernel` with `constants`, whatever the size: how a tuner tries them."""
+    """Launch `kernel` with `constants` for every size inside the `with` block; used for tuning."""
     table = _table(gpu_name(device))
     before = table.get(kernel)
     table[kernel] = {_ANY_SIZE: dict(constants)}
@@ -44,11 +44,12 @@ def trial(kernel: str, constants: Mapping[str, int], device: torch.device) -> It
 
 @functools.cache
 def gpu_name(device: torch.device) -> str:
+    """Return the name of the GPU, "default" for other devices."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
 
 
 def path(gpu: str) -> Path:
-    """The file of a GPU's configurations, there or not; of "default" for all others."""
+    """Return the path of the configurations of a GPU, or of "default"; it may not exist."""
     return FOLDER / f"{gpu.replace(' ', '_').replace('/', '_')}.json"
 
 

@@ -1,10 +1,11 @@
-"""The gate of the gated MLP: `gelu(a) · b` of `a ‖ b` side by side, with the exact (erf) GELU.
+"""The gate of the gated MLP: `gelu(a) · b` of rows `[a, b]`, with the exact (erf) GELU.
 
     gelu(a) = a · Φ(a)        y = gelu(a) · b
     da = dy · b · (Φ(a) + a · φ(a))        db = dy · gelu(a)
 
-with Φ and φ the normal distribution and its density. An element is read once and no statistic is
-kept: per output element forward moves three elements (a, b, y), backward five (a, b, dy, da, db).
+where Φ and φ are the normal distribution and its density. An element is read once and no statistic
+is stored: per output element forward moves three elements (a, b, y), backward five (a, b, dy, da,
+db).
 """
 
 import math
@@ -22,7 +23,7 @@ _LOG2_DENSITY_AT_0 = tl.constexpr(-0.5 * math.log2(2 * math.pi))
 
 
 def launch_fwd(x: torch.Tensor) -> torch.Tensor:
-    """`gelu(a) · b` `[…, hidden]` of `x` `[…, 2·hidden]`."""
+    """Return `gelu(a) · b` `[…, hidden]` of `x` `[…, 2·hidden]`."""
     hidden = x.shape[-1] // 2
     y = torch.empty((*x.shape[:-1], hidden), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
@@ -45,7 +46,7 @@ def launch_fwd(x: torch.Tensor) -> torch.Tensor:
 
 
 def launch_bwd(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The gradient `[…, 2·hidden]` of `x`, from that of the result."""
+    """Return the gradient `[…, 2·hidden]` of `x` from the gradient `dy` of the result."""
     hidden = x.shape[-1] // 2
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if dx.numel() == 0:
@@ -70,21 +71,21 @@ def launch_bwd(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`[B, N, D]` rows of `x` `[…, D]`; rows without a batch are those of one image."""
+    """Return `x` `[…, D]` as rows `[B, N, D]`; rows without a batch axis become one image."""
     return as_rows(x if x.dim() > 2 else x.reshape(1, -1, x.shape[-1]))
 
 
 @triton.jit
 def _tile(tiles, HIDDEN: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's image, and the row and the column of each of its elements.
+    """Return this program's image, and the row and the column of each of its elements.
 
-    An image's rows are cut as one line of `count · HIDDEN` elements: no hidden width is a power of
-    two, and so only the last tile of an image has idle lanes. The division by HIDDEN is one of
-    32-bit numbers by a constant, done once for the elements that a thread moves together.
+    The rows of an image are tiled as one line of `count · HIDDEN` elements, so that only the last
+    tile of an image has idle lanes, although HIDDEN is not a power of two. The division by HIDDEN
+    is a 32-bit division by a constant, computed once for the elements of one vector load.
     """
     image = (tl.program_id(0) // tiles).to(tl.int64)
     start = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK
-    # What a vector load needs to know and the compiler does not see through the remainder.
+    # The alignment, which the compiler needs for vector loads, cannot be derived from a remainder.
     first = tl.multiple_of((start % HIDDEN).to(tl.int32), VECTOR)
     element = first + tl.arange(0, BLOCK)
     return image, start // HIDDEN + element // HIDDEN, element % HIDDEN
@@ -92,12 +93,13 @@ def _tile(tiles, HIDDEN: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def _normal_cdf(a, dtype: tl.constexpr):
-    """Φ(a) in fp32, as accurate as the features' `dtype` can show.
+    """Return Φ(a) in fp32, to the accuracy of the features' `dtype`.
 
-    The library's erf compiles to 30 instructions an element, by count too many for a recent GPU's
-    memory rate where an element is two bytes. There log₂ Φ(−a) serves, as a polynomial fitted on
-    0 ≤ a ≤ 6 with the weight max(√Φ, 1e-4), that falls ever faster beyond: Φ errs by 2e-7 at most
-    and, above 1e-9, by a relative 2e-3, a quarter of a step of bf16.
+    For fp32 it is computed by the library's erf. That compiles to 30 instructions per element, too
+    many to keep up with a recent GPU's memory where an element is two bytes. Half precision uses a
+    polynomial for log₂ Φ(−a) instead, fitted on 0 ≤ a ≤ 6 with the weight max(√Φ, 1e-4); beyond 6
+    it decreases ever faster. The error of Φ is at most 2e-7 and, where Φ > 1e-9, at most 2e-3
+    relative, a quarter of a rounding step of bf16.
     """
     if dtype == tl.float32:
         return 0.5 + 0.5 * tl.erf(a * _ROOT_HALF)

@@ -1,4 +1,4 @@
-"""What the norms' kernels share: features as rows of images, and the sum of partial gradients."""
+"""Code that the norms' kernels share: features as rows of images, sums of partial gradients."""
 
 import torch
 import triton
@@ -7,36 +7,39 @@ import triton.language as tl
 from dimr_fast.kernels.configuration import configuration
 
 PROGRAMS = 512
-"""Programs at which a backward pass splits rows no further: about four a multiprocessor."""
+"""The most programs that a backward pass is split into: about four per multiprocessor."""
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """`[B, …, D]` as `[B, N, D]` with adjacent columns: a view where the strides allow it."""
+    """Return `[B, …, D]` as `[B, N, D]` with a contiguous last axis: a view if strides allow it."""
     rows = x[:, None] if x.dim() == 2 else x.flatten(1, -2)
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def as_written_rows(out: torch.Tensor) -> torch.Tensor:
-    """`[B, …, D]` to write to as `[B, N, D]`: a view, or ValueError where there is none."""
+    """Return a view `[B, N, D]` of `out` `[B, …, D]` to write to.
+
+    Raises ValueError if the last axis is not contiguous.
+    """
     if out.stride(-1) != 1:
         raise ValueError(f"out: got strides {out.stride()}, expected adjacent columns")
     return out[:, None] if out.dim() == 2 else out.view(out.shape[0], -1, out.shape[-1])
 
 
 def as_values(value: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """A `[T, D]` value with adjacent columns, and the stride from one image's to the next's.
+    """Return a `[T, D]` value with a contiguous last axis, and its stride from image to image.
 
-    The stride is 0 where all images share one time. Values are views of one buffer of a model's
-    (`td_parameters`), whose rows are not adjacent: copying each would cost a launch a norm.
+    The stride is 0 if all images share one time. The values of a model are views of one buffer
+    (`td_parameters`), so their rows are not adjacent; copying them would cost a launch per norm.
     """
     value = value if value.stride(-1) == 1 else value.contiguous()
     return value, 0 if value.shape[0] == 1 else value.stride(0)
 
 
 def chunks(images: int, rows: int, rows_at_once: int, programs: int = PROGRAMS) -> tuple[int, int]:
-    """How to share an image's rows among programs of a backward pass: programs, rows of each.
+    """Split an image's rows among programs of a backward pass; return programs and rows of each.
 
-    All images together are split no further than into so many `programs`.
+    All images together get at most about `programs` programs.
     """
     programs = max(1, min(triton.cdiv(rows, rows_at_once), triton.cdiv(programs, images)))
     per_program = triton.cdiv(triton.cdiv(rows, programs), rows_at_once) * rows_at_once
@@ -44,7 +47,7 @@ def chunks(images: int, rows: int, rows_at_once: int, programs: int = PROGRAMS) 
 
 
 def sum_partials(partials: torch.Tensor, times: int) -> torch.Tensor:
-    """`[B, C, D]` partial sums to `[T, D]`: over C, and over B where T is 1."""
+    """Sum partial sums `[B, C, D]` to `[T, D]`: over C and, if T is 1, over B."""
     images, chunks, width = partials.shape
     count = images * chunks // times
     if count == 1:
@@ -69,7 +72,7 @@ def _sum_partials_kernel(
     time = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
-    # Many rows at once: one after another, each would wait for the load of its own.
+    # Many rows at once, so that their loads overlap.
     for start in range(0, count, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
         inside = (row < count) & (column < width)[None, :]

@@ -1,20 +1,20 @@
-"""Layer norm with a time-dependent scale and shift, of rows that may lie in pieces.
+"""Layer norm with a time-dependent scale and shift, over rows that may consist of pieces.
 
     s = x + residual      n = (s − mean(s)) · rstd      rstd = 1 / sqrt(var(s) + 1e-5)
     y = n · weight + bias
 
-and backward, with g = dy · weight and a sum's own gradient ds:
+and backward, with g = dy · weight and the gradient ds of the sum s:
 
     dx = rstd · (g − mean(g) − n · mean(g·n)) + ds    dweight = Σ_rows dy · n    dbias = Σ_rows dy
 
-A row is one piece, or the concatenation of several of the same width, each with strides of its own:
-the cascade's features are normed where they lie.
+A row is one piece, or the concatenation of several pieces of the same width, each with its own
+strides: the features of the cascade are normed in place, without concatenating them.
 
-Forward moves x, residual, sum and y once; a row that is too wide for registers is read a second
-time, from the L2 cache. Backward moves x, dy, ds and dx once. Rows wider than a block take two
-kernels: one reads x and dy for the rows' two means; the other, whose programs stay with the same
-columns, so that weight, bias and their gradients stay in registers, reads them again and writes dx
-and, where asked for, y.
+Forward moves x, residual, sum and y once; a row too wide for registers is read a second time, from
+the L2 cache. Backward moves x, dy, ds and dx once. Rows wider than a block take two kernels: one
+reads x and dy for the two means of each row; the other reads them again and writes dx and, if
+needed, y. A program of the second one keeps the same columns for all its rows, so that weight, bias
+and their gradients stay in registers. norms.md gives the reasons.
 """
 
 from collections.abc import Sequence
@@ -39,20 +39,17 @@ def launch_fwd(
     bias: torch.Tensor,
     pieces: Sequence[torch.Tensor],
     residual: torch.Tensor | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sum (empty without a residual), y `[B, …, P·D]` in `dtype`, mean and rstd `[B, N]`.
+    """Return the sum (empty without residual), y `[B, …, P·D]` in `dtype`, mean and rstd `[B, N]`.
 
-    `pieces` are P tensors `[B, …, D]`; a residual goes with one piece. Where `dtype` is None, only
-    the statistics are computed and y is empty.
+    `pieces` are P tensors `[B, …, D]`; with a residual there is one piece.
     """
     x = pieces[0]
-    y = torch.empty(0, dtype=dtype or x.dtype, device=x.device)
+    y = torch.empty(*x.shape[:-1], len(pieces) * x.shape[-1], dtype=dtype, device=x.device)
     summed = y.new_empty(0)
     if residual is not None:
         summed = y.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    if dtype is not None:
-        y = y.new_empty(*x.shape[:-1], len(pieces) * x.shape[-1])
     rows = [as_rows(piece) for piece in pieces]
     images, count, width = rows[0].shape
     mean = torch.empty(images, count, dtype=torch.float32, device=x.device)
@@ -74,7 +71,6 @@ def launch_fwd(
             count,
             *_piece_strides(rows),
             (weight_stride, bias_stride),
-            HAS_Y=dtype is not None,
             ALIGNED=all(_aligned(piece) for piece in rows),
             PIECES=len(rows),
             WIDTH=width,
@@ -98,7 +94,6 @@ def launch_fwd(
         (added.stride(0), added.stride(1)),
         (weight_stride, bias_stride),
         HAS_RESIDUAL=residual is not None,
-        HAS_Y=dtype is not None,
         WIDTH=width,
         **constants,
     )
@@ -116,10 +111,10 @@ def launch_bwd(
     needs_dx: bool,
     needs_y: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the pieces `[P, B, …, D]`, of weight and bias `[2, T, P·D]`, and y again.
+    """Return the gradients of pieces `[P, B, …, D]` and of weight and bias `[2, T, P·D]`, and y.
 
-    Of a row with a residual, `pieces` holds the sum that was normed, and `dx` is its gradient. y
-    has the dtype of `dy`. What is not needed is empty.
+    If forward had a residual, `pieces` contains the sum that was normed, and `dx` is its gradient.
+    y is computed again, in the dtype of `dy`. Results that are not needed are empty.
     """
     x = pieces[0]
     dx = torch.empty((len(pieces), *x.shape) if needs_dx else (0,), dtype=x.dtype, device=x.device)
@@ -196,12 +191,12 @@ def launch_bwd(
 
 
 def _piece_strides(pieces: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """From one image to the next, and from one row to the next, of each piece."""
+    """Return the strides of each piece from image to image, and from row to row."""
     return tuple(p.stride(0) for p in pieces), tuple(p.stride(1) for p in pieces)
 
 
 def _aligned(piece: torch.Tensor) -> bool:
-    """Whether every row begins and ends at a multiple of 16 bytes."""
+    """Return True if every row begins and ends at a multiple of 16 bytes."""
     sizes = (size * piece.element_size() for size in (*piece.stride()[:2], piece.shape[2]))
     return all(value % 16 == 0 for value in (piece.data_ptr(), *sizes))
 
@@ -219,9 +214,8 @@ def _td_layer_norm_fwd_kernel(
     count,  # N
     x_strides,  # (image, row)
     residual_strides,  # (image, row)
-    time_strides,  # of weight and bias: 0 where all images share one time
+    time_strides,  # of weight and bias; 0 if all images share one time
     HAS_RESIDUAL: tl.constexpr,
-    HAS_Y: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -255,20 +249,19 @@ def _td_layer_norm_fwd_kernel(
     tl.store(mean_ptr + statistic, mean, row < count)
     tl.store(rstd_ptr + statistic, rstd, row < count)
 
-    if HAS_Y:
-        weight_ptr += image * time_strides[0]
-        bias_ptr += image * time_strides[1]
-        for start in range(0, WIDTH, BLOCK):
-            column = start + lane
-            inside = (row < count) & (column < WIDTH)[None, :]
-            if WIDTH > BLOCK:
-                x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
-                if HAS_RESIDUAL:
-                    x += tl.load(residual_ptr + column, inside, other=0.0).to(tl.float32)
-                    x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)
-            normed = (x - mean) * rstd
-            y = affine(normed, weight_ptr + column, bias_ptr + column, column < WIDTH)
-            tl.store(y_ptr + out + column, y.to(y_ptr.dtype.element_ty), inside)
+    weight_ptr += image * time_strides[0]
+    bias_ptr += image * time_strides[1]
+    for start in range(0, WIDTH, BLOCK):
+        column = start + lane
+        inside = (row < count) & (column < WIDTH)[None, :]
+        if WIDTH > BLOCK:
+            x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
+            if HAS_RESIDUAL:
+                x += tl.load(residual_ptr + column, inside, other=0.0).to(tl.float32)
+                x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)
+        normed = (x - mean) * rstd
+        y = affine(normed, weight_ptr + column, bias_ptr + column, column < WIDTH)
+        tl.store(y_ptr + out + column, y.to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -280,10 +273,10 @@ def _td_layer_norm_bwd_kernel(
     bias_ptr,  # [T, PIECES * WIDTH]
     mean_ptr,  # [B, N] fp32
     rstd_ptr,  # [B, N] fp32
-    means_ptr,  # [2, B, N] fp32: mean(g) and mean(g·n); of WHOLE_ROWS, computed here
+    means_ptr,  # [2, B, N] fp32: mean(g) and mean(g·n); unused if WHOLE_ROWS
     dx_ptr,  # [PIECES, B, N, WIDTH], contiguous
     y_ptr,  # [B, N, PIECES * WIDTH], contiguous
-    partials_ptr,  # [2, B, programs, PIECES * WIDTH] fp32: of weight, of bias
+    partials_ptr,  # [2, B, programs, PIECES * WIDTH] fp32: gradients of weight and bias
     images,  # B
     count,  # N
     programs,
@@ -292,7 +285,7 @@ def _td_layer_norm_bwd_kernel(
     dsum_strides,  # (image, row)
     image_strides,  # of each piece
     row_strides,  # of each piece
-    time_strides,  # of weight and bias: 0 where all images share one time
+    time_strides,  # of weight and bias; 0 if all images share one time
     HAS_DSUM: tl.constexpr,
     NEEDS_DX: tl.constexpr,
     NEEDS_Y: tl.constexpr,

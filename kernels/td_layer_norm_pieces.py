@@ -1,12 +1,12 @@
-"""Layer norm over rows that lie in pieces: the parts of `td_layer_norm` that walk along them.
+"""Layer norm over rows that consist of pieces: the parts of `td_layer_norm` that loop over them.
 
-The pieces' addresses and strides are arguments of a kernel, one by one: nothing is concatenated,
-and no table of addresses has to be copied to the GPU first.
+The address and strides of each piece are arguments of a kernel: nothing is concatenated, and no
+table of addresses is copied to the GPU first.
 
-Memory moves x and y once forward, and x and dy once for the means of backward: of a channel in 16
-bits, 4 bytes a row. Forward, the L2 cache moves 6 bytes and, to each program, weight and bias. A
-program of 16 warps fills a multiprocessor, so that with ROWS = 2 the rows between their two
-readings are 20 MB of XL/2R's on an H100, and 35 MB of G/2R's: they stay in the cache.
+Forward moves x and y through memory once, and the means of backward x and dy: 4 bytes per channel
+and row in 16 bits. In forward the L2 cache moves 6 bytes, plus weight and bias for each program. A
+program of 16 warps fills a multiprocessor. With ROWS = 2 the rows that are between their first and
+second reading on a whole H100 are 20 MB for XL/2R and 35 MB for G/2R: they stay in the cache.
 """
 
 import triton
@@ -15,10 +15,11 @@ import triton.language as tl
 
 @triton.jit
 def statistics(lane_mean, squares, seen, TOTAL: tl.constexpr):
-    """Mean and rstd of rows, from each lane's mean of the values it has `seen` and their squares.
+    """Return mean and rstd of rows from the statistics of each lane.
 
-    The squares are about the lane's own mean (Welford), which no mean of the row, however large,
-    costs a digit; lanes meet by the formula of Chan, Golub and LeVeque.
+    `lane_mean` is the mean of the `seen` values of a lane, `squares` their sum of squared
+    deviations from it (Welford's algorithm), which stays accurate for any mean of the row. Lanes
+    are merged by the formula of Chan, Golub and LeVeque.
     """
     mean = tl.sum(lane_mean * seen, 1)[:, None] / TOTAL
     offset = lane_mean - mean
@@ -28,6 +29,7 @@ def statistics(lane_mean, squares, seen, TOTAL: tl.constexpr):
 
 @triton.jit
 def affine(normed, weight_ptr, bias_ptr, inside):
+    """Return `normed` times the weight plus the bias."""
     weight = tl.load(weight_ptr, inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr, inside, other=0.0).to(tl.float32)
     return normed * weight[None, :] + bias[None, :]
@@ -37,7 +39,7 @@ def affine(normed, weight_ptr, bias_ptr, inside):
 def select_piece(
     x_ptrs, image_strides, row_strides, piece, FIRST: tl.constexpr, GROUP: tl.constexpr
 ):
-    """Address and strides of a piece known only at run time, one of GROUP from FIRST on."""
+    """Return address and strides of a piece known only at run time, one of GROUP from FIRST."""
     x_ptr, image_stride, row_stride = x_ptrs[FIRST], image_strides[FIRST], row_strides[FIRST]
     for other in tl.static_range(FIRST + 1, min(FIRST + GROUP, len(x_ptrs))):
         x_ptr = tl.where(piece == other, x_ptrs[other], x_ptr)
@@ -47,32 +49,34 @@ def select_piece(
 
 
 @triton.jit
-def row_addresses(
+def load_channels(
     x_ptrs,
     image_strides,
     row_strides,
     image,
     row,  # [ROWS, 1]
-    channel,  # [1, BLOCK] of the row, from START on
+    channel,  # [1, BLOCK] of the row, from START
+    inside,  # [ROWS, BLOCK], whether there is such a row and channel
     START: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Addresses `[ROWS, BLOCK]` of channels that lie in one piece or in several."""
+    """Load channels `[ROWS, BLOCK]` in fp32, from one piece or from several; zero if not inside."""
     FIRST: tl.constexpr = START // WIDTH
     LAST: tl.constexpr = min((START + BLOCK - 1) // WIDTH, len(x_ptrs) - 1)
-    # Numbers: among tensors of pointers, the compiler for AMD's GPUs cannot choose.
+    # Integers: Triton's compiler for AMD GPUs cannot select between tensors of pointers.
     address = tl.zeros([row.shape[0], BLOCK], tl.int64)
     for piece in tl.static_range(FIRST, LAST + 1):
         x_ptr = x_ptrs[piece] + image * image_strides[piece] + row * row_strides[piece]
         address = tl.where(channel // WIDTH == piece, x_ptr.to(tl.int64), address)
     x_ptr = address.to(x_ptrs[FIRST].dtype)
     if ALIGNED:
-        # The choice hides from the compiler that 16 bytes are of one piece and begin at a multiple.
+        # After the selection the compiler no longer knows that 16 bytes are from one piece and
+        # aligned.
         VECTOR: tl.constexpr = 128 // x_ptrs[FIRST].dtype.element_ty.primitive_bitwidth
         x_ptr = tl.max_constancy(tl.multiple_of(x_ptr, [1, 16]), [1, VECTOR])
-    return x_ptr + channel % WIDTH
+    return tl.load(x_ptr + channel % WIDTH, inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -86,8 +90,7 @@ def pieces_fwd_kernel(
     count,  # N
     image_strides,  # of each piece
     row_strides,  # of each piece
-    time_strides,  # of weight and bias: 0 where all images share one time
-    HAS_Y: tl.constexpr,
+    time_strides,  # of weight and bias; 0 if all images share one time
     ALIGNED: tl.constexpr,  # whether all rows of the pieces are whole multiples of 16 bytes
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -102,24 +105,25 @@ def pieces_fwd_kernel(
     lane = tl.arange(0, BLOCK)
     statistic = image * count + row
 
-    # Unrolled: a tile's pieces are known then, and the loads of several tiles are in flight.
+    # Unrolled, so that the pieces of a tile are constants and the loads of several tiles overlap.
     lane_mean = tl.zeros([ROWS, BLOCK], tl.float32)
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in tl.static_range(0, TOTAL, BLOCK):
         channel = start + lane[None, :]
-        x_ptr = row_addresses(
+        inside = (row < count) & (channel < TOTAL)
+        x = load_channels(
             x_ptrs,
             image_strides,
             row_strides,
             image,
             wide_row,
             channel,
+            inside,
             start,
             BLOCK,
             WIDTH,
             ALIGNED,
         )
-        x = tl.load(x_ptr, (row < count) & (channel < TOTAL), other=0.0).to(tl.float32)
         step = x - lane_mean
         if start + BLOCK > TOTAL:
             step = tl.where(channel < TOTAL, step, 0.0)
@@ -130,30 +134,29 @@ def pieces_fwd_kernel(
     tl.store(mean_ptr + statistic, mean, row < count)
     tl.store(rstd_ptr + statistic, rstd, row < count)
 
-    if HAS_Y:
-        weight_ptr += image * time_strides[0] + lane
-        bias_ptr += image * time_strides[1] + lane
-        y_ptr += statistic * TOTAL + lane[None, :]
-        # Backwards, from what the cache has got last; y is not to take the place of x there.
-        for start in tl.static_range((TOTAL - 1) // BLOCK * BLOCK, -1, -BLOCK):
-            channel = start + lane[None, :]
-            inside = (row < count) & (channel < TOTAL)
-            x_ptr = row_addresses(
-                x_ptrs,
-                image_strides,
-                row_strides,
-                image,
-                wide_row,
-                channel,
-                start,
-                BLOCK,
-                WIDTH,
-                ALIGNED,
-            )
-            x = tl.load(x_ptr, inside, other=0.0).to(tl.float32)
-            normed = (x - mean) * rstd
-            y = affine(normed, weight_ptr + start, bias_ptr + start, start + lane < TOTAL)
-            tl.store(y_ptr + start, y.to(y_ptr.dtype.element_ty), inside, cache_modifier=".cs")
+    weight_ptr += image * time_strides[0] + lane
+    bias_ptr += image * time_strides[1] + lane
+    y_ptr += statistic * TOTAL + lane[None, :]
+    # Backwards: the last channels read are still in the cache. ".cs": y must not displace x there.
+    for start in tl.static_range((TOTAL - 1) // BLOCK * BLOCK, -1, -BLOCK):
+        channel = start + lane[None, :]
+        inside = (row < count) & (channel < TOTAL)
+        x = load_channels(
+            x_ptrs,
+            image_strides,
+            row_strides,
+            image,
+            wide_row,
+            channel,
+            inside,
+            start,
+            BLOCK,
+            WIDTH,
+            ALIGNED,
+        )
+        normed = (x - mean) * rstd
+        y = affine(normed, weight_ptr + start, bias_ptr + start, start + lane < TOTAL)
+        tl.store(y_ptr + start, y.to(y_ptr.dtype.element_ty), inside, cache_modifier=".cs")
 
 
 @triton.jit
@@ -166,7 +169,7 @@ def pieces_bwd_means_kernel(
     means_ptr,  # [2, B, N] fp32: mean(g) and mean(g·n)
     images,  # B
     count,  # N
-    pieces,  # PIECES, but unknown to the compiler, which would unroll the loops over them
+    pieces,  # PIECES at run time, so that the compiler does not unroll the loops over them
     dy_strides,  # (image, row)
     image_strides,  # of each piece
     row_strides,  # of each piece
@@ -189,8 +192,8 @@ def pieces_bwd_means_kernel(
 
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     dot = tl.zeros([ROWS, BLOCK], tl.float32)
-    # Loops over GROUP pieces at a time: in one loop over all, choosing an address costs more than
-    # its row.
+    # One loop per GROUP of pieces: in a single loop over all pieces, selecting the address would
+    # cost more than reading the row.
     for first in tl.static_range(0, PIECES, GROUP):
         for piece in range(first, tl.minimum(first + GROUP, pieces)):
             x_ptr, x_image, x_row = select_piece(

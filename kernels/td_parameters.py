@@ -1,15 +1,15 @@
-"""All time-dependent parameters of a model at once: many small vectors, one launch.
+"""The values of all time-dependent parameters of a model: many small vectors, one launch.
 
     e = (w + 1)·τ + b        s = sigmoid(e)        value = p1 + s · (p0 − p1)
 
-and backward, with g the gradient of the value and summing over the times:
+and backward, where g is the gradient of the value and sums are over the times:
 
     dp0 = Σ g·s        dp1 = Σ g·(1 − s)
     db = (p0 − p1) · Σ g·s·(1 − s)        dw = (p0 − p1) · Σ g·s·(1 − s)·τ
 
-The vectors lie anywhere in memory. A table of their addresses, on the device, tells a program
-which columns of which parameter are its own; results of all parameters lie side by side.
-Forward writes four bytes a value, backward reads as much; the vectors are read once.
+The vectors are separate tensors. A table of their addresses, on the device, gives each program its
+columns of one parameter; the results of all parameters are adjacent columns of one tensor. Forward
+writes four bytes per value, backward reads them; the vectors are read once.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ Vectors = Sequence[torch.Tensor]
 def launch_fwd(
     tau: torch.Tensor, param0: Vectors, param1: Vectors, weight: Vectors, bias: Vectors
 ) -> torch.Tensor:
-    """Values `[T, ΣD]` at the times `tau` `[T]` of parameters given as lists of vectors `[D]`."""
+    """Return the values `[T, ΣD]` at times `tau` `[T]` of parameters, given as lists of `[D]`."""
     columns = sum(v.shape[0] for v in param0)
     dtype = torch.promote_types(tau.dtype, param0[0].dtype)
     values = torch.empty(tau.shape[0], columns, dtype=dtype, device=tau.device)
@@ -57,7 +57,7 @@ def launch_bwd(
     weight: Vectors,
     bias: Vectors,
 ) -> torch.Tensor:
-    """Gradients `[4, ΣD]` of the four vectors of each parameter, from that of the values."""
+    """Return the gradients `[4, ΣD]` of the four vectors of all parameters."""
     columns = sum(v.shape[0] for v in param0)
     grads = torch.empty(4, columns, dtype=param0[0].dtype, device=tau.device)
     if grads.numel() == 0:
@@ -82,18 +82,20 @@ def launch_bwd(
 
 
 TABLES = 256
-"""Tables that are kept, a few kilobytes each; the least recently used makes room.
+"""The number of tables kept, a few kilobytes each; a new one replaces the least recently used.
 
-More than any CUDA graph's warm-up uses: what warm-up has built must still be there at the capture.
+It is larger than the number that the warm-up of any CUDA graph uses, because the tables built by
+the warm-up must still exist when the graph is captured.
 """
 _tables: dict[tuple[Any, ...], torch.Tensor] = {}
 _captured: set[torch.Tensor] = set()
 
 
 def _table_of(vectors: Sequence[Vectors], block: int) -> tuple[torch.Tensor, bool]:
-    """The table of `vectors`, and whether each begins where 16-byte loads may.
+    """Return the table of `vectors`, and True if all of them are aligned for 16-byte loads.
 
-    An entry holds addresses alone, so it is right for whatever tensors its key is read from.
+    A table contains only addresses and its key lists them all, so a cached table is valid for any
+    tensors with the same key.
     """
     first = vectors[0][0]
     addresses = tuple(tuple(v.data_ptr() for v in kind) for kind in vectors)
@@ -101,13 +103,13 @@ def _table_of(vectors: Sequence[Vectors], block: int) -> tuple[torch.Tensor, boo
     key = first.device, addresses, widths, first.element_size(), block
     table = _tables.pop(key, None)
     if table is None:
-        # Where parameters are gathered or cast for each call, their addresses are new each time.
+        # The cache is bounded: parameters that are cast for each call have new addresses each time.
         if len(_tables) == TABLES:
             del _tables[next(iter(_tables))]
         table = _table(*key)
     _tables[key] = table  # the most recently used is last
     if table.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured.add(table)  # The graph reads it at each replay, and nothing else would keep it.
+        _captured.add(table)  # The graph reads it at each replay and does not keep it alive itself.
     aligned = all(width % 16 == 0 for width in widths) and all(
         address % 16 == 0 for kind in addresses for address in kind
     )
@@ -121,10 +123,11 @@ def _table(
     itemsize: int,
     block: int,
 ) -> torch.Tensor:
-    """A row per block of columns: four addresses, the place in the results, how many columns.
+    """Return a table with one row per block of columns.
 
-    The copy to the device waits until it is there: a later call may come on another stream. So a
-    CUDA graph's warm-up has to build the table; a capture that needed a new one fails loudly.
+    A row has four addresses, the first column in the results and the number of columns. The copy to
+    the device is synchronous, because a later call may be on another stream. A CUDA graph's
+    warm-up therefore has to build the table; capturing a graph that needs a new one fails.
     """
     rows = []
     place = 0
@@ -138,7 +141,7 @@ def _table(
 
 @triton.jit
 def _vector(table_ptr, vector_ptr, column, inside, ALIGNED: tl.constexpr):
-    """Columns, in fp32, of the vector whose address is at `table_ptr`."""
+    """Load columns, in fp32, of the vector whose address is at `table_ptr`."""
     pointer = tl.load(table_ptr).to(vector_ptr.dtype)
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -147,7 +150,7 @@ def _vector(table_ptr, vector_ptr, column, inside, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _columns(table_ptr, vector_ptr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's columns: p0, p1, w and b, the place in the results, which are there."""
+    """Return p0, p1, w and b of this program's columns, their place in the results, and a mask."""
     row_ptr = table_ptr + tl.program_id(0) * 6
     place = tl.load(row_ptr + 4)
     count = tl.load(row_ptr + 5)
@@ -165,7 +168,7 @@ def _columns(table_ptr, vector_ptr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sigmoid(tau, weight, bias):
-    """`s` `[TIMES, BLOCK]`: an exponential that overflows has the right reciprocal, zero."""
+    """Return `s` `[TIMES, BLOCK]`; an exponential that overflows has the right reciprocal, 0."""
     e = (weight + 1.0)[None, :] * tau[:, None] + bias[None, :]
     return 1.0 / (1.0 + tl.exp(-e))
 
@@ -173,7 +176,7 @@ def _sigmoid(tau, weight, bias):
 @triton.jit
 def _td_parameters_fwd_kernel(
     table_ptr,  # [programs, 6] int64
-    vector_ptr,  # not read: its type is that of the table's addresses
+    vector_ptr,  # not read: it gives the type of the table's addresses
     tau_ptr,  # [T]
     values_ptr,  # [T, columns], contiguous
     times,  # T
@@ -196,7 +199,7 @@ def _td_parameters_fwd_kernel(
 @triton.jit
 def _td_parameters_bwd_kernel(
     table_ptr,  # [programs, 6] int64
-    vector_ptr,  # not read: its type is that of the table's addresses
+    vector_ptr,  # not read: it gives the type of the table's addresses
     tau_ptr,  # [T]
     dvalues_ptr,  # [T, columns]
     grads_ptr,  # [4, columns], contiguous

@@ -2,12 +2,13 @@
 
     s = x + residual        r = 1 / (rms(s) + 1e-8)        y = s · r · scale
 
-and backward, with g = dy · scale and a sum's own gradient ds:
+and backward, with g = dy · scale and the gradient ds of the sum s:
 
     dx = g·r − s · r² · mean(g·s) / rms + ds        dscale = Σ_rows dy · s · r
 
-A row is read once and kept in registers where it fits a block; wider rows are read a second time,
-from the L2 cache. Forward moves x, residual, sum and y once, backward s, dy, ds and dx.
+A row that fits a block is read once and kept in registers; a wider row is read a second time, from
+the L2 cache. Forward moves x, residual, sum and y once, backward s, dy, ds and dx. norms.md gives
+the reasons.
 """
 
 import torch
@@ -18,13 +19,13 @@ from dimr_fast.kernels.configuration import configuration
 from dimr_fast.kernels.rows import as_rows, as_values, as_written_rows, chunks, sum_partials
 
 BACKWARD_WARPS = 4096
-"""Warps of a backward pass: with up to 64 registers a thread, an H100 runs them all at once."""
+"""The most warps of a backward pass: with 64 registers per thread an H100 runs all at once."""
 
 
 def launch_fwd(
     x: torch.Tensor, residual: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sum (empty without a residual), the normed sum in `dtype`, and its rms `[B, N]`."""
+    """Return the sum (empty without residual), the normed sum in `dtype` and the rms `[B, N]`."""
     summed = x.new_empty(0, dtype=dtype)
     if residual is not None:
         summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
@@ -39,7 +40,7 @@ def launch_into(
     scale: torch.Tensor,
     bias: torch.Tensor,
 ) -> torch.Tensor:
-    """Write the sum plus `bias` `[D]` to `out` `[B, …, D]`, return the normed sum as `x.dtype`."""
+    """Write the sum plus `bias` `[D]` to `out` `[B, …, D]`; return the normed sum in `x.dtype`."""
     return _launch_fwd(x, residual, scale, x.dtype, out, bias)[0]
 
 
@@ -51,7 +52,7 @@ def _launch_fwd(
     summed: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write the sum to `summed` unless that is empty; return the normed sum and its rms."""
+    """Write the sum to `summed` unless it is empty; return the normed sum and its rms."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows = as_rows(x)
     scale, scale_stride = as_values(scale)
@@ -92,7 +93,7 @@ def launch_bwd(
     scale: torch.Tensor,
     rms: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the sum and of `scale` `[T, D]`; `x` is the sum that was normed."""
+    """Return the gradients of the sum and of `scale` `[T, D]`; `x` is the sum that was normed."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = as_rows(x)
     scale, scale_stride = as_values(scale)
@@ -142,7 +143,7 @@ def _td_rms_norm_fwd_kernel(
     x_strides,  # (image, row)
     residual_strides,  # (image, row)
     sum_strides,  # (image, row)
-    scale_stride,  # 0 where all images share one time
+    scale_stride,  # 0 if all images share one time
     HAS_RESIDUAL: tl.constexpr,
     HAS_SUM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -206,7 +207,7 @@ def _td_rms_norm_bwd_kernel(
     dy_strides,  # (image, row)
     dsum_strides,  # (image, row)
     x_strides,  # (image, row)
-    scale_stride,  # 0 where all images share one time
+    scale_stride,  # 0 if all images share one time
     HAS_DSUM: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -238,7 +239,7 @@ def _td_rms_norm_bwd_kernel(
             dy = dy.to(tl.float32)
             scale = tl.load(scale_ptr + column, column < WIDTH, other=0.0).to(tl.float32)
             dots += dy * scale[None, :] * x
-        # A row of zeros has no direction in which its rms grows: its second term is zero.
+        # On a row of zeros the rms has no gradient: the second term is zero.
         pull = tl.sum(dots, 1) / WIDTH * r * r / tl.where(rms > 0, rms, 1.0)
         for start in range(0, WIDTH, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -256,7 +257,7 @@ def _td_rms_norm_bwd_kernel(
             out = (image * count + wide_row) * WIDTH + column
             tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), inside)
             if WIDTH > BLOCK:
-                # Too wide for registers: the program adds to its own partial sums in memory.
+                # Too wide for registers: the program keeps its partial sums in memory.
                 part = tl.sum(dy * x * r[:, None], 0)
                 if start_row > first:
                     part += tl.load(partials_ptr + column, column < WIDTH, other=0.0)

@@ -1,4 +1,4 @@
-"""What follows the cascade's projection: pixel shuffle, TD layer norm and the add to `x`.
+"""The cascade after its projection: pixel shuffle, TD layer norm and the add to `x`.
 
     y = shuffle(projected)    n = (y − mean(y)) · rstd    out = x + n · weight + bias
 
@@ -6,16 +6,13 @@ and backward, with g = dout · weight, at the shuffled positions:
 
     dprojected = rstd · (g − mean(g) − n · mean(g·n))    dweight = Σ dout · n    dbias = Σ dout
 
-`projected` is `[B, h, w, q²·D]`, its channels ordered `[row, column, D]` within a box of q×q: the
-position (h·q + i, w·q + j) of the output reads D adjacent numbers. Behind the projection of
-features that were not normed, their layer norm is still to be applied, with the rows' statistics μ
-and ρ: y = ρ · (projected − μ · row_sums) + constant.
+`projected` is `[B, h, w, q²·D]`; its channels are ordered `[row, column, D]` within a box of q×q,
+so that the position (h·q + i, w·q + j) of the output reads D adjacent numbers.
 
 Rows of D numbers stay in registers. Forward moves x, projected and out once, backward dout,
-projected and dprojected. What comes before the projection is `td_layer_norm`, of rows in pieces.
+projected and dprojected. The norm before the projection is `td_layer_norm` over rows of pieces.
+upsample_add.md gives the reasons.
 """
-
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -30,13 +27,8 @@ def launch_fwd(
     projected: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    behind: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output `[B, H, W, D]`, and mean and rstd of its norm's rows `[B, H·W]`.
-
-    `behind` is empty or, in fp32, mean and rstd of the features' rows, `[B, h·w]`, and row_sums
-    and constant, `[q²·D]`.
-    """
+    """Return the output `[B, H, W, D]`, and mean and rstd `[B, H·W]` of the normed rows."""
     dtype = torch.promote_types(x.dtype, projected.dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows = as_rows(x)
@@ -53,7 +45,6 @@ def launch_fwd(
         projected.contiguous(),
         weight,
         bias,
-        *(behind or [mean] * 4),
         out,
         mean,
         rstd,
@@ -62,7 +53,6 @@ def launch_fwd(
         (rows.stride(0), rows.stride(1)),
         weight_stride,
         bias_stride,
-        BEHIND=len(behind) > 0,
         Q=x.shape[1] // projected.shape[1],
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
@@ -79,9 +69,10 @@ def launch_bwd(
     rstd: torch.Tensor,
     times: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `projected`, of weight and bias `[2, times, D]`, and the first one's sum.
+    """Return the gradients of `projected`, of weight and bias `[2, times, D]`, and a sum `[q²·D]`.
 
-    That sum, over images and positions, is the gradient `[q²·D]` of the projection's bias.
+    The sum is the gradient of `projected` summed over images and positions, which is the gradient
+    of the projection's bias.
     """
     dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=dout.device)
     dout_rows = as_rows(dout)
@@ -128,19 +119,14 @@ def _upsample_add_fwd_kernel(
     projected_ptr,  # [B, H // Q, W // Q, Q * Q, WIDTH], contiguous
     weight_ptr,  # [T, WIDTH]
     bias_ptr,  # [T, WIDTH]
-    mean_in_ptr,  # [B, H // Q * (W // Q)] fp32
-    rstd_in_ptr,  # [B, H // Q * (W // Q)] fp32
-    row_sums_ptr,  # [Q * Q, WIDTH] fp32
-    constant_ptr,  # [Q * Q, WIDTH] fp32
     out_ptr,  # [B, H * W, WIDTH], contiguous
     mean_ptr,  # [B, H * W] fp32
     rstd_ptr,  # [B, H * W] fp32
     H,
     W,
     x_strides,  # (image, row)
-    weight_stride,  # 0 where all images share one time
+    weight_stride,  # 0 if all images share one time
     bias_stride,
-    BEHIND: tl.constexpr,
     Q: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -157,13 +143,6 @@ def _upsample_add_fwd_kernel(
 
     source = (box * (Q * Q) + segment)[:, None] * WIDTH + column
     y = tl.load(projected_ptr + source, inside, other=0.0).to(tl.float32)
-    if BEHIND:
-        mean_in = tl.load(mean_in_ptr + box, row < count, other=0.0)[:, None]
-        rstd_in = tl.load(rstd_in_ptr + box, row < count, other=0.0)[:, None]
-        channel = segment[:, None] * WIDTH + column
-        row_sums = tl.load(row_sums_ptr + channel, inside, other=0.0)
-        constant = tl.load(constant_ptr + channel, inside, other=0.0)
-        y = rstd_in * (y - mean_in * row_sums) + constant
     mean = tl.sum(y, 1) / WIDTH
     centred = tl.where(inside, y - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / WIDTH + 1e-5)
@@ -188,20 +167,20 @@ def _upsample_add_bwd_kernel(
     mean_ptr,  # [B, h * Q * w * Q] fp32
     rstd_ptr,  # [B, h * Q * w * Q] fp32
     dprojected_ptr,  # [B, h * w, Q * Q, WIDTH], contiguous
-    partials_ptr,  # [3, B, programs, Q * Q, WIDTH] fp32: of weight, bias and projected
+    partials_ptr,  # [3, B, programs, Q * Q, WIDTH] fp32: gradients of weight, bias and projected
     images,  # B
     boxes,  # h * w
     w,
     programs,
     per_program,
     dout_strides,  # (image, row)
-    weight_stride,  # 0 where all images share one time
+    weight_stride,  # 0 if all images share one time
     Q: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # A program stays with one place in the boxes, whose channels are then its own.
+    # A program handles one place (segment) in many boxes, so all its sums are of the same channels.
     segment = tl.program_id(0) % (Q * Q)
     program = tl.program_id(0) // (Q * Q)
     image = (program // programs).to(tl.int64)

@@ -1,9 +1,9 @@
-"""What the launchers' kernels compile to, for GPUs that need not be there.
+"""Compile the launchers' kernels ahead of time, for GPUs that need not be present.
 
 A test module lists its launches, on meta tensors, in a function `aot_launches() -> list[Launch]`.
-`compiled("test_td_rms_norm")` runs them in a process of its own, since in this one Triton may be
-interpreting, with Triton's driver replaced by one that claims the target and every launch
-replaced by its compilation. So what is examined is what a user's call would run: the launcher's
+`compiled("test_td_rms_norm")` runs them in a process of its own, because Triton may be interpreting
+in this one. There Triton's driver is replaced by one that claims the target, and every launch by
+its compilation. So what is examined is what a user's call would run: the launcher's
 own constants, strides and alignments.
 """
 
@@ -29,7 +29,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 @dataclass(frozen=True)
 class Launch:
-    """A call to compile: its name, the call, and the targets it is compiled for."""
+    """A call whose kernels are compiled: its name, the call, and the targets."""
 
     name: str
     call: Callable[[], Any]
@@ -38,7 +38,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as compiled: registers a thread, spilled bytes or registers, SASS by opcode.
+    """A compiled kernel: registers per thread, spilled bytes or registers, SASS by opcode.
 
     `opcodes` counts full opcodes with their modifiers ("LDG.E.128"), `loops` those of each loop in
     order of address; none for gfx942. `grids` are the programs of each launch, of `warps` each.
@@ -57,18 +57,18 @@ class Compiled:
     loops: list[dict[str, int]]
 
     def count(self, opcode: str) -> int:
-        """Instructions whose opcode begins with `opcode`."""
+        """Return the number of instructions whose opcode begins with `opcode`."""
         return sum(n for name, n in self.opcodes.items() if name.startswith(opcode))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """What a launch is called with: an address that is a multiple of 16, and no memory."""
+    """Return a tensor for a launch: its address is a multiple of 16, and it has no memory."""
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 @functools.cache
 def compiled(module: str) -> tuple[Compiled, ...]:
-    """Every kernel that the launches of a test module compile to."""
+    """Return every kernel that the launches of a test module compile to."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "compiled.json"
@@ -80,7 +80,7 @@ def compiled(module: str) -> tuple[Compiled, ...]:
 
 
 class _Driver:
-    """Stands for the driver of a GPU that is not there."""
+    """Replaces the driver of a GPU that is not present."""
 
     def __init__(self, target: Any) -> None:
         self.target = target
@@ -125,7 +125,7 @@ def _compile(module: str) -> list[Compiled]:
                 driver.set_active(_Driver(gpu))
                 found.clear()
                 for function in launched:
-                    # What was compiled for another target.
+                    # Forget what was compiled for another target.
                     function.device_caches.clear()
                 launch.call()
                 assert found, f"{launch.name} launched nothing"
@@ -146,7 +146,7 @@ def _compile(module: str) -> list[Compiled]:
 
 
 def _targets(gpu: str) -> tuple[str, ...]:
-    """The architecture of a GPU that has a file of configurations of its own."""
+    """Return the architecture of a GPU that has its own file of configurations."""
     names = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "GH200": "sm_90", "B200": "sm_100"}
     return tuple({target for name, target in names.items() if name in gpu})
 
@@ -165,7 +165,7 @@ def _examine_cuda(kernel: Any) -> dict[str, Any]:
     pattern = r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)([^;]*)"
     found = re.findall(pattern, text, re.MULTILINE)
     assert found, "no SASS read"
-    # What fills the end of the code is no instruction; after a branch to itself nothing runs.
+    # The padding after the code is not executed: it begins with a branch to itself.
     code = [(int(address, 16), opcode, rest) for address, opcode, rest in found if opcode != "NOP"]
     loops = []
     for address, opcode, rest in code:
@@ -187,8 +187,8 @@ def _examine_hip(kernel: Any) -> dict[str, Any]:
     fields = dict(re.findall(rf"\.({wanted}):\s+(\d+)", text))
     return {
         "registers": int(fields["vgpr_count"]),
-        # Not the scalar registers: those are spilled to lanes of a vector register. Where that
-        # were not so, the private segment, which is memory, would show it.
+        # Scalar registers do not count: they spill to lanes of a vector register. If they spilled
+        # to memory, the private segment would show it.
         "spilled": int(fields["vgpr_spill_count"]) + int(fields["private_segment_fixed_size"]),
         "shared": kernel.metadata.shared,
         "opcodes": {},

@@ -1,4 +1,4 @@
-"""What tests of the compiled CPU library share."""
+"""Helpers for the tests of the compiled CPU library."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ each_implementation = pytest.mark.parametrize(
 
 
 def on_threads(count: int, run: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    """What `run` returns on so many threads."""
+    """Return the result of `run` with `count` threads."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(count)

@@ -1,4 +1,4 @@
-"""The launches of csrc/cuda/, run on the host under AddressSanitizer and UBSan."""
+"""Run the launches of csrc/cuda/ on the host, under AddressSanitizer and UBSan."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ H100 = 132  # multiprocessors
 
 
 class Launch(NamedTuple):
-    """Blocks of a launch, the threads of each and its bytes of shared memory."""
+    """The blocks of a launch, the threads of a block and its bytes of shared memory."""
 
     blocks: int
     threads: int
@@ -22,11 +22,11 @@ class Launch(NamedTuple):
 
 
 class Unavailable(Exception):
-    """Why the emulation cannot be compiled here."""
+    """Raised with the reason why the emulation cannot be compiled here."""
 
 
 def build(folder: Path) -> Path:
-    """The compiled emulation of csrc/cuda/depthwise_conv2d*, in `folder`."""
+    """Compile the emulation of csrc/cuda/depthwise_conv2d* in `folder`; return its path."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise Unavailable(f"no C++ compiler: {compiler}")
@@ -43,9 +43,10 @@ def build(folder: Path) -> Path:
 
 
 class Emulation:
-    """The operators' launches for a GPU of so many multiprocessors; `launches` are the last's.
+    """The operators' launches for a GPU with that many multiprocessors.
 
-    The weights lie `weight_offset` elements behind a multiple of 16 bytes.
+    `launches` are those of the last call. The weights begin `weight_offset` elements after a
+    multiple of 16 bytes.
     """
 
     def __init__(self, program: Path, processors: int = H100, weight_offset: int = 0) -> None:
@@ -53,7 +54,7 @@ class Emulation:
         self.launches: list[Launch] = []
 
     def fwd(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
-        """y; the arguments are those of the registered operator."""
+        """Return y; the arguments are those of the registered operator."""
         tensors = [_storage(x), self._shifted(weight), bias]
         (y,) = self._run("fwd", x, x, tensors, weight.shape[-1], bias is not None, residual)
         return _tensor(y, x.dtype, x.shape)
@@ -61,7 +62,7 @@ class Emulation:
     def bwd(
         self, dy: Tensor, x: Tensor, weight: Tensor, residual: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dx, dweight and dbias."""
+        """Return dx, dweight and dbias."""
         tensors = [_storage(dy), _storage(x), self._shifted(weight)]
         dx, dweight, dbias = self._run("bwd", x, dy, tensors, weight.shape[-1], False, residual)
         return (
@@ -107,7 +108,7 @@ class Emulation:
 
 
 def _storage(view: Tensor) -> Tensor:
-    """All that lies in memory from the storage's start to the view's last element."""
+    """Return all elements in memory from the start of the storage to the last one of the view."""
     if view.numel() == 0:
         return view
     last = sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))

@@ -1,4 +1,4 @@
-"""The one rule by which every implementation of an operator is judged."""
+"""The accuracy rule for every implementation of an operator, and helpers to apply it."""
 
 import itertools
 import math
@@ -14,13 +14,13 @@ from dimr_fast.ops import _triton
 Function = Callable[..., Any]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-"""Where tests run Triton's kernels: on a GPU, or else on the CPU, interpreted."""
+"""The device on which tests run Triton kernels: a GPU or, interpreted, the CPU."""
 
 
 def skip_module_without_triton() -> None:
-    """Skip the tests of a module, with the reason, where Triton's kernels cannot run.
+    """Skip the tests of a module, with the reason, if Triton kernels cannot run.
 
-    `aot` imports the module too, to compile its launches, and needs no more than Triton.
+    `aot` also imports the module, to compile its launches; for that, Triton alone is enough.
     """
     compiles_only = DEVICE == "cpu" and "TRITON_INTERPRET" not in os.environ
     reason = _triton.why_not(torch.empty(1, device="meta" if compiles_only else DEVICE))
@@ -29,15 +29,15 @@ def skip_module_without_triton() -> None:
 
 
 def seeded(*shape: int) -> torch.Tensor:
-    """Standard normal numbers that depend on nothing but the shape."""
+    """Return standard normal numbers that depend only on the shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
 
 
 def with_gradients(function: Function) -> Function:
-    """`function`, returning its outputs and then the gradient of each tensor it is given.
+    """Return a function that returns the outputs of `function` and the gradients of its inputs.
 
-    The outputs' own gradients are small multiples of 1/4: exact in every dtype, so that all
-    precisions are asked for the same thing.
+    The gradients of the outputs are small multiples of 1/4, which are exact in every dtype, so that
+    all precisions compute the same problem.
     """
 
     def run(*inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -89,14 +89,14 @@ def assert_as_accurate(
 
 
 SAMPLES = 64
-"""Numbers of which the largest error says how accurate the reference is.
+"""The number of errors from which the reference's largest error is estimated.
 
-Of 4 numbers it says little: of two equally accurate outputs (normal errors), the second errs by
-more than twice the first one's largest error in one case of nine; of 64 numbers, in one of eight
-hundred (tests/test_oracle.py). So where an output of few numbers exceeds what its reference's error
-allows, the reference is also run on neighbouring inputs, each value moved by one rounding step at
-most, each time against its own truth, until it has erred on `SAMPLES` numbers; the largest of those
-errors counts. A kernel that is less accurate than the reference fails as it does with many numbers.
+The largest of 4 errors is a poor estimate: of two equally accurate outputs (with normal errors) the
+second has an error of more than twice the first one's largest in one case of nine; with 64 numbers,
+in one of eight hundred (tests/test_oracle.py). So if an output with few numbers exceeds the allowed
+error, the reference is also run on neighbouring inputs, with each value moved by at most one
+rounding step, and compared with its own truth for these inputs, until there are `SAMPLES` errors.
+The largest of them counts. A kernel that is less accurate than the reference still fails.
 """
 
 
@@ -115,7 +115,7 @@ def why_inaccurate(
     if truth.numel() == 0:
         return None
     info = torch.finfo(our.dtype)
-    # Below the smallest normal number there are fewer digits, or none.
+    # Below the smallest normal number the precision is lower or zero.
     step = info.eps * truth.abs().max() + info.smallest_normal
     error, reference = largest_error(our, truth), largest_error(their, truth)
     if not error <= times * reference + step:
@@ -132,13 +132,13 @@ def largest_error(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 def neighbour(value: Any, seed: int) -> Any:
     """Return a tensor with each number moved by one rounding step down or up, or not at all.
 
-    What is not a tensor of floating-point numbers is returned as it is.
+    Anything except a floating-point tensor is returned unchanged.
     """
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     generator = torch.Generator().manual_seed(seed)
     steps = torch.randint(-1, 2, value.shape, generator=generator).to(value.device, torch.float64)
-    # From one power of two to the next, 0.7 eps is 0.7 to 1.4 rounding steps, which round to one.
+    # Relative to a number, 0.7 eps is 0.7 to 1.4 rounding steps, which round to one.
     return (value.double() * (1 + 0.7 * steps * torch.finfo(value.dtype).eps)).to(value.dtype)
 
 

@@ -1,4 +1,4 @@
-"""`attention` by Triton, interpreted where there is no GPU, and by PyTorch: as the reference."""
+"""`attention` by Triton (interpreted without a GPU) and by PyTorch, against the reference."""
 
 import contextlib
 import math
@@ -88,9 +88,9 @@ def test_any_shape(images: int, tokens: int, heads: int, quarter: int, dtype: to
 
 
 def in_tiles_of(size: int) -> contextlib.AbstractContextManager[Any]:
-    """Large tiles where kernels are interpreted: the interpreter's time grows with their number.
+    """Use large tiles in the interpreter, whose time grows with their number.
 
-    A GPU takes its own configuration: compiling a tile of 1024×1024 for it takes minutes.
+    A GPU uses its own configuration: compiling a tile of 1024×1024 for it would take minutes.
     """
     from dimr_fast.kernels.configuration import trial
 
@@ -132,14 +132,14 @@ def test_the_parts_of_the_softmax(tokens: int, dtype: torch.dtype) -> None:
 
 
 def alike(score: float) -> torch.Tensor:
-    """Scores all near `score`, a shift that softmax must not see."""
+    """Return qkv whose scores are all near `score`, a shift that must not change the softmax."""
     qkv = packed(1, 65, 1, 16).unflatten(-1, (3, 16)).clone()
     qkv[:, :, 0, 0], qkv[:, :, 1, 0] = 64, score / 16
     return qkv.flatten(2)
 
 
 def one_hot() -> torch.Tensor:
-    """Each token attends to itself alone: the keys are one-hot, the queries large multiples."""
+    """Return qkv for which each token attends to itself only: one-hot keys, large queries."""
     tokens = torch.eye(35, 36, device=DEVICE)
     return torch.cat([1000 * tokens, tokens, seeded(35, 36)], 1)[None]
 
@@ -238,7 +238,7 @@ def test_bad_input_names_the_argument(call: Callable[[], Any], message: str) -> 
 
 
 def test_addresses_past_32_bits() -> None:
-    """Tokens a long way apart: the last begins past 2³¹ elements of a buffer mostly unused."""
+    """Tokens are far apart: the last begins more than 2³¹ elements after the first."""
     far = (2**31 + 4096) // 2
     buffer = torch.empty(2 * far + 24, dtype=torch.float16, device=DEVICE)
     far_apart = buffer.as_strided((1, 3, 24), (0, far, 1))
@@ -361,7 +361,7 @@ def head_dim_of(kernel: Compiled) -> int:
 
 
 def of(target: str, *dtypes: torch.dtype) -> list[Compiled]:
-    """Kernels of more than one token, which multiply matrices."""
+    """Return the kernels compiled for more than one token, which multiply matrices."""
     kernels = [
         kernel
         for kernel in compiled("test_attention")
@@ -386,7 +386,7 @@ def test_compiled_kernels_neither_spill_nor_outgrow_shared_memory() -> None:
 @pytest.mark.slow
 def test_matrix_kernels_use_the_tensor_cores() -> None:
     for kernel in of("sm_90", torch.bfloat16, torch.float16):
-        # At 128 backward's tiles have 32 rows: more would spill on sm_80 under Triton 3.6.
+        # At 128 the tiles of backward have 32 rows, as larger ones spill on sm_80 under Triton 3.6.
         narrow = head_dim_of(kernel) == 128 and "bwd" in kernel.kernel
         assert (kernel.count("HGMMA") > 0) != narrow, kernel
         # The first token's tile is narrower than a warp group.
@@ -399,10 +399,10 @@ def test_matrix_kernels_use_the_tensor_cores() -> None:
 
 @pytest.mark.slow
 def test_head_dim_72_is_multiplied_as_80() -> None:
-    """Columns × depth that a warp group multiplies in one step of each kernel's loop, and before.
+    """Compare the columns × depth that a warp group multiplies per loop step, and before the loop.
 
-    A tile of S tokens and a head W wide is S·W for each product, be W its columns or its depth.
-    Before the loop comes the tile of the first token.
+    A product of a tile of S tokens and a head of width W counts S·W, whether W is the columns or
+    the depth. The tile of the first token is processed before the loop.
     """
     from dimr_fast.kernels.attention_tiles import FIRST_ROWS, tile_widths
 
@@ -426,10 +426,10 @@ def test_head_dim_72_is_multiplied_as_80() -> None:
 
 @pytest.mark.slow
 def test_features_move_in_the_widest_pieces_their_rows_allow() -> None:
-    """A row of a head is 120 bytes at head_dim 60, so 8 at once; 16 where it is whole 16s.
+    """A head's row moves in 8 bytes at head_dim 60 (120 bytes), otherwise in 16.
 
-    At 72, 80 and 96 the second tile, 16 or 32 wide, may have but 8 bytes a thread. A number a row
-    (4 bytes), and rows of a single token, are the only smaller ones.
+    At 72, 80 and 96 the second tile, 16 or 32 wide, may have only 8 bytes per thread. Only
+    statistics (4 bytes per row) and the rows of a single token move less at once.
     """
     pieces = {60: {"64"}, 64: {"128"}, 128: {"128"}}
     for kernel in of("sm_90", torch.bfloat16, torch.float16):
@@ -438,7 +438,7 @@ def test_features_move_in_the_widest_pieces_their_rows_allow() -> None:
             found -= {"E", "U16", "LDGDEPBAR"}
             wide = pieces.get(head_dim_of(kernel), {"128", "64"})
             assert found, kernel
-            # The statistics, 16 bytes a query.
+            # The statistics, 16 bytes per query.
             others = {"128"} if opcode == "LDG" and "dkdv" in kernel.kernel else set()
             assert found <= wide | others, kernel
             assert max(wide, key=len) in found, kernel

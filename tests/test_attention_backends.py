@@ -1,7 +1,7 @@
-"""Attention by other packages: called through stand-ins that compute, with their signatures.
+"""Attention by other packages, tested with fakes that have the packages' signatures.
 
-The stand-ins have the signatures of flash-attn 2.8.3 and xformers 0.0.35, and are compared with
-the packages' own where those are installed.
+The fakes have the signatures of flash-attn 2.8.3 and xformers 0.0.35, and are compared with the
+real packages where these are installed.
 """
 
 import inspect
@@ -48,7 +48,7 @@ def memory_efficient_attention(
     for tensor in (query, key, value):
         assert tensor.dim() == 4
         assert tensor.stride(-1) == 1
-        # what its kernels check: a head is a whole number of 16 bytes, and so is the next one
+        # what its kernels check: every head is aligned to 16 bytes
         assert tensor.shape[-1] * tensor.element_size() % 16 == 0
         assert tensor.stride(-2) * tensor.element_size() % 16 == 0
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -127,7 +127,7 @@ def test_the_stand_in_has_the_package_s_signature(name: str) -> None:
 
 
 class OnGPU(torch.Tensor):
-    """A tensor that says that it is on a GPU."""
+    """A tensor that claims to be on a GPU."""
 
     @property
     def is_cuda(self) -> bool:

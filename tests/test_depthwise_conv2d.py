@@ -107,10 +107,10 @@ def test_strided_inputs(name, implementation):
 @pytest.mark.parametrize(
     ("b", "h", "w", "d", "k"),
     [
-        (2, 16, 32, 32, 3),  # in place: whole blocks and tiles
+        (2, 16, 32, 32, 3),  # read in place: whole blocks and tiles
         (2, 5, 16, 48, 5),
         (1, 3, 48, 16, 7),
-        (2, 9, 8, 24, 7),  # by half a tile, half a block
+        (2, 9, 8, 24, 7),  # half a tile, half a block more
         (1, 2, 3, 8, 7),  # smaller than the filter
         (3, 6, 7, 33, 3),
         (2, 9, 33, 17, 9),  # any size of filter
@@ -149,7 +149,7 @@ def test_autocast_does_not_round_the_residual():
     assert ours.dtype == theirs.dtype == torch.float32
     exact = plainly_added(x.double(), weight.double(), bias.double())
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
-    # the convolution's share is that of bf16: its own rounding is there
+    # the convolution itself is rounded as in bf16
     assert (ours - exact).abs().max() > 1e-4
 
 

@@ -18,7 +18,7 @@ def reference_fwd(x, weight, bias, residual):
 
 
 def reference_bwd(dy, x, weight, residual):
-    """dx, dweight and dbias."""
+    """Return dx, dweight and dbias."""
     bias = weight.new_zeros(weight.shape[0])
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
     return torch.autograd.grad(reference_fwd(*leaves, residual), leaves, dy)
@@ -26,7 +26,7 @@ def reference_bwd(dy, x, weight, residual):
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """The reference's tensors are small: its threads would only wait for one another."""
+    """Use one thread: the reference's tensors are small, and more threads would only wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +46,7 @@ def contiguous(x):
 
 
 def channels_of_wider(x, before=8, after=8):
-    """The same values as a slice of the channels of a wider buffer that is NaN elsewhere."""
+    """Return the same values as a slice of channels of a wider buffer that is NaN elsewhere."""
     b, h, w, d = x.shape
     wide = x.new_full((b, h, w, before + d + after), torch.nan)
     wide[..., before : before + d] = x
@@ -54,7 +54,7 @@ def channels_of_wider(x, before=8, after=8):
 
 
 def shifted_channels(x):
-    """Strides of whole vectors, but none begins where a vector may."""
+    """Return x with strides of whole vectors, but with no vector aligned."""
     return channels_of_wider(x, before=2, after=6)
 
 
@@ -91,7 +91,7 @@ def make(b, h, w, d, k, seed=0):
 
 
 def emulate(program, k):
-    """An H100, or for the plain kernels, whose every thread costs as much, a smaller GPU."""
+    """Return an emulated H100, or a smaller GPU for the plain kernels, which have more threads."""
     return Emulation(program, H100 if k in TILED else 4)
 
 
@@ -163,7 +163,7 @@ def test_edges_of_tiles(program, b, h, w, d, k):
 
 @pytest.mark.parametrize(("k", "processors"), [(7, 1), (7, 3), (7, 1000), (13, 3)])
 def test_any_number_of_processors(program, k, processors):
-    """Few: each block sums several segments and strides far. Many: segments of a row or two."""
+    """With few, each block sums several segments; with many, segments have one or two rows."""
     emulation = Emulation(program, processors)
     check(emulation, (31, 8, 5, 9, k), torch.float32)
     blocks = emulation.launches[1].blocks
@@ -194,7 +194,7 @@ def test_weights_need_no_alignment(program, dtype):
 
 
 def test_one_image_for_all(program):
-    """A stride of zero."""
+    """The batch has a stride of zero."""
     dy, x, weight, _ = make(3, 5, 6, 8, 7)
     shared = x[:1].expand(x.shape)
     for a, b in zip(
@@ -216,7 +216,7 @@ def test_of_nothing_the_gradients_are_zero(program):
 
 
 def test_infinities_reach_only_their_neighbours(program):
-    """No product with a zero that stands for what is outside, or that another segment owns."""
+    """Padding and rows of other segments are not multiplied: 0 · inf would be NaN."""
     _, x, weight, bias = make(1, 24, 12, 8, 7)
     x[0, 10, 4, 3] = torch.inf
     y = Emulation(program, processors=64).fwd(x, weight, bias, False)
@@ -233,7 +233,7 @@ def test_gradients_are_the_same_each_time(program):
 
 
 def test_small_batches_are_cut_into_more_blocks(program):
-    """A single image keeps most of an H100 busy; many images are not cut, which would cost rows."""
+    """One image uses most of an H100; many images are not split, which would read rows twice."""
 
     def blocks(batch, h, w, d):
         emulation = Emulation(program)
@@ -260,7 +260,7 @@ def _name(dtype):
 @compiled
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_is_spilled(architecture):
-    """No stack; registers leave room for three blocks on a multiprocessor, two with kernel 11."""
+    """No stack is used; registers allow three blocks per multiprocessor, two with kernel 11."""
     kernels = examine(architecture)
     assert len(kernels) == 2 * len(DTYPES) * (len(TILED) + 1) + 1
     for name, kernel in kernels.items():
@@ -277,16 +277,16 @@ def test_nothing_is_spilled(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_nearly_all_multiplication(architecture, dtype):
-    """Of the presets' kernels; the loops counted hold the slow paths too, which take no part."""
+    """Count the loops of the presets' kernels; they include slow paths that a row does not take."""
     fwd, weight = (examine(architecture)[f"{op} {_name(dtype)} 7"] for op in ("fwd", "weight"))
     products = 7 * 7 * 8
     for kernel in (fwd, weight):
         assert count(kernel.loop, "FFMA") == products
-        # Sums move from row to row in the registers of the products: 48 moves or more otherwise.
+        # The products move the sums from row to row; move instructions would be 48 or more.
         assert count(kernel.loop, "MOV") < 24
     assert products / fwd.loads > 18
     assert products / fwd.loop.total() > 0.62
-    # Each of 7 places of dy has its own 8 loads, of which a row takes one set.
+    # Each of the 7 places of dy has 8 loads in the code; a row executes one set of them.
     assert products / (weight.loads - 6 * 8) > 12
 
 

@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def exact_float32():
-    """The reference in float32 is to be that, not TF32."""
+    """Switch off TF32, so that the reference computes in float32."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield
@@ -101,7 +101,7 @@ def test_on_the_current_stream():
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # What comes before keeps this stream busy, so that work put on another would be early.
+        # Earlier work keeps this stream busy: work on another stream would run too early.
         torch.cuda._sleep(50_000_000)
         x *= 2
         found = directions(x, weight, bias)

@@ -1,4 +1,4 @@
-"""`gated_gelu` by Triton, interpreted where there is no GPU, and on the CPU."""
+"""`gated_gelu` by Triton (interpreted without a GPU) and by the compiled CPU library."""
 
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +80,7 @@ def test_adversarial_gates(name: str, dtype: torch.dtype, implementation: str) -
 def test_half_precision_gates_unit_by_unit(
     left: int, dtype: torch.dtype, implementation: str
 ) -> None:
-    """Each stretch by itself, so that small results do not hide behind large ones."""
+    """Compare each interval of gates separately: errors of small results count as well."""
     a = torch.linspace(left, left + 1, 257).to(DEVICE)
     x = torch.cat([a, torch.ones_like(a)])
     assert_as_accurate(with_gradients(by(implementation)), with_gradients(plain), x, dtype=dtype)
@@ -252,9 +252,9 @@ def test_bad_input_names_the_argument(call: Callable[[], Any], message: str) -> 
 
 
 def test_addresses_past_32_bits() -> None:
-    """Rows a long way apart: the last begins past 2³¹ elements of a buffer that is mostly unused.
+    """Rows are far apart: the last begins more than 2³¹ elements after the first.
 
-    The buffer is 4 GiB of address space in fp16; only the pages that rows lie on are ever touched.
+    The buffer takes 4 GiB of address space in fp16, but only the pages of the rows use memory.
     """
     far = (2**31 + 4096) // 2
     x = torch.empty(2 * far + 8, dtype=torch.float16, device=DEVICE)

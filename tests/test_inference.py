@@ -1,4 +1,4 @@
-"""The optimised model: the same call and predictions as DiMR's, and no buffer that shows."""
+"""The optimised model: same call and predictions as DiMR, and its buffers never show."""
 
 import copy
 import functools
@@ -26,7 +26,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def randomised(model: DiMR, amount: float = 0.1) -> DiMR:
-    """Every parameter away from its initial value, so that all of them matter."""
+    """Move every parameter away from its initial value, so that each one affects the result."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -66,8 +66,10 @@ def test_outputs_equal_the_published_model(case: str, mode: str, time: str) -> N
 
 @functools.cache
 def shallow(name: str) -> tuple[DiMR, dict[str, Tensor], list[Tensor]]:
-    """A preset's widths, heads, norm and filters at three blocks a branch and a small size; with
-    inputs and, in float64, the reference's outputs."""
+    """Return a shallow small model of a preset, inputs, and the reference's outputs in float64.
+
+    It has the preset's widths, heads, norm and filters, and three blocks per branch.
+    """
     config = PRESETS[name]
     lowest = config.stage_configs[0].max_height
     stages = tuple(
@@ -91,7 +93,7 @@ def shallow(name: str) -> tuple[DiMR, dict[str, Tensor], list[Tensor]]:
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("DiMR")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_as_accurate_as_the_reference_under_autocast(name: str, dtype: torch.dtype) -> None:
-    """The error, a root mean square over an output, is at most twice the reference's."""
+    """The root mean square error of an output is at most twice the reference's."""
     model, inputs, exact = shallow(name)
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         theirs = reference.dimr(
@@ -158,7 +160,7 @@ def test_dropout_is_off_and_any_depth_works(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("norm_type", ["TDRMSN", "RMSN", "LN"])
 def test_triton_adds_the_mlp_in_place(norm_type: str) -> None:
-    """By the path that a GPU takes: sums begun by the norm in their slots, products added there."""
+    """Test the path of a GPU: the norm writes the sum to its slot, the product is added there."""
     model = randomised(DiMR.from_preset("tiny", norm_type=norm_type)).to(DEVICE)
     reason = OPERATORS["td_rms_norm"].why_not("triton", torch.empty(1, device=DEVICE))
     if reason is not None:
@@ -170,14 +172,14 @@ def test_triton_adds_the_mlp_in_place(norm_type: str) -> None:
     with Operators() as called:
         outputs = optimised(**inputs)
     blocks = sum(len(stage.blocks) for stage in model.stages)
-    in_slots = blocks - len(model.stages)  # the last of a branch writes to a tensor of its own
+    in_slots = blocks - len(model.stages)  # the last block of a branch writes to a new tensor
     assert called.count("td_rms_norm_into") == (0 if norm_type == "LN" else in_slots)
     for output, wanted in zip(outputs, expected, strict=True):
         torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
 
 
 class Operators(TorchDispatchMode):
-    """Names of the project's operators in the order of their calls."""
+    """Records the names of our operators in the order of their calls."""
 
     def __enter__(self) -> list[str]:
         self.called: list[str] = []
@@ -238,7 +240,7 @@ def test_torch_compile_leaves_an_optimised_model_as_it_is(tiny: DiMR) -> None:
         assert torch.equal(output, wanted)
     compiled = torch.compile(step)(inputs["x"])
     torch.testing.assert_close(compiled, 2 * expected[-1] + 1)
-    torch.compiler.reset()  # a graph that breaks there would be taken from the cache
+    torch.compiler.reset()  # otherwise a graph with a break would come from the cache
     with pytest.raises(RuntimeError, match="an optimised model is compiled code already"):
         torch.compile(step, fullgraph=True)(inputs["x"])
 
@@ -319,7 +321,7 @@ def test_a_guided_sample_stays_close_to_float32(tiny: DiMR) -> None:
 
 
 DISTANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-"""Root mean square, relative to the sample's standard deviation."""
+"""The largest root mean square error, relative to the sample's standard deviation."""
 
 
 @pytest.mark.parametrize(
@@ -357,7 +359,7 @@ def test_it_says_that_it_cannot_be_moved(tiny: DiMR) -> None:
 
 
 class FakeCapture:
-    """Stands for a CUDA graph: replays a function on inputs of the same shapes and dtypes."""
+    """Replaces a CUDA graph: replays a function on inputs of the same shapes and dtypes."""
 
     def __init__(self) -> None:
         self.captures: list[tuple[tuple[int, ...], ...]] = []

@@ -1,4 +1,4 @@
-"""`ops.linear`: layers and inputs in pieces, against `F.linear` on whole ones."""
+"""`ops.linear` with several layers and inputs, against `F.linear` on their concatenation."""
 
 import pytest
 import torch

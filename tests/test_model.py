@@ -1,4 +1,4 @@
-"""DiMR against the published model: numbers, names, behaviour in a training script."""
+"""DiMR against the published model: results, names, behaviour in a training script."""
 
 import copy
 import dataclasses
@@ -44,7 +44,7 @@ def tiny_inputs(batch: int = 2) -> dict[str, torch.Tensor]:
 
 
 def randomised(model: DiMR) -> DiMR:
-    """Every parameter away from its initial value, so that all of them matter."""
+    """Move every parameter away from its initial value, so that each one affects the result."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -94,7 +94,7 @@ def test_published_parameter_counts(name: str) -> None:
 
 
 def published_xl2r_layout() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the published DiMR-XL/2R state dict, spelled out."""
+    """Return the names and shapes of the published DiMR-XL/2R state dict."""
     layout: dict[str, tuple[int, ...]] = {}
 
     def td(name: str, dim: int) -> None:
@@ -217,7 +217,7 @@ def test_a_call_leaves_nothing_behind() -> None:
 
 
 def test_forward_never_waits_for_the_device() -> None:
-    """Meta tensors have no values: whatever reads one on the host raises."""
+    """Meta tensors have no values: reading one on the host raises."""
     with torch.device("meta"):
         model = DiMR.from_preset("tiny")
         outputs = model(
@@ -471,7 +471,7 @@ def test_every_operator_says_why_not() -> None:
 
 
 def test_published_script_style_namespace() -> None:
-    """Attribute access is all a configuration needs."""
+    """A configuration only needs attributes."""
     stage = {"num_blocks": 1, "max_height": 4, "max_width": 4, "input_feature_ratio": 2}
     config = SimpleNamespace(
         channels=2,

@@ -1,4 +1,4 @@
-"""The norms of the compiled CPU library: what is its own, beside the tests of each operator."""
+"""The norms of the compiled CPU library: tests in addition to those of each operator."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +36,7 @@ def plain(operator: str) -> Function:
 
 
 def by(operator: str, implementation: str) -> Function:
-    """The operator as a function of x, residual, and its values at a time."""
+    """Return the operator as a function of x, residual and its values at each time."""
 
     def run(x: torch.Tensor, residual: torch.Tensor | None, *values: torch.Tensor) -> Any:
         function = getattr(ops, operator)
@@ -92,7 +92,7 @@ def test_mixed_dtypes(
     residual_dtype: torch.dtype,
     values_dtype: torch.dtype,
 ) -> None:
-    """The truth is the reference in fp64 on the same, quantised, inputs."""
+    """The truth is the reference in fp64 on the same quantised inputs."""
     x, residual = seeded(2, 7, 50).to(x_dtype), seeded(2, 7, 50).flip(0).to(residual_dtype)
     inputs = x, residual, *(v.to(values_dtype) for v in values(operator, 2, 50))
     exact = with_gradients(plain)(*(t.double() for t in inputs))
@@ -160,10 +160,6 @@ def test_inference_mode(operator: str, ours: Function) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, ours(*inputs), strict=True))
 
 
-def statistics(pieces: list[torch.Tensor], *inputs: torch.Tensor) -> list[torch.Tensor]:
-    return torch.ops.dimr_fast.td_layer_norm_fwd.default(*inputs, pieces, None, None)[2:]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "width"), [(5, 32), (3, 33), (40, 8), (2, 960)])
 def test_a_row_in_pieces_is_their_concatenation(
@@ -182,8 +178,6 @@ def test_a_row_in_pieces_is_their_concatenation(
         *pieces,
         dtype=dtype,
     )
-    for a, b in zip(statistics(pieces, weight, bias), saved, strict=True):
-        assert torch.equal(a, b)
     dy = seeded(*row.shape).flip(0).to(dtype)
     dx, both, again = bwd(dy, None, pieces, weight, bias, *saved, True, True)
     whole, expected, _ = bwd(dy, None, [row], weight, bias, *saved, True, False)

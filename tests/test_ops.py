@@ -1,4 +1,4 @@
-"""The public functions of the operators: their reference against torch's own, and bad input."""
+"""The public functions of the operators: the reference against PyTorch, and invalid input."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [960, 7, 1])
 def test_norms_against_torch_in_double(width: int, dtype: torch.dtype) -> None:
-    """torch's own norms, in fp64, are the independent truth; half precision costs one rounding."""
+    """PyTorch's own norms in fp64 are the truth; half precision adds one rounding error."""
     x = (3 * seeded(2, 5, width) + 1).to(dtype)
     scale, shift = seeded(2, width), seeded(1, width)
     exact = torch.nn.functional.layer_norm(x.double(), (width,), eps=1e-5)

@@ -1,4 +1,4 @@
-"""`rms_norm` is `td_rms_norm` at one time; its own part is the plain scale."""
+"""`rms_norm`: `td_rms_norm` at one time, with a plain scale."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`td_parameters` by Triton, interpreted where there is no GPU, and on the CPU."""
+"""`td_parameters` by Triton (interpreted without a GPU) and by the compiled CPU library."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def by(implementation: str, tau: torch.Tensor) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Values at the times `tau` as a function of the vectors, four to a parameter."""
+    """Return the values at times `tau` as a function of the vectors, four per parameter."""
 
     def values(*vectors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         parameters: Any = list(zip(*(vectors[i::4] for i in range(4)), strict=True))
@@ -36,7 +36,7 @@ def by(implementation: str, tau: torch.Tensor) -> Callable[..., tuple[torch.Tens
 
 
 def vectors_of(*widths: int) -> list[torch.Tensor]:
-    """Four vectors for each parameter, all different."""
+    """Return four different vectors for each parameter."""
     return [v for i, width in enumerate(widths, 1) for v in seeded(4, i, width)[:, -1].clone()]
 
 
@@ -96,7 +96,7 @@ def test_parameters_of_a_model(implementation: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [0.0, 1e-6, 30.0, 100.0, 1e4], ids=str)
 def test_adversarial_gates(size: float, dtype: torch.dtype, implementation: str) -> None:
-    """Gates from closed to open: no infinity divides another, no difference loses its digits."""
+    """Gates from closed to open: no division of infinities, no cancellation."""
     p0, p1 = seeded(64), seeded(64).flip(0)
     slope = torch.linspace(-size, size, 64, device=DEVICE)
     for w, b in ((slope - 1, torch.zeros_like(slope)), (slope.flip(0), slope)):
@@ -181,7 +181,7 @@ def test_gradients_are_deterministic(implementation: str) -> None:
 
 @each_implementation
 def test_gradients_may_be_changed_in_place(implementation: str) -> None:
-    """They lie side by side in one buffer; clipping and accumulation write there."""
+    """Gradients are views of one buffer; clipping and accumulation write to them."""
     leaves = [v.requires_grad_() for v in vectors_of(24, 8)]
     optimizer = torch.optim.AdamW(leaves, lr=0.1)
     for _ in range(2):
@@ -212,7 +212,7 @@ def test_a_table_is_built_once_for_the_same_tensors(tables: dict[Any, torch.Tens
 
 
 def test_a_table_serves_whatever_lies_at_its_addresses(tables: dict[Any, torch.Tensor]) -> None:
-    """A freed tensor's successor: other numbers there, or another dtype of the same size."""
+    """A tensor at the address of a freed one may have other values or a dtype of the same size."""
     halves = [v.half() for v in vectors_of(24, 8)]
     for dtype in (torch.float16, torch.bfloat16, torch.float16):
         vectors = [v.view(dtype).copy_(seeded(v.shape[0]) + i) for i, v in enumerate(halves)]
@@ -243,7 +243,7 @@ def test_the_least_recently_used_table_makes_room(tables: dict[Any, torch.Tensor
 def test_a_capture_finds_the_tables_of_its_warm_up(
     tables: dict[Any, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a pretended GPU: 80 sets forward and backward, after as many of others, then captured."""
+    """On a fake GPU: 80 sets forward and backward after 80 other ones, then a capture."""
     from dimr_fast.kernels import td_parameters
 
     class OnGpu:
@@ -359,7 +359,7 @@ def test_the_reference_serves_what_the_kernels_do_not() -> None:
 
 
 def call(implementation: str = "triton", tau: torch.Tensor | None = None, **change: Any) -> Any:
-    """A call of three parameters, of which the second's vectors are replaced by name."""
+    """Call the operator with three parameters; keywords replace vectors of the second."""
     names = ("param0", "param1", "weight", "bias")
     second = tuple(change.get(name, torch.ones(8, device=DEVICE)) for name in names)
     parameters: Any = [tuple(vectors_of(5)), second, tuple(vectors_of(6))]
@@ -387,9 +387,9 @@ def test_bad_input_names_the_argument(bad_call: Callable[[], Any], message: str)
 
 
 def test_addresses_past_32_bits() -> None:
-    """Times a long way apart: the last begins past 2³¹ elements of a buffer that is mostly unused.
+    """Times are far apart: the last begins more than 2³¹ elements after the first.
 
-    The buffer is 4 GiB of address space in fp16; only the pages that rows lie on are ever touched.
+    The buffer takes 4 GiB of address space in fp16, but only the pages of the rows use memory.
     """
     far = (2**31 + 4096) // 2
     buffer = torch.empty(2 * far + 24, dtype=torch.float16, device=DEVICE)

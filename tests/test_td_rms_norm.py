@@ -1,4 +1,4 @@
-"""`td_rms_norm` by Triton, interpreted where there is no GPU, and by the compiled CPU library."""
+"""`td_rms_norm` by Triton (interpreted without a GPU) and by the compiled CPU library."""
 
 import functools
 import importlib.util
@@ -75,7 +75,7 @@ def test_adversarial_rows(ours: Function, rows: torch.Tensor, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_one(ours: Function, dtype: torch.dtype) -> None:
-    """The gradient is the difference of two equal terms: zero, but for their rounding."""
+    """The gradient is the difference of two equal terms: zero except for rounding errors."""
     x, scale = seeded(2, 5, 1).to(dtype), seeded(1, 1).to(dtype)
     assert_as_accurate(ours, plain, x, scale, dtype=dtype)
     _, dx, _ = with_gradients(ours)(x, scale)
@@ -206,9 +206,9 @@ def test_bad_input_names_the_argument(
 
 
 def test_addresses_past_32_bits(ours: Function) -> None:
-    """Rows a long way apart: the last begins past 2³¹ elements of a buffer that is mostly unused.
+    """Rows are far apart: the last begins more than 2³¹ elements after the first.
 
-    The buffer is 4 GiB of address space in fp16; only the pages that rows lie on are ever touched.
+    The buffer takes 4 GiB of address space in fp16, but only the pages of the rows use memory.
     """
     far = (2**31 + 4096) // 2
     x = torch.empty(2 * far + 8, dtype=torch.float16, device=DEVICE)
@@ -259,7 +259,7 @@ def test_compiled_kernels_do_not_spill() -> None:
 @pytest.mark.slow
 @needs_triton
 def test_rows_move_in_16_byte_pieces() -> None:
-    """Every load and store of features; statistics, one number a row, are the only smaller ones."""
+    """All loads and stores of features do; only statistics, one number per row, are smaller."""
     for kernel in compiled("test_td_rms_norm"):
         if kernel.target == "gfx942" or kernel.kernel == "_sum_partials_kernel":
             continue

@@ -1,4 +1,4 @@
-"""`td_rms_norm_into`: the norm that also begins the sum which a block's last product completes."""
+"""`td_rms_norm_into`: the norm that also writes the sum that a block's last product adds to."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def into_slot(
     x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum, written to every other row of a buffer, and the normed sum."""
+    """Return the sum, written to every other row of a buffer, and the normed sum."""
     buffer = torch.full((*x.shape[:-1], 2, x.shape[-1]), float("nan"), dtype=x.dtype, device=DEVICE)
     normed = ops.td_rms_norm_into(buffer[..., 1, :], x, scale, residual, bias)
     assert buffer[..., 0, :].isnan().all(), "rows beside the slot stay as they are"
@@ -108,7 +108,7 @@ def test_compiled_kernels_do_not_spill_and_move_rows_in_16_byte_pieces() -> None
     for kernel in kernels:
         assert kernel.spilled == 0, kernel
         if kernel.target != "gfx942":
-            # Vectors of 480, which all rows share, are loaded in 8 bytes.
+            # Parameters of width 480, which all rows share, are loaded in 8 bytes.
             loads = kernel.count("LDG.E.64") if "960" in kernel.launch else 0
             assert loads == kernel.count("STG.E.64") == 0, kernel
             assert kernel.count("STG.E.128") >= 2, kernel

@@ -1,4 +1,4 @@
-"""When Triton's kernels can run, and why not (`dimr_fast.ops._triton`)."""
+"""When Triton kernels can run, and the reasons why they cannot (`dimr_fast.ops._triton`)."""
 
 import sys
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ HAVE_TRITON = [name for name, o in OPERATORS.items() if "triton" in o.names]
 
 @pytest.fixture(autouse=True)
 def forget_installed_versions() -> Iterator[None]:
-    """Read the installed versions anew in each test, and after it."""
+    """Forget cached versions, so that each test reads them again."""
     caches = (_triton._installed, _triton._interpreter)
     for cache in caches:
         cache.cache_clear()
@@ -49,7 +49,7 @@ def test_auto_takes_it_on_a_gpu_and_not_on_a_cpu(
 
 
 def test_a_model_on_a_gpu_runs_on_triton_under_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU that is only pretended, where autograd's engine would not run: the forward."""
+    """Test the forward on a fake GPU, where autograd's engine cannot run."""
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     called: set[str] = set()
@@ -147,8 +147,10 @@ def aot_launches() -> list[Launch]:
 @pytest.mark.slow
 @pytest.mark.versions
 def test_kernels_compile_at_sizes_of_one() -> None:
-    """An argument of 1 is a constant to the compiler, which knows less to do with one; the
-    interpreter does not show that. The other operators' own tests do the same."""
+    """Triton compiles arguments that are 1 as constants, and constants lack some methods.
+
+    The interpreter does not show that. Tests of other operators compile such sizes as well.
+    """
     pytest.importorskip("triton", reason="triton is not installed")
     kernels = {kernel.kernel for kernel in compiled("test_triton")}
     assert len(kernels) >= 7

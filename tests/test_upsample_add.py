@@ -1,4 +1,4 @@
-"""`upsample_add` by Triton, interpreted where there is no GPU, and on the CPU."""
+"""`upsample_add` by Triton (interpreted without a GPU) and by the compiled CPU library."""
 
 from collections.abc import Callable
 from functools import partial
@@ -41,7 +41,7 @@ def inputs(
     q: int = 2,
     times: int | None = None,
 ) -> Inputs:
-    """x, a buffer of features, and the parameters: norm_in, projection and norm_out, flat."""
+    """Return x, a buffer of features, and the parameters of norm_in, projection and norm_out."""
     times = images if times is None else times
     h, w = size
     channels = slots * width
@@ -57,10 +57,8 @@ def inputs(
     )
 
 
-def by(
-    implementation: str, features: Callable[[torch.Tensor], Any] = lambda f: f, **options: bool
-) -> Function:
-    """`upsample_add` of tensors alone; `features` makes a buffer's list, or view, of it."""
+def by(implementation: str, features: Callable[[torch.Tensor], Any] = lambda f: f) -> Function:
+    """Return `upsample_add` as a function of tensors; `features` converts the features' buffer."""
 
     def run(x: torch.Tensor, buffer: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
         scale_in, shift_in, weight, bias, scale_out, shift_out = values
@@ -72,7 +70,6 @@ def by(
             bias,
             (scale_out, shift_out),
             implementation=implementation,
-            **options,
         )
 
     return run
@@ -83,7 +80,7 @@ def as_list(buffer: torch.Tensor) -> list[torch.Tensor]:
 
 
 def as_tokens(buffer: torch.Tensor) -> list[torch.Tensor]:
-    """As a transformer branch has them: all but the first without their class token."""
+    """Return features like those of a transformer branch: views without the class token."""
     first, *others = buffer.unbind(-2)
 
     def without_class_token(f: torch.Tensor) -> torch.Tensor:
@@ -94,7 +91,7 @@ def as_tokens(buffer: torch.Tensor) -> list[torch.Tensor]:
 
 
 def strided(buffer: torch.Tensor) -> torch.Tensor:
-    """A buffer whose slots are not adjacent."""
+    """Return the buffer with slots that are not adjacent in memory."""
     return buffer.movedim(-2, 0).contiguous().movedim(0, -2)
 
 
@@ -144,7 +141,7 @@ def test_the_published_width(features: str, dtype: torch.dtype, implementation: 
 @settings(max_examples=15, deadline=None)
 @given(
     images=st.integers(0, 2),
-    # of too few positions the reference's own error can by chance be nearly nothing
+    # with too few positions the reference's own error can be nearly zero by chance
     size=st.tuples(st.integers(2, 3), st.integers(2, 3)),
     slots=st.integers(1, 10),
     width=st.integers(1, 20),
@@ -156,7 +153,7 @@ def test_the_published_width(features: str, dtype: torch.dtype, implementation: 
 def test_any_shape(
     implementation: str, features: str, dtype: torch.dtype, width: int, slots: int, **sizes: Any
 ) -> None:
-    # Norms of one or two numbers are signs: their gradients are nothing but rounding.
+    # A norm of one or two numbers returns signs: its gradient is only rounding errors.
     width = max(width, -(-32 // slots))
     ours, plain = (by(i, FEATURES[features]) for i in (implementation, "reference"))
     values = inputs(width=width, slots=slots, **sizes)
@@ -325,9 +322,8 @@ def test_operators_pass_opcheck() -> None:
     x, projected = seeded(2, 4, 6, 24), seeded(2, 2, 3, 96)
     scale, shift = seeded(2, 24), seeded(1, 24)
     mean, rstd = seeded(2, 24), seeded(2, 24).abs()
-    behind = [seeded(2, 6), seeded(2, 6).abs(), seeded(96), seeded(96).flip(0)]
-    torch.library.opcheck(fwd, (x, projected, scale, shift, []))
-    torch.library.opcheck(fwd, (x.bfloat16(), projected, shift, scale, behind))
+    torch.library.opcheck(fwd, (x, projected, scale, shift))
+    torch.library.opcheck(fwd, (x.bfloat16(), projected, shift, scale))
     torch.library.opcheck(bwd, (x, projected, scale, mean, rstd, 2))
     torch.library.opcheck(bwd, (x, projected.bfloat16(), shift, mean, rstd, 1))
 
@@ -342,9 +338,8 @@ def test_compiled_operators_pass_opcheck() -> None:
     x, projected = seeded(2, 4, 6, 24), seeded(2, 2, 3, 96)
     scale, shift = seeded(2, 24), seeded(1, 24)
     mean, rstd = seeded(2, 24), seeded(2, 24).abs()
-    behind = [seeded(2, 6), seeded(2, 6).abs(), seeded(96), seeded(96).flip(0)]
-    torch.library.opcheck(fwd, (x, projected, scale, shift, []))
-    torch.library.opcheck(fwd, (x.bfloat16(), projected, shift, scale, behind))
+    torch.library.opcheck(fwd, (x, projected, scale, shift))
+    torch.library.opcheck(fwd, (x.bfloat16(), projected, shift, scale))
     torch.library.opcheck(bwd, (x, projected, scale, mean, rstd, 2))
     torch.library.opcheck(bwd, (x, projected.bfloat16(), shift, mean, rstd, 1))
 
@@ -357,12 +352,12 @@ def test_every_instruction_set(instruction_set: None, dtype: torch.dtype) -> Non
 
 
 def test_results_do_not_depend_on_threads(instruction_set: None) -> None:
-    """Of our operators: the products between them are torch's."""
+    """Only our operators are tested: the matrix products between them are PyTorch's."""
     x, projected, scale = seeded(2, 16, 18, 40), seeded(2, 8, 9, 160), seeded(2, 40)
     packets = torch.ops.dimr_fast
 
     def run() -> tuple[torch.Tensor, ...]:
-        out, mean, rstd = packets.upsample_add_fwd.default(x, projected, scale, scale, [])
+        out, mean, rstd = packets.upsample_add_fwd.default(x, projected, scale, scale)
         grads = packets.upsample_add_bwd.default(x, projected, scale, mean, rstd, 1)
         return (out, mean, rstd, *grads)
 
@@ -388,37 +383,6 @@ def test_the_bare_operator_refuses_what_it_cannot_read(argument: str, change: An
         torch.ops.dimr_fast.upsample_add_bwd.default(*arguments)
 
 
-@pytest.mark.parametrize(
-    "implementation", ["reference", "triton", pytest.param("cpu", marks=needs_cpu)]
-)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mean", [0, 1, 3, 10])
-def test_norm_behind_the_projection(mean: float, dtype: torch.dtype, implementation: str) -> None:
-    """Features of deviation 1 about `mean`, against the standard order in the same dtype.
-
-    In half precision the one rounding of each normed feature becomes one of each weight, of the
-    same relative size, and the mean's part in it is subtracted: the oracle's rule holds as it is.
-    In fp32 what errs is the sum of the products, by their magnitude: that of features of root mean
-    square √(1 + mean²), where the normed have 1.
-    """
-    x, buffer, *values = inputs(images=2, size=(3, 4), slots=8, width=96, out=48, times=1)
-    buffer = seeded(*buffer.shape) + mean
-    quantised = [t.to(dtype) for t in (x, buffer, *values)]
-    exact = by("reference")(*(t.double() for t in quantised))
-    standard = (by("reference")(*quantised).double() - exact).abs().max()
-    ours = by(implementation, norm_behind_projection=True)(*quantised)
-    assert ours.dtype == dtype
-    growth = (1 + mean**2) ** 0.5 if dtype == torch.float32 else 1
-    allowed = 2 * growth * standard + torch.finfo(dtype).eps * exact.abs().max()
-    assert (ours.double() - exact).abs().max() <= allowed
-
-
-def test_norm_behind_the_projection_is_exact_in_exact_arithmetic() -> None:
-    values = [t.double() for t in inputs(times=1)]
-    behind = by("reference", norm_behind_projection=True)
-    torch.testing.assert_close(behind(*values), by("reference")(*values))
-
-
 X, BUFFER, SCALE_IN, SHIFT_IN, WEIGHT, BIAS, SCALE_OUT, SHIFT_OUT = inputs(times=1)
 
 
@@ -429,7 +393,6 @@ def call(
     weight: torch.Tensor = WEIGHT,
     bias: torch.Tensor = BIAS,
     norm_out: tuple[torch.Tensor, torch.Tensor] = (SCALE_OUT, SHIFT_OUT),
-    behind: bool = False,
 ) -> torch.Tensor:
     return ops.upsample_add(
         x,
@@ -438,7 +401,6 @@ def call(
         weight,
         bias,
         norm_out,
-        norm_behind_projection=behind,
         implementation="triton",
     )
 
@@ -457,15 +419,6 @@ BAD: list[tuple[Callable[[], Any], str]] = [
         "features: got dty",
     ),
     (lambda: call(x=X.double()), "x is float64"),
-    (lambda: call(list(BUFFER.unbind(-2)), behind=True), "norm_behind_projection: got features as"),
-    (
-        lambda: call(norm_in=(SCALE_IN.expand(2, -1), SHIFT_IN), behind=True),
-        "norm_behind_projection: got norm_in at 2 times",
-    ),
-    (
-        lambda: call(weight=WEIGHT.clone().requires_grad_(), behind=True),
-        "norm_behind_projection: got tensors that require gradients",
-    ),
 ]
 
 
@@ -475,16 +428,10 @@ def test_bad_input_names_the_argument(call: Callable[[], Any], message: str) -> 
         call()
 
 
-def test_norm_behind_the_projection_of_parameters_without_gradients() -> None:
-    weight = WEIGHT.clone().requires_grad_()
-    with torch.no_grad():
-        torch.testing.assert_close(call(weight=weight, behind=True), call(weight=weight))
-
-
 def test_addresses_past_32_bits() -> None:
-    """Rows a long way apart: the last begins past 2³¹ elements of a buffer that is mostly unused.
+    """Rows are far apart: the last begins more than 2³¹ elements after the first.
 
-    The buffer is 4 GiB of address space in fp16; only the pages that rows lie on are ever touched.
+    The buffer takes 4 GiB of address space in fp16, but only the pages of the rows use memory.
     """
     far = (2**31 + 4096) // 2
     space = torch.empty(2 * far + 64, dtype=torch.float16, device=DEVICE)
@@ -500,8 +447,8 @@ def test_addresses_past_32_bits() -> None:
         torch.testing.assert_close(actual, near)
 
 
-# images, size of the low branch, its features and their width, and the width of the next branch;
-# sizes of 1 are constants to the compiler, not numbers it reads at run time
+# Images, size of the low branch, number and width of its features, width of the next branch.
+# Triton compiles arguments that are 1 as constants: hence "ones".
 CASCADES = {
     "XL/2R": (4, 16, 40, 960, 480, TARGETS),
     "G/2R": (4, 16, 58, 1152, 576, ("sm_90",)),
@@ -524,17 +471,12 @@ def aot_launches() -> list[Launch]:
         n, rows = meta(images, slots * width, dtype=wide), meta(images, low, dtype=wide)
         x, projected = meta(images, 2 * size, 2 * size, out), meta(images, size, size, 4 * out)
         m, out_rows = meta(images, out, dtype=wide), meta(images, 4 * low, dtype=wide)
-        row = meta(4 * out, dtype=wide)
         calls = {
             "norm": partial(td_layer_norm.launch_fwd, n, n, pieces, None, torch.bfloat16),
             "norm backward": partial(
                 td_layer_norm.launch_bwd, buffer, None, pieces, n, n, rows, rows, True, True
             ),
-            "statistics": partial(td_layer_norm.launch_fwd, n, n, [buffer], None, None),
-            "add": partial(upsample_add.launch_fwd, x, projected, m, m, []),
-            "add behind": partial(
-                upsample_add.launch_fwd, x, projected, m, m, [rows, rows, row, row]
-            ),
+            "add": partial(upsample_add.launch_fwd, x, projected, m, m),
             "add backward": partial(
                 upsample_add.launch_bwd, x, projected, m, out_rows, out_rows, images
             ),
@@ -548,11 +490,11 @@ def aot_launches() -> list[Launch]:
 def test_compiled_kernels_do_not_spill() -> None:
     for kernel in compiled("test_upsample_add"):
         if kernel.target == "gfx942" and kernel.kernel.startswith("pieces_"):
-            # The pieces' addresses alone are more than its scalar registers: these, and no vector
-            # register, spill, into the lanes of a vector register and not into memory.
+            # The pieces' addresses need more scalar registers than there are. Scalar registers
+            # spill into lanes of a vector register, not into memory; no vector register spills.
             continue
         if OLD_TRITON and (kernel.target, kernel.kernel) == ("sm_100", "pieces_fwd_kernel"):
-            # Triton 3.6 keeps two registers of 128 too many; 3.8 does not.
+            # Triton 3.6 uses two registers more than the 128 there are; 3.8 does not.
             assert kernel.spilled <= 8, kernel
             continue
         assert kernel.spilled == 0, kernel
@@ -561,7 +503,7 @@ def test_compiled_kernels_do_not_spill() -> None:
 
 @pytest.mark.slow
 def test_features_move_in_16_byte_pieces() -> None:
-    """Every load and store but those of statistics, one number a row."""
+    """All loads and stores do, except those of statistics (one number per row)."""
     for kernel in compiled("test_upsample_add"):
         if kernel.target == "gfx942" or kernel.kernel == "_sum_partials_kernel":
             continue
@@ -570,8 +512,8 @@ def test_features_move_in_16_byte_pieces() -> None:
         means = kernel.kernel == "pieces_bwd_means_kernel"
         # Statistics of two rows can be one load of 8 bytes.
         assert kernel.count("LDG.E.64") <= (2 if means else 0), kernel
-        # Stores that leave the cache first (EF) to others count as well.
+        # Stores with the hint "evict first" (EF) count as well.
         assert kernel.count("STG.E.64") == kernel.count("STG.E.EF.64") == 0, kernel
         assert kernel.opcodes["LDG.E.128"] >= 2, kernel
-        if not means and "statistics" not in kernel.launch:
+        if not means:
             assert kernel.count("STG.E.128") + kernel.count("STG.E.EF.128") >= 1, kernel

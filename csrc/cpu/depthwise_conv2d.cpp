@@ -1,5 +1,5 @@
-// dimr_fast::depthwise_conv2d_fwd and _bwd on the CPU. The arithmetic is in kernels/; each output
-// is summed by one task in a fixed order, so that results do not depend on the number of threads.
+// dimr_fast::depthwise_conv2d_fwd and _bwd on the CPU. The arithmetic is in kernels/. One task
+// sums each output in a fixed order, so results do not depend on the number of threads.
 
 #include "depthwise_conv2d.h"
 
@@ -38,7 +38,8 @@ DepthwiseConv2d describe(const DepthwiseConv2dShape& s, const Tensor& x, const T
     return p;
 }
 
-// The instructions to use: of a width that leaves most of the longer vectors' lanes empty, shorter.
+// Returns the instruction set to use: shorter vectors for few channels, which would leave most
+// lanes of longer ones empty.
 InstructionSet instructions(const DepthwiseConv2d& p) {
     const int64_t rest = p.channels % 16;
     const bool half_empty = p.weight_dtype != DType::BFLOAT16 && rest > 0 && rest <= 8;

@@ -1,4 +1,4 @@
-// The dtypes as kernels see them, without torch.
+// The dtypes of kernels, without torch.
 #pragma once
 
 #include <cstdint>

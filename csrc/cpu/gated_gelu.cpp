@@ -17,7 +17,7 @@ std::vector<int64_t> sizes_of_result(const Tensor& x) {
     return sizes;
 }
 
-// One row alone is one of one image.
+// A single row becomes one image of one row.
 Features features(const Tensor& x, const char* name) {
     return Features(x.dim() == 1 ? torch::stable::unsqueeze(x, 0) : x, name);
 }

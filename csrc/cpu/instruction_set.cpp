@@ -36,7 +36,7 @@ __attribute__((visibility("default"))) const char* dimr_fast_instruction_set() {
     return dimr_fast::NAMES[static_cast<int>(dimr_fast::instruction_set())];
 }
 
-// For tests: 0 where this processor has it and it is used from now on, otherwise 1.
+// For tests: switches to an instruction set and returns 0, or returns 1 if this processor lacks it.
 __attribute__((visibility("default"))) int dimr_fast_use_instruction_set(const char* name) {
     for (int i = 0; i <= static_cast<int>(dimr_fast::best()); ++i)
         if (std::strcmp(dimr_fast::NAMES[i], name) == 0) {

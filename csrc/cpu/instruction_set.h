@@ -1,14 +1,14 @@
 // The kernels under kernels/ are compiled once for each instruction set, in a namespace of its
-// name; which of them runs is chosen when the library is loaded. They know nothing of torch, and
-// use nothing from the standard library that is not inlined: a function that two instruction sets
-// share could end up, at link time, in the instructions of the wrong one.
+// name; one of them is chosen when the library is loaded. They do not depend on torch, and use
+// nothing from the standard library that is not inlined: the linker could keep a function that two
+// instruction sets share in the instructions of the wrong one.
 #pragma once
 
 namespace dimr_fast {
 
 enum class InstructionSet { PORTABLE, AVX2, AVX512, AVX512BF16 };
 
-// The best that this processor has, or what a test chose.
+// Returns the best instruction set of this processor, or the one that a test chose.
 InstructionSet instruction_set();
 
 #if defined(__x86_64__)

@@ -1,5 +1,5 @@
-// Tensors as kernels/rows.h sees them, and what it asks of them. The Python functions check with
-// better messages; this keeps a direct call of the operators from reading out of bounds.
+// Tensors as the structures of kernels/rows.h, with checks. The Python functions give better
+// messages; these checks prevent a direct call of the operators from reading out of bounds.
 #pragma once
 
 #include <optional>
@@ -14,7 +14,7 @@ inline std::vector<int64_t> sizes_of(const Tensor& x) {
     return {x.sizes().begin(), x.sizes().end()};
 }
 
-// `[B, …, D]` as rows: in place where its strides allow, or else of a contiguous copy.
+// `[B, …, D]` as rows: in place if its strides allow it, otherwise of a contiguous copy.
 class Features {
   public:
     explicit Features(const Tensor& x, const char* name) : tensor_(x) {
@@ -42,7 +42,7 @@ class Features {
     Rows view;
 
   private:
-    // Of the innermost axis between the first and the last that has more than one row.
+    // The stride of the innermost axis with more than one row between the first and the last axis.
     int64_t row_stride() const {
         for (int64_t i = tensor_.dim() - 2; i > 0; --i)
             if (tensor_.size(i) != 1) return tensor_.stride(i);
@@ -62,15 +62,15 @@ class Features {
     Tensor tensor_;
 };
 
-// The dtype of a sum.
+// Returns the dtype of a sum.
 inline ScalarType promoted(ScalarType a, ScalarType b) { return a == b ? a : ScalarType::Float; }
 
-// A contiguous tensor of this call's own as rows.
+// Returns a contiguous output tensor as rows.
 inline Rows rows_in(const Tensor& out, const Features& like, int64_t width) {
     return {out.mutable_data_ptr(), dtype_of(out, "output"), like.rows * width, width};
 }
 
-// `[T, D]`, T being the number of images or 1, in fp32.
+// `[T, D]` in fp32, where T is the number of images or 1.
 class TimeValues {
   public:
     TimeValues(const Tensor& value, int64_t images, int64_t width, const char* name)
@@ -109,18 +109,18 @@ inline void check_statistic(const Tensor& value, const Features& x, const char* 
 
 inline Chunks chunks_of(const Features& x, int64_t count) {
     const int64_t chunks = (x.rows + count - 1) / count;
-    // Of even lengths, or nearly.
+    // Make all chunks about equally long.
     return {x.images, x.rows, (x.rows + chunks - 1) / chunks, chunks};
 }
 
-// Rows that stay in the L1 cache between two passes.
+// Returns chunks of rows that stay in the L1 cache between two passes.
 inline Chunks chunks_in_cache(const Features& x, int64_t width) {
     constexpr int64_t COLUMNS = 2048;
     return chunks_of(x, std::max<int64_t>(1, COLUMNS / width));
 }
 
-// Rows with a partial sum of their own: enough for every thread, not so few that the sums' traffic
-// would show.
+// Returns chunks of rows that have a partial sum each: enough chunks for all threads, and rows
+// enough per chunk that the traffic of the sums is small.
 inline Chunks chunks_to_sum(const Features& x) {
     return chunks_of(x, std::clamp<int64_t>(x.images * x.rows / 128, 16, 256));
 }
@@ -128,7 +128,7 @@ inline Chunks chunks_to_sum(const Features& x) {
 // Runs `function(begin, end)` over the chunks of rows.
 template <typename Function>
 void each_chunk(const Chunks& p, int64_t width, const Function& function) {
-    constexpr int64_t BYTES = 16;  // that a pass moves, for a column
+    constexpr int64_t BYTES = 16;  // that all passes move per column
     parallel(p.images * p.chunks, p.count * width * BYTES, function);
 }
 

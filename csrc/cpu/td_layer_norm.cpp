@@ -1,5 +1,6 @@
-// dimr_fast::td_layer_norm_fwd and _bwd on the CPU. The arithmetic is in kernels/; how rows are
-// shared out depends on the shape alone, so that results do not depend on the number of threads.
+// dimr_fast::td_layer_norm_fwd and _bwd on the CPU. The arithmetic is in kernels/. How rows
+// are split into tasks depends on the shape only, so results do not depend on the number of
+// threads.
 
 #include "kernels/td_layer_norm.h"
 
@@ -12,7 +13,7 @@
 namespace dimr_fast {
 namespace {
 
-// Tensors of one shape and dtype, side by side in a row.
+// Tensors of one shape and dtype, whose concatenation along the last axis is a row.
 struct Pieces {
     explicit Pieces(const std::vector<Tensor>& tensors) {
         STD_TORCH_CHECK(!tensors.empty(), "pieces: expected at least one");
@@ -41,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> td_layer_norm_fwd(const Tensor& weigh
                                                              const Tensor& bias,
                                                              const std::vector<Tensor>& tensors,
                                                              const std::optional<Tensor>& residual,
-                                                             std::optional<ScalarType> dtype) {
+                                                             ScalarType dtype) {
     const Pieces pieces(tensors);
     const Features& first = pieces.first();
     const Tensor& x = tensors[0];
@@ -56,8 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> td_layer_norm_fwd(const Tensor& weigh
         summed = torch::stable::new_empty(x, x.sizes(),
                                           promoted(x.scalar_type(), residual->scalar_type()));
     }
-    Tensor y =
-        dtype ? torch::stable::new_empty(x, pieces.sizes, dtype) : torch::stable::new_empty(x, {0});
+    Tensor y = torch::stable::new_empty(x, pieces.sizes, dtype);
     Tensor mean = torch::stable::new_empty(x, {first.images, first.rows}, ScalarType::Float);
     Tensor rstd = torch::stable::new_empty(x, {first.images, first.rows}, ScalarType::Float);
     if (first.empty()) return {summed, y, mean, rstd};
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> td_layer_norm_fwd(const Tensor& weigh
         sum = rows_in(summed, first, first.width);
         p.sum = &sum;
     }
-    if (dtype) p.y = rows_in(y, first, pieces.width);
+    p.y = rows_in(y, first, pieces.width);
     p.weight = weights.view;
     p.bias = biases.view;
     p.mean = mean.mutable_data_ptr<float>();

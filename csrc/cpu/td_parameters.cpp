@@ -1,5 +1,5 @@
-// dimr_fast::td_parameters_fwd and _bwd on the CPU. The arithmetic is in kernels/; a column's
-// gradients are summed by one task in a fixed order, whatever the number of threads.
+// dimr_fast::td_parameters_fwd and _bwd on the CPU. The arithmetic is in kernels/. One task
+// sums a column's gradients in a fixed order, so results do not depend on the number of threads.
 
 #include "kernels/td_parameters.h"
 
@@ -14,12 +14,12 @@ namespace {
 
 using Vectors = std::vector<Tensor>;
 
-// Of a value, in multiply-adds.
+// The cost of one value, in multiply-adds.
 constexpr int64_t COST = 20, GRAD_COST = 30;
 
 struct Model {
     Tensor tau;
-    std::vector<Tensor> copies;  // of vectors whose numbers are not neighbours
+    std::vector<Tensor> copies;  // of vectors that are not contiguous
     std::vector<TDColumns> blocks;
     TDParameters p{};
 

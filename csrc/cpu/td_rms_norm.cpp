@@ -1,5 +1,6 @@
-// dimr_fast::td_rms_norm_fwd and _bwd on the CPU. The arithmetic is in kernels/; how rows are
-// shared out depends on the shape alone, so that results do not depend on the number of threads.
+// dimr_fast::td_rms_norm_fwd and _bwd on the CPU. The arithmetic is in kernels/. How rows
+// are split into tasks depends on the shape only, so results do not depend on the number of
+// threads.
 
 #include "kernels/td_rms_norm.h"
 

@@ -1,4 +1,4 @@
-// What operators on the CPU share: dtypes, scratch memory, threads.
+// Shared by all operators on the CPU: dtypes, scratch memory, threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -28,8 +28,9 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
     }
 }
 
-// Memory for the time of a call, aligned to a cache line; its bytes are the product of `factors`.
-// An expanded batch has as many images as one likes in no memory: it is refused, not wrapped.
+// Memory for the duration of a call, aligned to a cache line; its size in bytes is the product of
+// `factors`. An expanded batch can have more images than memory: a product that overflows is an
+// error.
 class Scratch {
   public:
     explicit Scratch(std::initializer_list<int64_t> factors) {
@@ -51,8 +52,8 @@ class Scratch {
     void* data_;
 };
 
-// Runs `function(begin, end)` over `tasks` of about `cost` vector operations each: a thread
-// is not woken for less than some ten microseconds of work.
+// Runs `function(begin, end)` over `tasks` of about `cost` vector operations each. A thread gets at
+// least about ten microseconds of work.
 template <typename Function>
 void parallel(int64_t tasks, int64_t cost, const Function& function) {
     constexpr int64_t WORTH_A_THREAD = 1 << 15;

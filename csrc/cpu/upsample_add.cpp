@@ -1,5 +1,6 @@
-// dimr_fast::upsample_add_fwd and _bwd on the CPU. The arithmetic is in kernels/; how boxes are
-// shared out depends on the shape alone, so that results do not depend on the number of threads.
+// dimr_fast::upsample_add_fwd and _bwd on the CPU. The arithmetic is in kernels/. How boxes
+// are split into tasks depends on the shape only, so results do not depend on the number of
+// threads.
 
 #include "kernels/upsample_add.h"
 
@@ -12,7 +13,7 @@
 namespace dimr_fast {
 namespace {
 
-// How many times larger `x` is than `projected`, in height and in width.
+// Returns how many times larger `x` is than `projected`, in height and in width.
 int64_t check_sizes(const Tensor& x, const Tensor& projected, const char* name) {
     STD_TORCH_CHECK(x.dim() == 4 && projected.dim() == 4, name,
                     " and projected: expected [B, H, W, D] and [B, h, w, q²·D]");
@@ -24,15 +25,8 @@ int64_t check_sizes(const Tensor& x, const Tensor& projected, const char* name) 
     return q;
 }
 
-void check_row(const Tensor& value, int64_t width, const char* name) {
-    STD_TORCH_CHECK(value.dim() == 1 && value.size(0) == width && value.is_contiguous() &&
-                        value.is_cpu() && value.scalar_type() == ScalarType::Float,
-                    name, ": expected float32 [", width, "], contiguous");
-}
-
 std::tuple<Tensor, Tensor, Tensor> upsample_add_fwd(const Tensor& x, const Tensor& projected,
-                                                    const Tensor& weight, const Tensor& bias,
-                                                    const std::vector<Tensor>& behind) {
+                                                    const Tensor& weight, const Tensor& bias) {
     const int64_t q = check_sizes(x, projected, "x");
     const Features rows(x, "x"), boxes(projected, "projected");
     const TimeValues weights(weight, rows.images, rows.width, "weight");
@@ -42,19 +36,9 @@ std::tuple<Tensor, Tensor, Tensor> upsample_add_fwd(const Tensor& x, const Tenso
     Tensor mean = torch::stable::new_empty(x, {rows.images, rows.rows}, ScalarType::Float);
     Tensor rstd = torch::stable::new_empty(x, {rows.images, rows.rows}, ScalarType::Float);
 
-    UpsampleAdd p{};
-    if (!behind.empty()) {
-        STD_TORCH_CHECK(behind.size() == 4, "behind: expected none or four tensors");
-        check_statistic(behind[0], boxes, "behind[0]");
-        check_statistic(behind[1], boxes, "behind[1]");
-        check_row(behind[2], boxes.width, "behind[2]");
-        check_row(behind[3], boxes.width, "behind[3]");
-        p.mean_in = behind[0].const_data_ptr<float>();
-        p.rstd_in = behind[1].const_data_ptr<float>();
-        p.row_sums = behind[2].const_data_ptr<float>();
-        p.constant = behind[3].const_data_ptr<float>();
-    }
     if (rows.empty()) return {out, mean, rstd};
+
+    UpsampleAdd p{};
     p.chunks = chunks_in_cache(boxes, boxes.width);
     p.q = q;
     p.width = rows.width;

@@ -1,5 +1,5 @@
-// A register of fp32 numbers in the instruction set that this file is compiled for, and the way of
-// each dtype into and out of it. For kernels/*.cpp only.
+// A register of fp32 numbers in the instruction set that this file is compiled for, and how each
+// dtype is loaded into and stored from it. For kernels/*.cpp only.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,7 @@ inline void write(void* to, From from) {
 
 inline Vector load(const float* from) { return read<Vector>(from); }
 
-// GCC's own conversion of vectors takes two halves of them apart and puts them together again.
+// GCC's own conversion of vectors would split them into halves and join them again.
 inline Bits widened(HalfBits from) {
 #if defined(__AVX512F__)
     return (Bits)_mm512_cvtepu16_epi32((__m256i)from);
@@ -73,7 +73,7 @@ inline Vector load(const Half* from) {
 #else
     const Bits wide = __builtin_convertvector(read<HalfBits>(from), Bits);
     const Bits sign = (wide & 0x8000u) << 16, magnitude = (wide & 0x7fffu) << 13;
-    // The exponent's bias is corrected by a product, which makes denormal numbers normal too.
+    // A product corrects the exponent's bias; it also makes denormal numbers normal.
     const Bits scaled = bits_as<Bits>(bits_as<Vector>(magnitude) * 0x1p112f);
     const Bits infinite = (Bits)(magnitude >= (0x7c00u << 13));
     return bits_as<Vector>(sign | scaled | (infinite & 0x7f800000u));
@@ -102,7 +102,7 @@ inline void store(Half* to, Vector from) {
     const Bits bits = bits_as<Bits>(from);
     const Bits sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
     const Bits nan = (Bits)(from != from);
-    // A sum with a number whose last bit is the result's rounds it, denormal results included.
+    // Adding a number whose last bit is that of the result rounds it, also for denormal results.
     Bits exponent = magnitude & 0x7f800000u;
     const Bits small = (Bits)(exponent < 0x38800000u);
     exponent = (small & 0x38800000u) | (~small & exponent);
@@ -115,7 +115,7 @@ inline void store(Half* to, Vector from) {
 #endif
 }
 
-// The first `count` lanes, `count` <= LANES; the others are read as zero, and not written.
+// Loads or stores the first `count` lanes, `count` <= LANES; other lanes are zero or not written.
 template <typename T>
 inline Vector load(const T* from, int64_t count) {
     if (count == LANES) return load(from);
@@ -167,7 +167,7 @@ inline void store(BFloat16* to, Vector from, int64_t count) { store_halves(to, f
 inline void store(Half* to, Vector from, int64_t count) { store_halves(to, from, count); }
 #endif
 
-// As a number of type T, once stored, reads.
+// Rounds to T: the value that is read back after it is stored as T.
 template <typename T>
 inline Vector rounded(Vector from) {
     T lanes[LANES];

@@ -1,8 +1,8 @@
-// Device code of the depthwise convolution; knows nothing of torch.
+// Device code of the depthwise convolution; does not depend on torch.
 //
-// A thread holds one channel's filter in registers and slides down the rows of C neighbouring
-// columns, with the partial sums of the K output rows that an input row reaches. Every input row
-// comes once into shared memory, with zeros around the image, some rows ahead of the arithmetic.
+// A thread keeps one channel's filter in registers and moves down the rows of C neighbouring
+// columns, with the partial sums of the K output rows that an input row contributes to. Every input
+// row is copied once into shared memory, with zeros around the image, some rows before it is used.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,22 +34,22 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
     return __float2bfloat16_rn(value);
 }
 
-// Features [batch, height, width, channels] whose channels lie together; strides in elements.
+// Features [batch, height, width, channels] with contiguous channels; strides in elements.
 template <typename T>
 struct Features {
     const T* data;
     int64_t batch_stride, row_stride, pixel_stride;
-    bool vectors;  // each run of 16 bytes of channels lies on a multiple of 16
+    bool vectors;  // each run of 16 bytes of channels is aligned to 16 bytes
 };
 
-// Rows in shared memory: the one in use and those on their way.
+// Rows in shared memory: the one in use and those being copied.
 constexpr int STAGES = 4;
 
 struct alignas(16) Vector {
     int words[4];
 };
 
-// Fills shared memory with zeros: what lies outside of the image stays so.
+// Fills shared memory with zeros; positions outside the image stay zero.
 template <typename T>
 __device__ inline void clear(T* shared, int elements) {
     const int vectors = elements * sizeof(T) / sizeof(Vector), threads = blockDim.x * blockDim.y;
@@ -73,7 +73,7 @@ __device__ inline void copy_filters(T* shared, const T* weight, int elements) {
 template <typename T, int C, int HALO>
 class RowLoader {
   public:
-    // A column left free after each C keeps the groups of a warp in different banks.
+    // An unused column after each C keeps the groups of a warp in different banks.
     __host__ __device__ static constexpr int slot(int column) { return column + column / C; }
     static constexpr int ELEMENTS =
         (DEPTHWISE_GROUPS * C + 2 * HALO + (DEPTHWISE_GROUPS * C + 2 * HALO - 1) / C) *
@@ -135,7 +135,7 @@ class RowLoader {
     int from_[COPIES], to_[COPIES];
 };
 
-// Blocks on a processor, for whose registers the compiler is held to account.
+// Blocks per multiprocessor; the compiler limits registers so that they fit.
 constexpr int depthwise_blocks(int kernel) { return kernel <= 9 ? 3 : 2; }
 
 template <typename T, int K, int C>
@@ -144,7 +144,7 @@ constexpr int depthwise_conv2d_fwd_shared() {
 }
 
 //   weight [channels, 1, K, K]; bias [channels] or null; y [batch, height, width, channels]
-// `flip` turns the filter by 180 degrees, which makes the input gradient of dy.
+// `flip` rotates the filter by 180 degrees, which computes the input gradient from dy.
 template <typename T, int K, int C>
 __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
     depthwise_conv2d_fwd_kernel(Features<T> x, const T* __restrict__ weight,
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
     const float start = bias && has_channel ? to_float(bias[channel + lane]) : 0.f;
 
     const int columns = has_channel ? min(C, shape.width - column - group * C) : 0;
-    // Where a row goes is the same for the whole block, and where in a row fits in 32 bits.
+    // The address of a row is the same for the whole block; an offset in a row fits in 32 bits.
     T* out = y + (image * shape.height + row_begin) * (int64_t{shape.width} * shape.channels);
     const unsigned offset = (column + group * C) * shape.channels + channel + lane;
     const auto store = [&](const float (&sums)[C]) {
@@ -221,8 +221,8 @@ __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
 #pragma unroll
         for (int j = 0; j < C + K - 1; ++j)
             pixels[j] = to_float(row[(j + j / C) * DEPTHWISE_LANES]);
-        // The first product of each sum takes the place of the row above: the sums move up
-        // without a move.
+        // The first product of each sum reads the register of the row above: the sums move up
+        // without move instructions.
 #pragma unroll
         for (int i = 0; i < K; ++i)
 #pragma unroll
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
         if (r - PAD >= row_begin) store(sums[0]);
         now = now == STAGES - 1 ? 0 : now + 1;
     }
-    // Output rows that reach beyond the image's last row.
+    // Output rows whose filter reaches beyond the image's last row.
 #pragma unroll
     for (int i = 1; i <= PAD; ++i) {
         const int h = last - 1 - PAD + i;
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
     }
 }
 
-// Any odd kernel and any strides: one thread an output, neighbouring threads on neighbouring
+// Any odd kernel and any strides: one thread per output; neighbouring threads compute neighbouring
 // channels.
 template <typename T>
 __global__ void depthwise_conv2d_fwd_any_kernel(Features<T> x, const T* __restrict__ weight,

@@ -1,4 +1,4 @@
-// Chooses and launches the kernels of the depthwise convolution; knows nothing of torch.
+// Chooses and launches the kernels of the depthwise convolution; does not depend on torch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,12 +31,12 @@ cudaError_t launch(const Queue& queue, void (*kernel)(Parameters...), int64_t bl
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// Blocks of 256 for a kernel that strides over `count` elements.
+// Returns the blocks of 256 threads for a kernel that loops over `count` elements.
 inline int64_t striding_blocks(const Queue& queue, int64_t count) {
     return std::min<int64_t>((count + 255) / 256, int64_t{queue.processors} * 32);
 }
 
-// Strides in elements. A dimension of one has no stride to speak of.
+// Strides in elements. The stride of a dimension of size one is ignored.
 template <typename T>
 Features<T> make_features(const void* data, const DepthwiseShape& shape, int64_t batch_stride,
                           int64_t row_stride, int64_t pixel_stride) {
@@ -50,7 +50,7 @@ Features<T> make_features(const void* data, const DepthwiseShape& shape, int64_t
     return features;
 }
 
-// The tiled kernels reckon in 32 bits within a row.
+// The tiled kernels compute offsets within a row in 32 bits.
 template <typename T>
 bool is_tiled(const Features<T>& features, const DepthwiseShape& shape) {
     const int64_t pixel = std::max<int64_t>(features.pixel_stride, shape.channels);
@@ -75,7 +75,7 @@ cudaError_t with_kernel(int kernel, const Run& run) {
     }
 }
 
-// y = bias + conv(x, weight) (+ x); with `flip` the filter is turned by 180 degrees.
+// y = bias + conv(x, weight) (+ x); with `flip` the filter is rotated by 180 degrees.
 template <typename T>
 cudaError_t launch_fwd(const Queue& queue, const Features<T>& x, const T* weight, const T* bias,
                        T* y, const DepthwiseShape& shape, bool residual, bool flip) {
@@ -94,8 +94,8 @@ cudaError_t launch_fwd(const Queue& queue, const Features<T>& x, const T* weight
                   dim3(256), 0, x, weight, bias, y, shape, residual, flip);
 }
 
-// How the weight gradient is summed: the caller gives memory for splits * (k * k + 1) * channels
-// floats. Of nothing there are no splits, and the sum is zero.
+// How the weight gradient is summed: the caller provides memory for splits * (k * k + 1) * channels
+// floats. An empty input has no splits, and the sum is zero.
 struct WeightSplits {
     bool tiled;
     DepthwiseTiles tiles;
@@ -112,13 +112,13 @@ WeightSplits weight_splits(const Queue& queue, const Features<T>& x, const Featu
     if (is_tiled(x, shape) && is_tiled(dy, shape) && splits * tiles.channel_tiles <= MAX_GRID)
         return {true, tiles, splits};
     const int64_t taps = int64_t{shape.kernel} * shape.kernel + 1;
-    // At least a few, for short sums round less.
+    // At least a few splits: shorter sums have a smaller rounding error.
     const int64_t wanted =
         std::max<int64_t>(int64_t{queue.processors} * 2048 / (taps * shape.channels), 32);
     return {false, tiles, std::min<int64_t>({wanted, pixels, 1024})};
 }
 
-// dweight [channels, 1, k, k] and dbias [channels] in float, either null where not wanted.
+// dweight [channels, 1, k, k] and dbias [channels] in float, either null if not needed.
 template <typename T>
 cudaError_t launch_weight(const Queue& queue, const Features<T>& x, const Features<T>& dy,
                           float* partial, float* dweight, float* dbias, const DepthwiseShape& shape,

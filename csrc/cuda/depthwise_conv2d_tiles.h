@@ -1,4 +1,4 @@
-// How the depthwise convolution is cut into blocks; knows nothing of torch or CUDA.
+// How the depthwise convolution is split into blocks; does not depend on torch or CUDA.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@ struct DepthwiseShape {
     int height, width, channels, kernel;
 };
 
-// A block has `lanes` channels by `groups` of neighbouring columns, a thread for each, and slides
-// down `rows` rows. There are `segments` such blocks from top to bottom of an image.
+// A block has `lanes` channels by `groups` of neighbouring columns, one thread each, and moves down
+// `rows` rows. There are `segments` such blocks from top to bottom of an image.
 struct DepthwiseTiles {
     int lanes, groups, rows;
     int channel_tiles, column_tiles, segments;
@@ -22,21 +22,21 @@ struct DepthwiseTiles {
     int64_t per_image() const { return int64_t{segments} * column_tiles; }
 };
 
-// At most; of channels and of groups.
+// The largest number of channels and of groups.
 constexpr int DEPTHWISE_LANES = 32, DEPTHWISE_GROUPS = 4;
 constexpr int DEPTHWISE_THREADS = DEPTHWISE_LANES * DEPTHWISE_GROUPS;
 
-// The columns of one thread: as many as leave its sums and a filter of this size in registers.
+// The columns of one thread: the most for which its sums and the filter stay in registers.
 constexpr int depthwise_columns(int kernel) { return kernel <= 7 ? 8 : 4; }
 
 inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// Rows of x that are read for one segment, and about as many for what its start costs.
+// Rows of x that are read for one segment, plus about as many for the cost of its start.
 inline int depthwise_rows_read(const DepthwiseShape& shape, int rows) {
     return std::min(rows + shape.kernel - 1, shape.height) + 3;
 }
 
-// Tiles over the whole height of an image.
+// Returns tiles over the whole height of an image.
 inline DepthwiseTiles depthwise_columns_tiles(const DepthwiseShape& shape) {
     DepthwiseTiles tiles{};
     // 8 channels are 16 bytes of a half-precision type.
@@ -53,8 +53,8 @@ inline DepthwiseTiles depthwise_columns_tiles(const DepthwiseShape& shape) {
     return tiles;
 }
 
-// The cut into segments for which `time(tiles)` is least. Short segments fill the GPU, but each
-// reads k - 1 rows that are not its own.
+// Returns the split into segments with the least `time(tiles)`. Short segments fill the GPU, but
+// each also reads k - 1 rows of its neighbours.
 template <typename Time>
 DepthwiseTiles depthwise_best_segments(const DepthwiseShape& shape, const Time& time) {
     DepthwiseTiles tiles = depthwise_columns_tiles(shape), best = tiles;
@@ -74,13 +74,14 @@ inline DepthwiseTiles depthwise_fwd_tiles(const DepthwiseShape& shape, int proce
     return depthwise_best_segments(shape, [&](const DepthwiseTiles& tiles) {
         const int64_t blocks = shape.batch * tiles.channel_tiles * tiles.per_image();
         const int64_t busiest = (blocks + processors - 1) / processors;
-        // With fewer than about five warps a processor waits for its own arithmetic.
+        // With fewer than about five warps a multiprocessor waits for the latency of its
+        // arithmetic.
         const int64_t warps = std::max<int64_t>(busiest * ceil_div(tiles.threads(), 32), 5);
         return depthwise_rows_read(shape, tiles.rows) * warps;
     });
 }
 
-// Blocks that share the segments of a channel tile between them: as many as fit at a time.
+// Returns the number of blocks that share the segments of a channel tile: as many as run at once.
 inline int64_t depthwise_splits(const DepthwiseShape& shape, const DepthwiseTiles& tiles,
                                 int processors) {
     const int64_t resident = int64_t{processors} * 3 * DEPTHWISE_THREADS / tiles.threads();

@@ -1,8 +1,9 @@
-// Device code of the depthwise convolution's weight and bias gradients; knows nothing of torch.
+// Device code of the depthwise convolution's weight and bias gradients; does not depend on torch.
 //
-// A thread holds one channel's K x K sums in registers and slides down the rows of C neighbouring
-// columns, with the K rows of dy that an input row meets. Two steps, in a fixed order: each block
-// sums what it visits, then `depthwise_conv2d_weight_sum_kernel` sums the blocks.
+// A thread keeps one channel's K x K sums in registers and moves down the rows of C neighbouring
+// columns, with the K rows of dy that an input row contributes to. Two steps, in a fixed order:
+// each block sums over its segments, then `depthwise_conv2d_weight_sum_kernel` sums over the
+// blocks.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +19,9 @@ constexpr int depthwise_conv2d_weight_shared() {
     return std::max<int>(STAGES * ROWS * sizeof(T), SUMS);
 }
 
-//   partial [gridDim.x / tiles.channel_tiles, K * K + 1, channels]: each tap's sums, then dy's
-// Block (channel tile, split) visits every splits-th of the segments of all images.
+//   partial [gridDim.x / tiles.channel_tiles, K * K + 1, channels]: the sums of each tap, then of
+//   dy
+// Block (channel tile, split) processes every splits-th segment of all images.
 template <typename T, int K, int C>
 __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
     depthwise_conv2d_weight_kernel(Features<T> x, Features<T> dy, float* __restrict__ partial,
@@ -39,8 +41,8 @@ __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
     const int per_image = tiles.segments * tiles.column_tiles;
     const int64_t visits = shape.batch * per_image;
 
-    // Between rows, sums[i] belong to tap K - 1 - i. They turn with the rows of dy, whose places
-    // are fixed: the first product of each sum moves it on.
+    // Between rows, sums[i] belong to tap K - 1 - i. They rotate, because the rows of dy have fixed
+    // places: the first product of each sum writes it to the next register.
     float sums[K][K], dy_sum = 0.f;
 #pragma unroll
     for (int i = 0; i < K * K; ++i) sums[i / K][i % K] = 0.f;
@@ -73,8 +75,8 @@ __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
         };
         for (int i = 0; i < STAGES - 1; ++i) load(first + i, stages + i * STAGE);
 
-        // Row h of dy is at (h - first - PAD) mod K. Those that the first input row meets beside
-        // the one that comes with it:
+        // Row h of dy is at (h - first - PAD) mod K. Load the rows that the first input row needs,
+        // except the one that is loaded with it:
         float ring[K][C];
         const int columns =
             channel + lane < shape.channels ? min(C, shape.width - column - group * C) : 0;
@@ -157,7 +159,7 @@ __global__ void __launch_bounds__(DEPTHWISE_THREADS, depthwise_blocks(K))
                 totals[i * DEPTHWISE_LANES + lane];
 }
 
-// Any odd kernel and any strides: one thread a tap of a channel in every splits-th pixel.
+// Any odd kernel and any strides: one thread per tap and channel, over every splits-th pixel.
 //   partial [splits, k * k + 1, channels]
 template <typename T>
 __global__ void depthwise_conv2d_weight_any_kernel(Features<T> x, Features<T> dy,
@@ -193,7 +195,7 @@ __global__ void depthwise_conv2d_weight_any_kernel(Features<T> x, Features<T> dy
 }
 
 // Sums `partial` [splits, taps + 1, channels] over the splits.
-//   dweight [channels, taps], dbias [channels], either null where it is not wanted
+//   dweight [channels, taps], dbias [channels], either null if not needed
 constexpr int SUM_LANES = 32, SUM_PARTS = 8;
 
 static __global__ void __launch_bounds__(SUM_LANES* SUM_PARTS)

@@ -1,14 +1,17 @@
-"""Argument checks that several operators share."""
+"""Checks of arguments that several operators share."""
 
 import torch
 from torch import Tensor
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of features that compiled and Triton kernels take; the reference takes any."""
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which to compute: that of `x` or, where autocast is on, autocast's.
+    """Return the dtype to compute in: autocast's where autocast is on, otherwise that of `x`.
 
-    A norm's result too, since a product follows that autocast would cast for; float64 it leaves
-    alone.
+    A norm returns its result in this dtype too: the linear layer after it would cast it anyway.
+    Autocast does not change float64.
     """
     device = x.device.type
     on = autocast_enabled(device) and x.dtype != torch.float64
@@ -16,25 +19,38 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def autocast_enabled(device: str) -> bool:
-    """Return True if autocast is on for this type of device; some types ("meta") have none."""
+    """Return True if autocast is on for this device type; some types ("meta") have no autocast."""
     return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
-# The Dynamo of torch 2.11 cannot trace the call, and its result never changes.
+# Dynamo of torch 2.11 cannot trace this call; its result is constant.
 @torch.compiler.assume_constant_result
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without "torch.", e.g. "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def why_not_dtype(x: Tensor) -> str | None:
+    """Return why kernels cannot run on the dtype of `x`, or None if they can."""
+    if x.dtype in KERNEL_DTYPES:
+        return None
+    names = ", ".join(map(dtype_name, KERNEL_DTYPES))
+    return f"it takes {names}, x is {dtype_name(x.dtype)}"
+
+
 def check_floating(**tensors: Tensor) -> None:
-    """ValueError where a tensor is not floating point."""
+    """Raise ValueError if a tensor is not floating point."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{name}: got dtype {tensor.dtype}, expected floating point")
 
 
 def check_residual(x: Tensor, residual: Tensor | None) -> None:
-    """ValueError where `residual` is there and not like `x`."""
+    """Raise ValueError if `residual` is not None and differs from `x` in shape or device."""
     if residual is None:
         return
     check_floating(residual=residual)
@@ -46,7 +62,7 @@ def check_residual(x: Tensor, residual: Tensor | None) -> None:
 
 
 def check_time_values(x: Tensor, **values: Tensor) -> None:
-    """ValueError where a `[T, D]` value does not fit `x` `[B, …, D]` (T is B or 1)."""
+    """Raise ValueError if a `[T, D]` value does not fit `x` `[B, …, D]` (T is B or 1)."""
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, …, D]")
     check_floating(x=x, **values)
@@ -56,7 +72,7 @@ def check_time_values(x: Tensor, **values: Tensor) -> None:
 
 
 def check_times(x: Tensor, value: Tensor, name: str, width: int | None = None) -> None:
-    """ValueError where `value` is not `[T, width]`, T being the batch of `x` or 1."""
+    """Raise ValueError if `value` is not `[T, width]`, where T is 1 or the batch size of `x`."""
     batch = x.shape[0]
     wrong_width = width is not None and value.shape[-1:] != (width,)
     if value.dim() != 2 or value.shape[0] not in (1, batch) or wrong_width:
@@ -65,7 +81,7 @@ def check_times(x: Tensor, value: Tensor, name: str, width: int | None = None) -
 
 
 def check_width(x: Tensor, value: Tensor, name: str) -> None:
-    """ValueError where `value`'s last axis is not as wide as `x`'s or lies on another device."""
+    """Raise ValueError if `value` differs from `x` in device or in the size of the last axis."""
     if x.dim() < 1:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, …, D]")
     if value.shape[-1:] != x.shape[-1:]:
@@ -75,6 +91,6 @@ def check_width(x: Tensor, value: Tensor, name: str) -> None:
 
 
 def check_device(x: Tensor, value: Tensor, name: str) -> None:
-    """ValueError where `value` does not lie on the device of `x`."""
+    """Raise ValueError if `value` is not on the device of `x`."""
     if value.device != x.device:
         raise ValueError(f"{name}: got device {value.device}, expected that of x, {x.device}")

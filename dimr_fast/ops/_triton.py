@@ -1,4 +1,4 @@
-"""Triton implementations of operators: when one can run, and how its kernels are registered."""
+"""The implementation "triton": when its kernels can run, and how they are launched."""
 
 import functools
 import importlib
@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from dimr_fast.ops._checks import why_not_dtype
+from dimr_fast.ops.registration import Implementation
+
 _OLDEST = (3, 6)
 
 
 def why_not(x: torch.Tensor) -> str | None:
-    """The reason why Triton kernels cannot run on `x`, or None where they can.
+    """Return why Triton kernels cannot run on `x`, or None if they can.
 
     They run on a GPU, on a CPU under Triton's interpreter, and on the meta device (shapes only).
     """
-    if x.dtype not in DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        return f"it takes {names}, x is {str(x.dtype).removeprefix('torch.')}"
+    if (reason := why_not_dtype(x)) is not None:
+        return reason
     if x.device.type == "cpu" and not _interpreting():
         return "it runs on a GPU, x is on cpu (TRITON_INTERPRET=1 interprets the kernels there)"
     if x.device.type not in ("cuda", "cpu", "meta"):
@@ -34,13 +35,13 @@ def why_not(x: torch.Tensor) -> str | None:
 
 
 def slower(x: torch.Tensor) -> str | None:
-    """The reason why "auto" passes over Triton kernels that could run on `x`."""
+    """Return why "auto" skips Triton kernels that can run on `x`, or None if it does not."""
     return None if x.is_cuda else "off a GPU the kernels are only interpreted, for tests"
 
 
 @torch.compiler.assume_constant_result
 def _interpreting() -> bool:
-    # As Triton itself reads the variable.
+    # The values that Triton itself accepts.
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
@@ -75,36 +76,31 @@ def _interpreter() -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Return the first two numbers of a version, e.g. (3, 6) of "3.6.0"."""
+    """Return the first two numbers of a version, e.g. (3, 6) for "3.6.0"."""
     return tuple(map(int, version.split(".")[:2]))
 
 
 @torch.compiler.assume_constant_result
 def why_not_gpu(index: int | None) -> str | None:
-    """The reason why GPU `index` (None: the current one) is too old, or None."""
+    """Return why GPU `index` is too old, or None if it is not. `index` None: the current GPU."""
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
     return None
 
 
-def register(
-    operator: str, direction: str, schema: str, shapes: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Register `launch_<direction>` of `dimr_fast.kernels.<operator>` as a torch operator.
+def _load(operator: str, direction: str) -> Callable[..., Any]:
+    """Return a function that calls `launch_<direction>` of `dimr_fast.kernels.<operator>`.
 
-    Its name is `dimr_fast::<operator>_<direction>.triton`: implementations are overloads of one
-    operator. `shapes` allocates the outputs for given inputs; the first input is a tensor on the
-    device to run on. The kernels' module is imported at the first launch.
+    Its first argument is a tensor on the device to run on. The kernels' module is imported at the
+    first call, so that importing `dimr_fast` does not need Triton.
     """
-    name = f"dimr_fast::{operator}_{direction}.triton"
-    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(name, shapes)
 
-    @torch.library.impl(name, ("cpu", "cuda"))
     def launch(*args: Any) -> Any:
         kernels = importlib.import_module(f"dimr_fast.kernels.{operator}")
         with torch.cuda.device_of(args[0]):
             return getattr(kernels, f"launch_{direction}")(*args)
 
-    packet = getattr(torch.ops.dimr_fast, f"{operator}_{direction}")
-    return packet.triton
+    return launch
+
+
+TRITON = Implementation("triton", why_not, slower, overload="triton", load=_load)

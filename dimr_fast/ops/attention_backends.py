@@ -1,7 +1,7 @@
-"""Attention by other packages: when each can run, and how it is called.
+"""Attention by PyTorch and other packages: when each can run, and how to call it.
 
-Each takes `packed` `[B, N, 3, heads, head_dim]` and returns `[B, N, heads, head_dim]`; where a
-package needs another layout or padding, that happens here.
+Each function takes `packed` `[B, N, 3, heads, head_dim]`, returns `[B, N, heads, head_dim]` and
+does any change of layout or padding that its package needs.
 """
 
 import functools
@@ -12,82 +12,83 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dimr_fast.ops import _triton
+from dimr_fast.ops._checks import dtype_name
+from dimr_fast.ops.registration import differentiable
 
 
 def head_dim(qkv: Tensor) -> int | None:
-    """head_dim of a packed projection that is viewed by heads, else unknown."""
+    """Return the head_dim of `qkv` `[B, N, 3, heads, head_dim]`, None for `[B, N, D]`."""
     return qkv.shape[-1] if qkv.dim() == 5 else None
 
 
 def bmm_why_not(qkv: Tensor) -> str | None:
-    """None: batched products run wherever tensors do."""
+    """Return None: batched matrix products run on every device and dtype."""
     return None
 
 
 def bmm(packed: Tensor) -> Tensor:
-    """By `torch.bmm`: all scores are kept, and few copies made."""
-    return _BatchedProducts.apply(packed)
+    """Compute attention by `torch.bmm`: it stores all scores and copies little else."""
+    return _run_bmm(packed)
 
 
-class _BatchedProducts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, packed: Tensor) -> Tensor:
-        images, count, _, heads, width = packed.shape
-        q, k, v = packed.permute(2, 0, 3, 1, 4).reshape(3, images * heads, count, width)
-        # Scaled within the product: in half precision the scores are rounded once.
-        scores = torch.baddbmm(q.new_empty((1, 1, 1)), q, k.mT, beta=0, alpha=width**-0.5)
-        weights = scores.softmax(-1)
-        ctx.save_for_backward(q, k, v, weights)
-        return weights.bmm(v).unflatten(0, (images, heads)).transpose(1, 2)
+def _bmm_forward(ctx: Any, packed: Tensor) -> Tensor:
+    images, count, _, heads, width = packed.shape
+    q, k, v = packed.permute(2, 0, 3, 1, 4).reshape(3, images * heads, count, width)
+    # Scaled within the product: in half precision the scores are rounded once.
+    scores = torch.baddbmm(q.new_empty((1, 1, 1)), q, k.mT, beta=0, alpha=width**-0.5)
+    weights = scores.softmax(-1)
+    ctx.save_for_backward(q, k, v, weights)
+    return weights.bmm(v).unflatten(0, (images, heads)).transpose(1, 2)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> Tensor:
-        q, k, v, weights = ctx.saved_tensors
-        images, count, heads, width = dout.shape
-        dout = dout.transpose(1, 2).reshape(images * heads, count, width)
-        dweights = dout.bmm(v.mT)
-        dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-        scale, start = width**-0.5, q.new_empty((1, 1, 1))
-        grads = (
-            torch.baddbmm(start, dscores, k, beta=0, alpha=scale),
-            torch.baddbmm(start, dscores.mT, q, beta=0, alpha=scale),
-            weights.mT.bmm(dout),
-        )
-        dpacked = q.new_empty((images, count, 3, heads, width))
-        for i, grad in enumerate(grads):
-            dpacked[:, :, i] = grad.unflatten(0, (images, heads)).transpose(1, 2)
-        return dpacked
+
+def _bmm_backward(ctx: Any, dout: Tensor) -> tuple[Tensor]:
+    q, k, v, weights = ctx.saved_tensors
+    images, count, heads, width = dout.shape
+    dout = dout.transpose(1, 2).reshape(images * heads, count, width)
+    dweights = dout.bmm(v.mT)
+    dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+    scale, start = width**-0.5, q.new_empty((1, 1, 1))
+    grads = (
+        torch.baddbmm(start, dscores, k, beta=0, alpha=scale),
+        torch.baddbmm(start, dscores.mT, q, beta=0, alpha=scale),
+        weights.mT.bmm(dout),
+    )
+    dpacked = q.new_empty((images, count, 3, heads, width))
+    for i, grad in enumerate(grads):
+        dpacked[:, :, i] = grad.unflatten(0, (images, heads)).transpose(1, 2)
+    return (dpacked,)
+
+
+_run_bmm = differentiable(_bmm_forward, _bmm_backward)
 
 
 def sdpa_why_not(qkv: Tensor) -> str | None:
-    """None: PyTorch's own attention runs wherever tensors do."""
+    """Return None: PyTorch's own attention runs on every device and dtype."""
     return None
 
 
 def sdpa(packed: Tensor) -> Tensor:
-    """By `torch.nn.functional.scaled_dot_product_attention`."""
+    """Compute attention by `torch.nn.functional.scaled_dot_product_attention`."""
     q, k, v = packed.permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def flash_attn_why_not(qkv: Tensor) -> str | None:
-    """The reason why flash-attn 2 cannot run on `qkv`, or None where it can."""
+    """Return why flash-attn 2 cannot run on `qkv`, or None if it can."""
     width = head_dim(qkv)
     if qkv.dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 and float16, qkv is {str(qkv.dtype).removeprefix('torch.')}"
+        return f"it takes bfloat16 and float16, qkv is {dtype_name(qkv.dtype)}"
     if width is not None and width > 256:
         return f"it takes a head_dim up to 256, not {width}"
     return _why_not_here(qkv, "flash_attn", "flash-attn")
 
 
 def flash_attn(packed: Tensor) -> Tensor:
-    """By flash-attn 2, which takes the packed tensor as it is.
+    """Compute attention by flash-attn 2, which takes the packed tensor without a copy.
 
-    It pads a head_dim that is not a multiple of 8 itself. Written from the signature in
+    The package itself pads a head_dim that is not a multiple of 8. Written from the signature in
     flash-attn 2.8.3; it has not run on hardware.
     """
     return importlib.import_module("flash_attn").flash_attn_qkvpacked_func(
@@ -98,18 +99,17 @@ def flash_attn(packed: Tensor) -> Tensor:
 
 
 def xformers_why_not(qkv: Tensor) -> str | None:
-    """The reason why xformers cannot run on `qkv`, or None where it can."""
+    """Return why xformers cannot run on `qkv`, or None if it can."""
     if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        name = str(qkv.dtype).removeprefix("torch.")
-        return f"it takes float32, bfloat16 and float16, qkv is {name}"
+        return f"it takes float32, bfloat16 and float16, qkv is {dtype_name(qkv.dtype)}"
     return _why_not_here(qkv, "xformers.ops", "xformers")
 
 
 def xformers(packed: Tensor) -> Tensor:
-    """By xformers, with head_dim padded so that a head is a whole number of 16 bytes.
+    """Compute attention by xformers, with each head padded to a multiple of 16 bytes.
 
-    Written from the signature in xformers 0.0.35, whose kernels all refuse other widths on GPUs
-    since the A100; it has not run on hardware.
+    Written from the signature in xformers 0.0.35, whose kernels for GPUs since the A100 refuse
+    other widths; it has not run on hardware.
     """
     ops = importlib.import_module("xformers.ops")
     width = packed.shape[-1]
@@ -119,7 +119,7 @@ def xformers(packed: Tensor) -> Tensor:
 
 
 _VERSIONS = {"flash-attn": ((2, 4, 1), (3,)), "xformers": ((0, 0, 35), (1,))}
-"""The first version of each package that will do, and the first that will not any more."""
+"""The versions of each package that are supported: the first one, and the first one after them."""
 
 
 def _why_not_here(qkv: Tensor, module: str, package: str) -> str | None:
@@ -138,7 +138,7 @@ def _installed(module: str, package: str) -> str | None:
     try:
         version = metadata.version(package)
         importlib.import_module(module)
-    except (ImportError, OSError) as error:  # OSError: its compiled library does not load
+    except (ImportError, OSError) as error:  # OSError: the compiled library does not load
         return f"{package} does not import: {error}"
     first, last = _VERSIONS[package]
     digits = (part for part in version.split("+")[0].split(".") if part.isdigit())

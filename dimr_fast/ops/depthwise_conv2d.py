@@ -7,19 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
-from dimr_fast.ops import _compiled
-from dimr_fast.ops._checks import compute_dtype
-from dimr_fast.ops.implementations import Implementations
+from dimr_fast.ops._checks import compute_dtype, dtype_name
+from dimr_fast.ops._compiled import CPU, CUDA
+from dimr_fast.ops.registration import Operator, differentiable
 
-implementations = Implementations(
-    "depthwise_conv2d",
-    example=(4, 32, 32, 480),
-    cpu=_compiled.why_not_cpu,
-    cuda=_compiled.why_not_cuda,
-)
+operator = Operator("depthwise_conv2d", CPU, CUDA, example=(4, 32, 32, 480))
 
 
 def depthwise_conv2d(
@@ -35,18 +29,19 @@ def depthwise_conv2d(
     Args:
         x: [B, H, W, D], any strides; float32, bfloat16, float16 (float64: reference only).
         weight: [D, 1, k, k], k odd, dtype and device of x.
-        bias: [D] or None, likewise.
-        residual: add x to the result.
+        bias: [D], dtype and device of x, or None.
+        residual: if True, add x to the result.
         implementation: "auto", "cpu", "cuda" or "reference".
 
-    Returns [B, H, W, D], in the dtype of x or, under autocast, in autocast's; with the residual,
-    which autocast does not round, in the dtype of x. Sums are fp32.
-    Raises TypeError and ValueError naming the argument; ValueError also where a named
+    Returns [B, H, W, D] in the dtype of x or, under autocast, in autocast's dtype. With the
+    residual the result always has the dtype of x, since autocast must not round the residual.
+    Products are summed in fp32.
+    Raises TypeError or ValueError with the name of the argument, and ValueError if a named
     implementation cannot run. Source: the ConvNeXt blocks of arXiv 2406.09416.
     """
     _check(x, weight, bias)
     dtype = compute_dtype(x)
-    chosen = implementations.select(implementation, x)
+    chosen = operator.select(implementation, x)
     if chosen == "reference":
         bias = None if bias is None else bias.to(dtype)
         y = reference.depthwise_conv2d(x.to(dtype), weight.to(dtype), bias)
@@ -54,12 +49,13 @@ def depthwise_conv2d(
     if not residual:
         x = x.to(dtype)
     elif chosen == "cuda" or x.dtype != torch.float32:
-        # Products are taken in the dtype of the weights, in a narrower one than x on a CPU only.
+        # The weights' dtype is that of the products; only the CPU takes one narrower than x's.
         dtype = x.dtype
     x, weight = _last_contiguous(x), weight.to(dtype).contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
-    run = _DepthwiseConv2d.apply if torch.is_grad_enabled() else _fwd
-    return run(x, weight, bias, residual)
+    if torch.is_grad_enabled():
+        return _run(x, weight, bias, residual, chosen)
+    return _fwd[chosen](x, weight, bias, residual)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -69,7 +65,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, H, W, D] with H, W, D > 0")
     if not x.is_floating_point():
-        raise TypeError(f"x: got dtype {_name(x.dtype)}, expected floating point")
+        raise TypeError(f"x: got dtype {dtype_name(x.dtype)}, expected floating point")
     d, k = x.shape[-1], weight.shape[-1] if weight.dim() else 0
     if tuple(weight.shape) != (d, 1, k, k) or k % 2 == 0:
         shape = tuple(weight.shape)
@@ -83,12 +79,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"{name}: got device {value.device}, expected that of x, {x.device}")
         if value.dtype != x.dtype and compute_dtype(value) != compute_dtype(x):
             raise TypeError(
-                f"{name}: got dtype {_name(value.dtype)}, expected that of x, {_name(x.dtype)}"
+                f"{name}: got dtype {dtype_name(value.dtype)}, "
+                f"expected that of x, {dtype_name(x.dtype)}"
             )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _fwd_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
@@ -110,43 +103,40 @@ def _bwd_shapes(
     return dx, dweight, dbias
 
 
-_fwd = _compiled.declare(
-    "depthwise_conv2d",
-    "fwd",
-    "(Tensor x, Tensor weight, Tensor? bias, bool residual) -> Tensor",
-    _fwd_shapes,
-)
-_bwd = _compiled.declare(
-    "depthwise_conv2d",
-    "bwd",
+_FWD = "(Tensor x, Tensor weight, Tensor? bias, bool residual) -> Tensor"
+_BWD = (
     "(Tensor dy, Tensor x, Tensor weight, bool residual,"
-    " bool needs_dx, bool needs_dweight, bool needs_dbias) -> (Tensor, Tensor, Tensor)",
-    _bwd_shapes,
+    " bool needs_dx, bool needs_dweight, bool needs_dbias) -> (Tensor, Tensor, Tensor)"
 )
+_fwd = operator.define("fwd", _FWD, _fwd_shapes)
+_bwd = operator.define("bwd", _BWD, _bwd_shapes)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-class _DepthwiseConv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.residual = residual
-        return _fwd(x, weight, bias, residual)
+def _forward(
+    ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, implementation: str
+) -> Tensor:
+    ctx.save_for_backward(x, weight)
+    ctx.residual, ctx.implementation = residual, implementation
+    return _fwd[implementation](x, weight, bias, residual)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
-        grads = _bwd(_last_contiguous(dy), x, weight, ctx.residual, *wanted)
-        dtypes = (x.dtype, weight.dtype, weight.dtype)
-        return (
-            *(
-                grad.to(dtype) if needed else None
-                for grad, dtype, needed in zip(grads, dtypes, wanted, strict=True)
-            ),
-            None,
-        )
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:3]
+    grads = _bwd[ctx.implementation](_last_contiguous(dy), x, weight, ctx.residual, *wanted)
+    dtypes = (x.dtype, weight.dtype, weight.dtype)
+    return (
+        *(
+            grad.to(dtype) if needed else None
+            for grad, dtype, needed in zip(grads, dtypes, wanted, strict=True)
+        ),
+        None,
+        None,
+    )
+
+
+_run = differentiable(_forward, _backward)

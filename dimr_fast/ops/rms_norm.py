@@ -1,21 +1,16 @@
-"""Root-mean-square norm with a plain learned scale."""
+"""Root-mean-square norm with a learned scale that does not depend on time."""
 
 from typing import overload
 
 from torch import Tensor
 
-from dimr_fast.ops import _compiled, _triton
 from dimr_fast.ops._checks import check_width
-from dimr_fast.ops.implementations import Implementations
+from dimr_fast.ops._compiled import CPU
+from dimr_fast.ops._triton import TRITON
+from dimr_fast.ops.registration import Operator
 from dimr_fast.ops.td_rms_norm import td_rms_norm
 
-implementations = Implementations(
-    "rms_norm",
-    example=(4, 257, 960),
-    triton=_triton.why_not,
-    cpu=_compiled.why_not_cpu,
-    slower={"triton": _triton.slower},
-)
+operator = Operator("rms_norm", TRITON, CPU, example=(4, 257, 960))
 
 
 @overload
@@ -29,16 +24,16 @@ def rms_norm(
 def rms_norm(
     x: Tensor, scale: Tensor, residual: Tensor | None = None, *, implementation: str = "auto"
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`td_rms_norm` with a `scale` `[D]` that no time enters.
+    """Compute `td_rms_norm` with one `scale` `[D]` for all times.
 
-    `x`, and `residual` where given, are `[B, …, D]` in fp32, bf16 or fp16. Statistics are fp32; the
+    `x` and `residual` (optional) are `[B, …, D]` in fp32, bf16 or fp16. Statistics are fp32; the
     result has the shape of `x` and its dtype or, under autocast, autocast's. With a residual the
-    result is `(residual + x, its norm)`.
-    Raises ValueError where shapes or devices do not fit or the implementation is unusable.
+    result is `(s, normed s)`, where `s = residual + x`.
+    Raises ValueError if shapes or devices do not fit or the implementation cannot run.
     """
     if scale.dim() != 1:
         raise ValueError(f"scale: got shape {tuple(scale.shape)}, expected [D]")
     check_width(x, scale, "scale")
-    chosen = implementations.select(implementation, x)
-    # One scale for all images is one time for all: the same kernel.
+    chosen = operator.select(implementation, x)
+    # One scale for all images is the case T = 1 of the time-dependent norm.
     return td_rms_norm(x, scale[None], residual, implementation=chosen)

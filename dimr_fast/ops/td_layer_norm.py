@@ -1,4 +1,4 @@
-"""Layer norm with time-dependent scale and shift: TD-LN (paper section 3.2)."""
+"""Layer norm with a time-dependent scale and shift: TD-LN (paper section 3.2)."""
 
 import math
 from collections.abc import Sequence
@@ -6,20 +6,14 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
-from dimr_fast.ops import _compiled, _triton
 from dimr_fast.ops._checks import check_residual, check_time_values, compute_dtype
-from dimr_fast.ops.implementations import Implementations
+from dimr_fast.ops._compiled import CPU
+from dimr_fast.ops._triton import TRITON
+from dimr_fast.ops.registration import Operator, differentiable
 
-implementations = Implementations(
-    "td_layer_norm",
-    example=(4, 257, 960),
-    triton=_triton.why_not,
-    cpu=_compiled.why_not_cpu,
-    slower={"triton": _triton.slower},
-)
+operator = Operator("td_layer_norm", TRITON, CPU, example=(4, 257, 960))
 
 
 @overload
@@ -38,19 +32,19 @@ def td_layer_norm(
     *,
     implementation: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LayerNorm (eps 1e-5) of `x`, or of `s = residual + x`, times `weight`, plus `bias`.
+    """Compute `layer_norm(s) · weight + bias` (eps 1e-5) of `s = x` or `s = residual + x`.
 
-    `x`, and `residual` where given, are `[B, …, D]` in fp32, bf16 or fp16; `weight` and `bias`
-    `[T, D]`, with T = B (a time per image) or 1. Statistics are fp32; the result has the shape of
+    `x` and `residual` (optional) are `[B, …, D]` in fp32, bf16 or fp16; `weight` and `bias` are
+    `[T, D]`, where T is B (a time per image) or 1. Statistics are fp32; the result has the shape of
     `x` and its dtype or, under autocast, autocast's. With a residual the result is
     `(s, normed s)`.
-    Raises ValueError where shapes or devices do not fit or the implementation is unusable.
+    Raises ValueError if shapes or devices do not fit or the implementation cannot run.
     """
     check_time_values(x, weight=weight, bias=bias)
     check_residual(x, residual)
-    chosen = implementations.select(implementation, x)
+    chosen = operator.select(implementation, x)
     if chosen != "reference":
-        return _TDLayerNorm.apply(x, residual, weight, bias, compute_dtype(x), chosen)
+        return _run(x, residual, weight, bias, compute_dtype(x), chosen)
     summed = x if residual is None else residual + x
     y = reference.td_layer_norm(summed, weight, bias).to(compute_dtype(x))
     return y if residual is None else (summed, y)
@@ -61,14 +55,13 @@ def _fwd_shapes(
     bias: Tensor,
     pieces: Sequence[Tensor],
     residual: Tensor | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = pieces[0]
-    summed, y = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
+    summed = x.new_empty(0, dtype=dtype)
     if residual is not None:
         summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    if dtype is not None:
-        y = x.new_empty((*x.shape[:-1], len(pieces) * x.shape[-1]), dtype=dtype)
+    y = x.new_empty((*x.shape[:-1], len(pieces) * x.shape[-1]), dtype=dtype)
     rows = (x.shape[0], math.prod(x.shape[1:-1]))
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     return summed, y, mean, rstd
@@ -93,25 +86,22 @@ def _bwd_shapes(
 
 
 _FWD = (
-    "(Tensor weight, Tensor bias, Tensor[] pieces, Tensor? residual, ScalarType? dtype)"
+    "(Tensor weight, Tensor bias, Tensor[] pieces, Tensor? residual, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _BWD = (
     "(Tensor dy, Tensor? dsum, Tensor[] pieces, Tensor weight, Tensor bias, Tensor mean,"
     " Tensor rstd, bool needs_dx, bool needs_y) -> (Tensor, Tensor, Tensor)"
 )
-fwd = {
-    "triton": _triton.register("td_layer_norm", "fwd", _FWD, _fwd_shapes),
-    "cpu": _compiled.declare("td_layer_norm", "fwd", _FWD, _fwd_shapes),
-}
-bwd = {
-    "triton": _triton.register("td_layer_norm", "bwd", _BWD, _bwd_shapes),
-    "cpu": _compiled.declare("td_layer_norm", "bwd", _BWD, _bwd_shapes),
-}
+fwd = operator.define("fwd", _FWD, _fwd_shapes)
+bwd = operator.define("bwd", _BWD, _bwd_shapes)
 
 
 def parameter_gradients(both: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `weight` and `bias` from those at every time, `[2, T, D]`."""
+    """Return the gradients of `weight` and `bias` from `both` `[2, T, D]`, those of every time.
+
+    A parameter with a single time gets the sum over the times.
+    """
     dweight, dbias = (
         (g.sum(0, keepdim=True) if value.shape[0] < g.shape[0] else g).to(value.dtype)
         for g, value in zip(both.unbind(), (weight, bias), strict=True)
@@ -119,39 +109,39 @@ def parameter_gradients(both: Tensor, weight: Tensor, bias: Tensor) -> tuple[Ten
     return dweight, dbias
 
 
-class _TDLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        dtype: torch.dtype,
-        implementation: str,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        summed, y, mean, rstd = fwd[implementation](weight, bias, [x], residual, dtype)
-        ctx.save_for_backward(x if residual is None else summed, weight, bias, mean, rstd)
-        ctx.implementation = implementation
-        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
-        ctx.set_materialize_grads(False)
-        return y if residual is None else (summed, y)
+def _forward(
+    ctx: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    implementation: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    summed, y, mean, rstd = fwd[implementation](weight, bias, [x], residual, dtype)
+    ctx.save_for_backward(x if residual is None else summed, weight, bias, mean, rstd)
+    ctx.implementation = implementation
+    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+    ctx.set_materialize_grads(False)
+    return y if residual is None else (summed, y)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        summed, weight, bias, mean, rstd = ctx.saved_tensors
-        dsum, dy = grads if len(grads) == 2 else (None, grads[0])
-        x_dtype, residual_dtype = ctx.dtypes
-        if dy is None:
-            dx, dweight, dbias = dsum, None, None
-        else:
-            dx, both, _ = bwd[ctx.implementation](
-                dy, dsum, [summed], weight, bias, mean, rstd, True, False
-            )
-            dx = dx[0]
-            dweight, dbias = parameter_gradients(both, weight, bias)
-        if dx is None:
-            return None, None, None, None, None, None
-        dresidual = None if residual_dtype is None else dx.to(residual_dtype)
-        return dx.to(x_dtype), dresidual, dweight, dbias, None, None
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    summed, weight, bias, mean, rstd = ctx.saved_tensors
+    dsum, dy = grads if len(grads) == 2 else (None, grads[0])
+    x_dtype, residual_dtype = ctx.dtypes
+    if dy is None:
+        dx, dweight, dbias = dsum, None, None
+    else:
+        dx, both, _ = bwd[ctx.implementation](
+            dy, dsum, [summed], weight, bias, mean, rstd, True, False
+        )
+        dx = dx[0]
+        dweight, dbias = parameter_gradients(both, weight, bias)
+    if dx is None:
+        return None, None, None, None, None, None
+    dresidual = None if residual_dtype is None else dx.to(residual_dtype)
+    return dx.to(x_dtype), dresidual, dweight, dbias, None, None
+
+
+_run = differentiable(_forward, _backward)

@@ -1,45 +1,39 @@
-"""All time-dependent parameters of a model at once (paper eq. 4–5)."""
+"""The values of all time-dependent parameters of a model, in one operation (paper eq. 4–5)."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
-from dimr_fast.ops import _compiled, _triton
-from dimr_fast.ops._checks import check_floating
-from dimr_fast.ops.implementations import Implementations
+from dimr_fast.ops._checks import KERNEL_DTYPES, check_floating, dtype_name
+from dimr_fast.ops._compiled import CPU
+from dimr_fast.ops._triton import TRITON
+from dimr_fast.ops.registration import Operator, differentiable
 
 Vectors = tuple[Tensor, Tensor, Tensor, Tensor]
 """param0, param1, nodecay_weight and nodecay_bias of one parameter, `[D]` each."""
 
-implementations = Implementations(
-    "td_parameters",
-    example=(4,),
-    triton=_triton.why_not,
-    cpu=_compiled.why_not_cpu,
-    slower={"triton": _triton.slower},
-)
+operator = Operator("td_parameters", TRITON, CPU, example=(4,))
 
 
 def td_parameters(
     tau: Tensor, parameters: Sequence[Vectors], *, implementation: str = "auto"
 ) -> tuple[Tensor, ...]:
-    """Value of each time-dependent parameter at the times `tau`.
+    """Return the value `[T, D]` of each time-dependent parameter at the times `tau`.
 
-    `tau` is `[T]`, one time per image or a single one for all; the result has a `[T, D]` tensor per
-    parameter, whatever the widths `D`. A parameter at time τ is `p1 + s·(p0 − p1)` with
+    `tau` is `[T]`, one time per image or a single one for all; each parameter has its own width
+    `D`. The value of a parameter at time τ is `p1 + s·(p0 − p1)`, where
     `s = sigmoid((w + 1)·τ + b)`. Only the reference has a gradient with respect to `tau`.
-    Raises ValueError where `tau` is not one-dimensional, the vectors are not all of one dtype on
-    the device of `tau`, or those of one parameter not of one width, or the implementation is
-    unusable.
+    Raises ValueError if `tau` is not one-dimensional, if the vectors differ in dtype or are not on
+    the device of `tau`, if the vectors of one parameter differ in width, or if the implementation
+    cannot run.
     """
     if tau.dim() != 1:
         raise ValueError(f"tau: got shape {tuple(tau.shape)}, expected [T]")
     check_floating(tau=tau)
-    chosen = implementations.select(implementation, tau)
+    chosen = operator.select(implementation, tau)
     if not parameters:
         return ()
     _check(tau, parameters)
@@ -55,7 +49,7 @@ def td_parameters(
     if chosen == "reference":
         values = reference.td_parameter(tau, *(torch.cat(kind) for kind in kinds))
     else:
-        values = _TDParameters.apply(chosen, tau, *(v for kind in kinds for v in kind))
+        values = _run(chosen, tau, *(v for kind in kinds for v in kind))
     return values.split(widths, -1)
 
 
@@ -80,11 +74,14 @@ def _check(tau: Tensor, parameters: Sequence[Vectors]) -> None:
 
 
 def _why_not(tau: Tensor, vector: Tensor) -> str | None:
-    """What forbids it beside `tau` itself: kernels that see only `tau` cannot know."""
+    """Return why no kernel can run on these arguments, or None if one can.
+
+    `operator.why_not` sees only the dtype and device of `tau`.
+    """
     if tau.requires_grad and torch.is_grad_enabled():
         return "it has no gradient with respect to tau"
-    if vector.dtype not in _triton.DTYPES:
-        return f"parameters are {str(vector.dtype).removeprefix('torch.')}"
+    if vector.dtype not in KERNEL_DTYPES:
+        return f"parameters are {dtype_name(vector.dtype)}"
     return None
 
 
@@ -112,15 +109,8 @@ def _bwd_shapes(
 
 
 _VECTORS = "Tensor[] param0, Tensor[] param1, Tensor[] nodecay_weight, Tensor[] nodecay_bias"
-_FWD = "td_parameters", "fwd", f"(Tensor tau, {_VECTORS}) -> Tensor", _fwd_shapes
-_BWD = (
-    "td_parameters",
-    "bwd",
-    f"(Tensor dvalues, Tensor tau, {_VECTORS}) -> Tensor",
-    _bwd_shapes,
-)
-_fwd = {"triton": _triton.register(*_FWD), "cpu": _compiled.declare(*_FWD)}
-_bwd = {"triton": _triton.register(*_BWD), "cpu": _compiled.declare(*_BWD)}
+_fwd = operator.define("fwd", f"(Tensor tau, {_VECTORS}) -> Tensor", _fwd_shapes)
+_bwd = operator.define("bwd", f"(Tensor dvalues, Tensor tau, {_VECTORS}) -> Tensor", _bwd_shapes)
 
 
 def _by_kind(vectors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -128,18 +118,18 @@ def _by_kind(vectors: Sequence[Tensor]) -> list[list[Tensor]]:
     return [list(vectors[i * count : (i + 1) * count]) for i in range(4)]
 
 
-class _TDParameters(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, implementation: str, tau: Tensor, *vectors: Tensor) -> Tensor:
-        ctx.save_for_backward(tau, *vectors)
-        ctx.implementation = implementation
-        return _fwd[implementation](tau, *_by_kind(vectors))
+def _forward(ctx: Any, implementation: str, tau: Tensor, *vectors: Tensor) -> Tensor:
+    ctx.save_for_backward(tau, *vectors)
+    ctx.implementation = implementation
+    return _fwd[implementation](tau, *_by_kind(vectors))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
-        tau, *vectors = ctx.saved_tensors
-        kinds = _by_kind(vectors)
-        grads = _bwd[ctx.implementation](dvalues, tau, *kinds)
-        widths = [v.shape[0] for v in kinds[0]]
-        return None, None, *(grad for kind in grads for grad in kind.split(widths))
+
+def _backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
+    tau, *vectors = ctx.saved_tensors
+    kinds = _by_kind(vectors)
+    grads = _bwd[ctx.implementation](dvalues, tau, *kinds)
+    widths = [v.shape[0] for v in kinds[0]]
+    return None, None, *(grad for kind in grads for grad in kind.split(widths))
+
+
+_run = differentiable(_forward, _backward)

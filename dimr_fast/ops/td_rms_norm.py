@@ -5,10 +5,8 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
-from dimr_fast.ops import _compiled, _triton
 from dimr_fast.ops._checks import (
     check_device,
     check_residual,
@@ -16,15 +14,11 @@ from dimr_fast.ops._checks import (
     check_width,
     compute_dtype,
 )
-from dimr_fast.ops.implementations import Implementations
+from dimr_fast.ops._compiled import CPU
+from dimr_fast.ops._triton import TRITON
+from dimr_fast.ops.registration import Operator, differentiable
 
-implementations = Implementations(
-    "td_rms_norm",
-    example=(4, 257, 960),
-    triton=_triton.why_not,
-    cpu=_compiled.why_not_cpu,
-    slower={"triton": _triton.slower},
-)
+operator = Operator("td_rms_norm", TRITON, CPU, example=(4, 257, 960))
 
 
 @overload
@@ -38,18 +32,18 @@ def td_rms_norm(
 def td_rms_norm(
     x: Tensor, scale: Tensor, residual: Tensor | None = None, *, implementation: str = "auto"
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`s / (rms(s) + 1e-8) · scale` over the last axis, of `s = x` or `s = residual + x`.
+    """Compute `s / (rms(s) + 1e-8) · scale` over the last axis of `s = x` or `s = residual + x`.
 
-    `x`, and `residual` where given, are `[B, …, D]` in fp32, bf16 or fp16; `scale` `[T, D]`, with
-    T = B (a time per image) or 1. Statistics are fp32; the result has the shape of `x` and its
+    `x` and `residual` (optional) are `[B, …, D]` in fp32, bf16 or fp16; `scale` is `[T, D]`, where
+    T is B (a time per image) or 1. Statistics are fp32; the result has the shape of `x` and its
     dtype or, under autocast, autocast's. With a residual the result is `(s, normed s)`.
-    Raises ValueError where shapes or devices do not fit or the implementation is unusable.
+    Raises ValueError if shapes or devices do not fit or the implementation cannot run.
     """
     check_time_values(x, scale=scale)
     check_residual(x, residual)
-    chosen = implementations.select(implementation, x)
+    chosen = operator.select(implementation, x)
     if chosen != "reference":
-        return _TDRMSNorm.apply(x, residual, scale, compute_dtype(x), chosen)
+        return _run(x, residual, scale, compute_dtype(x), chosen)
     summed = x if residual is None else residual + x
     y = reference.td_rms_norm(summed, scale).to(compute_dtype(x))
     return y if residual is None else (summed, y)
@@ -58,12 +52,13 @@ def td_rms_norm(
 def td_rms_norm_into(
     out: Tensor, x: Tensor, scale: Tensor, residual: Tensor | None, bias: Tensor
 ) -> Tensor:
-    """Write `s + bias` to `out`, return normed `s`, of `s = x` or `s = residual + x`.
+    """Write `s + bias` to `out` and return normed `s`, where `s = x` or `s = residual + x`.
 
-    A product may then be added to `out` in place, as the last step of a block: `bias` `[D]` is that
-    product's. `out` has the shape and dtype of `x`, adjacent columns and any other strides. By
-    Triton, without gradients; else as `td_rms_norm`.
-    Raises ValueError where shapes, dtypes, strides or devices do not fit or Triton cannot run.
+    The caller can then add the product of a linear layer to `out` in place, as the last step of a
+    block; `bias` `[D]` is the bias of that layer. `out` has the shape and dtype of `x`; its last
+    axis is contiguous, its other strides are arbitrary. Only Triton implements this, without
+    gradients. All else is as in `td_rms_norm`.
+    Raises ValueError if shapes, dtypes, strides or devices do not fit or Triton cannot run.
     """
     check_time_values(x, scale=scale)
     check_residual(x, residual)
@@ -73,7 +68,7 @@ def td_rms_norm_into(
             f"out: got {tuple(out.shape)}, {out.dtype}, expected {tuple(x.shape)}, {x.dtype}"
         )
     check_device(x, out, "out")
-    implementations.select("triton", x)
+    operator.select("triton", x)
     return _into(out, x, residual, scale, bias)
 
 
@@ -100,49 +95,43 @@ def _into_shapes(
     return x.new_empty(x.shape)
 
 
-_INTO = "(Tensor(a!) out, Tensor x, Tensor? residual, Tensor scale, Tensor bias) -> Tensor"
-_into = _triton.register("td_rms_norm", "into", _INTO, _into_shapes)
 _FWD = "(Tensor x, Tensor? residual, Tensor scale, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
 _BWD = "(Tensor dy, Tensor? dsum, Tensor x, Tensor scale, Tensor rms) -> (Tensor, Tensor)"
-_fwd = {
-    "triton": _triton.register("td_rms_norm", "fwd", _FWD, _fwd_shapes),
-    "cpu": _compiled.declare("td_rms_norm", "fwd", _FWD, _fwd_shapes),
-}
-_bwd = {
-    "triton": _triton.register("td_rms_norm", "bwd", _BWD, _bwd_shapes),
-    "cpu": _compiled.declare("td_rms_norm", "bwd", _BWD, _bwd_shapes),
-}
+_INTO = "(Tensor(a!) out, Tensor x, Tensor? residual, Tensor scale, Tensor bias) -> Tensor"
+_fwd = operator.define("fwd", _FWD, _fwd_shapes)
+_bwd = operator.define("bwd", _BWD, _bwd_shapes)
+_into = operator.define("into", _INTO, _into_shapes, "triton")["triton"]
 
 
-class _TDRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        scale: Tensor,
-        dtype: torch.dtype,
-        implementation: str,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        summed, y, rms = _fwd[implementation](x, residual, scale, dtype)
-        ctx.save_for_backward(x if residual is None else summed, scale, rms)
-        ctx.implementation = implementation
-        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
-        ctx.set_materialize_grads(False)
-        return y if residual is None else (summed, y)
+def _forward(
+    ctx: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    scale: Tensor,
+    dtype: torch.dtype,
+    implementation: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    summed, y, rms = _fwd[implementation](x, residual, scale, dtype)
+    ctx.save_for_backward(x if residual is None else summed, scale, rms)
+    ctx.implementation = implementation
+    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+    ctx.set_materialize_grads(False)
+    return y if residual is None else (summed, y)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        summed, scale, rms = ctx.saved_tensors
-        dsum, dy = grads if len(grads) == 2 else (None, grads[0])
-        x_dtype, residual_dtype = ctx.dtypes
-        if dy is None:
-            dx, dscale = dsum, None
-        else:
-            dx, dscale = _bwd[ctx.implementation](dy, dsum, summed, scale, rms)
-            dscale = dscale.to(scale.dtype)
-        if dx is None:
-            return None, None, None, None, None
-        dresidual = None if residual_dtype is None else dx.to(residual_dtype)
-        return dx.to(x_dtype), dresidual, dscale, None, None
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    summed, scale, rms = ctx.saved_tensors
+    dsum, dy = grads if len(grads) == 2 else (None, grads[0])
+    x_dtype, residual_dtype = ctx.dtypes
+    if dy is None:
+        dx, dscale = dsum, None
+    else:
+        dx, dscale = _bwd[ctx.implementation](dy, dsum, summed, scale, rms)
+        dscale = dscale.to(scale.dtype)
+    if dx is None:
+        return None, None, None, None, None
+    dresidual = None if residual_dtype is None else dx.to(residual_dtype)
+    return dx.to(x_dtype), dresidual, dscale, None, None
+
+
+_run = differentiable(_forward, _backward)

@@ -7,26 +7,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dimr_fast import reference
-from dimr_fast.ops import _compiled, _triton
-from dimr_fast.ops._checks import check_device, check_floating, check_times, compute_dtype
-from dimr_fast.ops.implementations import Implementations
+from dimr_fast.ops._checks import (
+    KERNEL_DTYPES,
+    check_device,
+    check_floating,
+    check_times,
+    compute_dtype,
+)
+from dimr_fast.ops._compiled import CPU
+from dimr_fast.ops._triton import TRITON
+from dimr_fast.ops.registration import Operator, differentiable
 from dimr_fast.ops.td_layer_norm import bwd as norm_in_bwd
 from dimr_fast.ops.td_layer_norm import fwd as norm_in_fwd
 from dimr_fast.ops.td_layer_norm import parameter_gradients
 
-implementations = Implementations(
-    "upsample_add",
-    example=(4, 32, 32, 480),
-    triton=_triton.why_not,
-    cpu=_compiled.why_not_cpu,
-    slower={"triton": _triton.slower},
-)
+operator = Operator("upsample_add", TRITON, CPU, example=(4, 32, 32, 480))
 
 Values = tuple[Tensor, Tensor]
-"""Scale and shift of a TD layer norm, `[T, D]` each."""
+"""The scale and the shift of a TD layer norm, each `[T, D]`."""
 
 
 def upsample_add(
@@ -37,21 +37,17 @@ def upsample_add(
     bias: Tensor,
     norm_out: Values,
     *,
-    norm_behind_projection: bool = False,
     implementation: str = "auto",
 ) -> Tensor:
-    """Add the features of a branch to the embedding `x` of the next, q times larger, branch.
+    """Add the upsampled features of a branch to the embedding `x` of the next branch.
 
-    `x` is `[B, H, W, D]`; `features` are `S` tensors `[B, H/q, W/q, d]`, or one buffer
-    `[B, H/q, W/q, S, d]`; `weight` is `[D·q², S·d]` and `bias` `[D·q²]`. `norm_in` and `norm_out`
-    are the scale and shift of the TD layer norms before the projection (`[T, S·d]`) and after the
-    pixel shuffle (`[T, D]`). The projection's output channels are ordered `[row, column, D]` within
-    a q×q box. It is computed in the dtype of the features or, under autocast, autocast's.
-
-    `norm_behind_projection` normalises what the projection makes of the features, instead of the
-    features, which is the same with weights that contain the norm's: for one time (T = 1 of
-    `norm_in`), a buffer of features, and without gradients.
-    Raises ValueError where shapes, dtypes or devices do not fit or the implementation is unusable.
+    The next branch is q times larger. `x` is `[B, H, W, D]`; `features` are `S` tensors
+    `[B, H/q, W/q, d]` or one buffer `[B, H/q, W/q, S, d]`; `weight` is `[D·q², S·d]` and `bias`
+    `[D·q²]`. `norm_in` and `norm_out` are the scale and shift of the TD layer norms before the
+    projection (`[T, S·d]`) and after the pixel shuffle (`[T, D]`). The output channels of the
+    projection are ordered `[row, column, D]` within a q×q box. The projection computes in the dtype
+    of the features or, under autocast, in autocast's.
+    Raises ValueError if shapes, dtypes or devices do not fit or the implementation cannot run.
     """
     if x.dim() != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, H, W, D]")
@@ -63,23 +59,17 @@ def upsample_add(
     dtype = reduce(torch.promote_types, (f.dtype for f in slots))
     slots = [f.to(dtype) for f in slots]
     _check_parameters(x, slots, norm_in, weight, bias, norm_out)
-    chosen = implementations.select(implementation, x)
-    if chosen != "reference" and dtype not in _triton.DTYPES:
+    chosen = operator.select(implementation, x)
+    if chosen != "reference" and dtype not in KERNEL_DTYPES:
         if implementation != "auto":
-            raise ValueError(f"features: got dtype {dtype}, expected one of {_triton.DTYPES}")
+            raise ValueError(f"features: got dtype {dtype}, expected one of {KERNEL_DTYPES}")
         chosen = "reference"
-    if norm_behind_projection:
-        tensors = (x, *slots, *norm_in, weight, bias, *norm_out)
-        buffer = _check_norm_behind(features, norm_in, tensors).flatten(-2)
-        return _norm_behind(chosen, x, buffer, norm_in, weight, bias, norm_out)
     if chosen == "reference":
         return reference.upsample_add(x, slots, norm_in, weight, bias, norm_out)
-    pieces = slots
+    pieces = slots  # of the rows to norm
     if isinstance(features, Tensor) and features.stride(-2) == features.shape[-1]:
         pieces = [features.flatten(-2)]
-    return _UpsampleAdd.apply(
-        x, *norm_in, weight, bias, *norm_out, compute_dtype(pieces[0]), chosen, *pieces
-    )
+    return _run(x, *norm_in, weight, bias, *norm_out, compute_dtype(pieces[0]), chosen, *pieces)
 
 
 def _check_features(x: Tensor, features: Sequence[Tensor]) -> None:
@@ -117,7 +107,7 @@ def _check_parameters(
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected {expected[:1]}")
     for name, value in (("weight", weight), ("bias", bias)):
         check_device(x, value, name)
-        # Autocast, where it is on, has already decided on another dtype than that of the features.
+        # Under autocast both are cast to autocast's dtype.
         if compute_dtype(value) != compute_dtype(features[0]):
             raise ValueError(
                 f"{name}: got dtype {value.dtype}, expected that of features, {features[0].dtype}"
@@ -128,57 +118,8 @@ def _check_parameters(
             check_device(x, value, name)
 
 
-def _check_norm_behind(
-    features: Sequence[Tensor] | Tensor, norm_in: Values, tensors: Sequence[Tensor]
-) -> Tensor:
-    name = "norm_behind_projection"
-    if not isinstance(features, Tensor):
-        raise ValueError(f"{name}: got features as a list, expected one buffer [B, h, w, S, d]")
-    times = max(value.shape[0] for value in norm_in)
-    if times != 1:
-        raise ValueError(f"{name}: got norm_in at {times} times, expected one time for all images")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise ValueError(f"{name}: got tensors that require gradients, expected none to")
-    return features
-
-
-def _norm_behind(
-    implementation: str,
-    x: Tensor,
-    features: Tensor,
-    norm_in: Values,
-    weight: Tensor,
-    bias: Tensor,
-    norm_out: Values,
-) -> Tensor:
-    """The cascade of a buffer's features `[B, h, w, S·d]` with its first norm behind the GEMM.
-
-    With the norm's scale s and shift t, W (n·s + t) + bias = ρ · (W' f − μ·W' 1) + (W t + bias),
-    where n = (f − μ)·ρ and W' = W·diag(s). It holds for any W' less a constant per row as well:
-    less the row's mean, W' f is as small as it can be and loses the fewest digits to rounding.
-    W' 1 is zero then, but for the rounding of W' itself, which large μ would bring to light.
-    """
-    features = features.to(compute_dtype(features))
-    wide = torch.promote_types(features.dtype, torch.float32)
-    scale, shift = (value.to(wide) for value in norm_in)
-    folded = weight.to(wide) * scale
-    folded = (folded - folded.mean(1, keepdim=True)).to(features.dtype)
-    row_sums = folded.sum(1, dtype=wide)
-    constant = (weight.to(wide) * shift).sum(1) + bias.to(wide)
-    projected = F.linear(features, folded)
-    if implementation != "reference":
-        _, _, mean, rstd = norm_in_fwd[implementation](scale, shift, [features], None, None)
-        behind = [mean, rstd, row_sums, constant]
-        return _fwd[implementation](x, projected, *norm_out, behind)[0]
-    variance, mean = torch.var_mean(features.to(wide), -1, correction=0, keepdim=True)
-    y = torch.rsqrt(variance + 1e-5) * (projected - mean * row_sums) + constant
-    q = x.shape[1] // features.shape[1]
-    y = y.to(features.dtype).unflatten(-1, (q, q, -1)).permute(0, 1, 3, 2, 4, 5).reshape(x.shape)
-    return x + reference.td_layer_norm(y, *norm_out)
-
-
 def _fwd_shapes(
-    x: Tensor, projected: Tensor, weight: Tensor, bias: Tensor, behind: Sequence[Tensor]
+    x: Tensor, projected: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, projected.dtype)
     rows = (x.shape[0], x.shape[1] * x.shape[2])
@@ -198,82 +139,73 @@ def _bwd_shapes(
     )
 
 
-_FWD = (
-    "upsample_add",
-    "fwd",
-    "(Tensor x, Tensor projected, Tensor weight, Tensor bias, Tensor[] behind)"
-    " -> (Tensor, Tensor, Tensor)",
-    _fwd_shapes,
-)
+_FWD = "(Tensor x, Tensor projected, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)"
 _BWD = (
-    "upsample_add",
-    "bwd",
     "(Tensor dout, Tensor projected, Tensor weight, Tensor mean, Tensor rstd, int times)"
-    " -> (Tensor, Tensor, Tensor)",
-    _bwd_shapes,
+    " -> (Tensor, Tensor, Tensor)"
 )
-_fwd = {"triton": _triton.register(*_FWD), "cpu": _compiled.declare(*_FWD)}
-_bwd = {"triton": _triton.register(*_BWD), "cpu": _compiled.declare(*_BWD)}
+_fwd = operator.define("fwd", _FWD, _fwd_shapes)
+_bwd = operator.define("bwd", _BWD, _bwd_shapes)
 
 
-class _UpsampleAdd(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale_in: Tensor,
-        shift_in: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        scale_out: Tensor,
-        shift_out: Tensor,
-        dtype: torch.dtype,
-        implementation: str,
-        *pieces: Tensor,
-    ) -> Tensor:
-        norm_in = norm_in_fwd[implementation]
-        _, normed, *statistics_in = norm_in(scale_in, shift_in, pieces, None, dtype)
-        projected = F.linear(normed, weight.to(dtype), bias.to(dtype))
-        out, *statistics_out = _fwd[implementation](x, projected, scale_out, shift_out, [])
-        # The normed features, as large as all features together, are computed again in backward.
-        ctx.save_for_backward(
-            scale_in,
-            shift_in,
-            *statistics_in,
-            weight,
-            projected,
-            scale_out,
-            shift_out,
-            *statistics_out,
-            *pieces,
-        )
-        ctx.dtypes = x.dtype, bias.dtype
-        ctx.implementation = implementation
-        return out
+def _forward(
+    ctx: Any,
+    x: Tensor,
+    scale_in: Tensor,
+    shift_in: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale_out: Tensor,
+    shift_out: Tensor,
+    dtype: torch.dtype,
+    implementation: str,
+    *pieces: Tensor,
+) -> Tensor:
+    norm_in = norm_in_fwd[implementation]
+    _, normed, *statistics_in = norm_in(scale_in, shift_in, pieces, None, dtype)
+    projected = F.linear(normed, weight.to(dtype), bias.to(dtype))
+    out, *statistics_out = _fwd[implementation](x, projected, scale_out, shift_out)
+    # The normed features are as large as all features together: backward computes them again.
+    ctx.save_for_backward(
+        scale_in,
+        shift_in,
+        *statistics_in,
+        weight,
+        projected,
+        scale_out,
+        shift_out,
+        *statistics_out,
+        *pieces,
+    )
+    ctx.dtypes = x.dtype, bias.dtype
+    ctx.implementation = implementation
+    return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        scale_in, shift_in, mean_in, rstd_in, weight, projected, *rest = ctx.saved_tensors
-        scale_out, shift_out, mean_out, rstd_out, *pieces = rest
-        x_dtype, bias_dtype = ctx.dtypes
-        times = max(scale_out.shape[0], shift_out.shape[0])
-        dprojected, dnorm_out, dbias = _bwd[ctx.implementation](
-            dout, projected, scale_out, mean_out, rstd_out, times
-        )
-        dnormed = dprojected @ weight.to(dprojected.dtype)
-        needs_pieces = any(ctx.needs_input_grad[9:])
-        dpieces, dnorm_in, normed = norm_in_bwd[ctx.implementation](
-            dnormed, None, pieces, scale_in, shift_in, mean_in, rstd_in, needs_pieces, True
-        )
-        dweight = dprojected.flatten(0, -2).mT @ normed.flatten(0, -2)
-        return (
-            dout.to(x_dtype),
-            *parameter_gradients(dnorm_in, scale_in, shift_in),
-            dweight.to(weight.dtype),
-            dbias.to(bias_dtype),
-            *parameter_gradients(dnorm_out, scale_out, shift_out),
-            None,
-            None,
-            *(dpieces if needs_pieces else [None] * len(pieces)),
-        )
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    scale_in, shift_in, mean_in, rstd_in, weight, projected, *rest = ctx.saved_tensors
+    scale_out, shift_out, mean_out, rstd_out, *pieces = rest
+    x_dtype, bias_dtype = ctx.dtypes
+    times = max(scale_out.shape[0], shift_out.shape[0])
+    dprojected, dnorm_out, dbias = _bwd[ctx.implementation](
+        dout, projected, scale_out, mean_out, rstd_out, times
+    )
+    dnormed = dprojected @ weight.to(dprojected.dtype)
+    needs_pieces = any(ctx.needs_input_grad[9:])
+    dpieces, dnorm_in, normed = norm_in_bwd[ctx.implementation](
+        dnormed, None, pieces, scale_in, shift_in, mean_in, rstd_in, needs_pieces, True
+    )
+    dweight = dprojected.flatten(0, -2).mT @ normed.flatten(0, -2)
+    return (
+        dout.to(x_dtype),
+        *parameter_gradients(dnorm_in, scale_in, shift_in),
+        dweight.to(weight.dtype),
+        dbias.to(bias_dtype),
+        *parameter_gradients(dnorm_out, scale_out, shift_out),
+        None,
+        None,
+        *(dpieces if needs_pieces else [None] * len(pieces)),
+    )
+
+
+_run = differentiable(_forward, _backward)

@@ -1,4 +1,4 @@
-// Loops over the columns of a row, a vector at a time. For kernels/*.cpp only.
+// Loops over the columns of a row, one vector at a time. For kernels/*.cpp only.
 #pragma once
 
 #include "../vector.h"
@@ -7,7 +7,7 @@
 namespace dimr_fast::DIMR_FAST_INSTRUCTION_SET {
 namespace {
 
-// Stands where a count of lanes would, and means all.
+// Used in place of a count of lanes to mean all of them.
 struct All {};
 
 template <typename T>
@@ -20,7 +20,7 @@ inline void store(T* to, Vector from, All) {
     store(to, from);
 }
 
-// Zero beyond the first `count` lanes.
+// Sets the lanes after the first `count` to zero.
 inline Vector keep(Vector from, int64_t count) {
     Bits lane{};
     for (int i = 0; i < LANES; ++i) lane[i] = i;
@@ -29,7 +29,7 @@ inline Vector keep(Vector from, int64_t count) {
 }
 inline Vector keep(Vector from, All) { return from; }
 
-// Keeps the compiler from fusing a product with a sum, which would skip the product's rounding.
+// Prevents the compiler from fusing a product with a sum, which would skip the product's rounding.
 inline Vector unfused(Vector product) {
 #if defined(__x86_64__)
     asm("" : "+x"(product));
@@ -46,8 +46,8 @@ inline void columns(int64_t width, Function function) {
     if (c < width) function(c, width - c);
 }
 
-// Adds to sums over a row: `add(sums, column, lanes)`. Several sets of them take turns, since an
-// add must wait for the one before it.
+// Sums over a row: calls `add(sums, column, lanes)` for each vector. Several sets of sums
+// alternate, because an add must wait for the previous one to the same sum.
 template <int SUMS, typename Add>
 inline void accumulate(int64_t width, Vector (&total)[SUMS], Add add) {
     constexpr int SETS = 4 / SUMS;
@@ -77,7 +77,7 @@ struct Promoted<A, A> {
     using type = A;
 };
 
-// A row of x + residual: what it returns is also stored in `sum`, and rounded to that dtype.
+// A row of x + residual. Each value is stored in `sum` and returned rounded to that dtype.
 template <typename X, typename Residual>
 struct Input {
     using Sum = typename Promoted<X, Residual>::type;
@@ -113,7 +113,7 @@ struct Input<X, None> {
     }
 };
 
-// Calls `function` with the type of Input that x and the residual, where there is one, need.
+// Calls `function` with the type of Input for the dtypes of x and the residual, if there is one.
 template <typename Function>
 inline void with_input(const Rows& x, const Rows& residual, Function function) {
     with_type(x.dtype, [&]<typename X>(X*) {

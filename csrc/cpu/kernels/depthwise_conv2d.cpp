@@ -1,13 +1,13 @@
 // Depthwise convolution, a block of channels (a vector's lanes) at a time.
 //
-// Each row of the filter holds its weights in registers beside the sums of SIZE outputs, and slides
-// over SIZE + K - 1 inputs, each loaded once. The rows that an output row reads are copied to
-// scratch in the L1 cache, once each, with the zero padding written out: one inner loop, free of
-// branches, serves every dtype, border, stride and channel count, and image rows that lie a power
-// of two apart do not evict each other. Whole blocks of fp32 are read where they lie.
+// For each row of the filter, its weights and the sums of SIZE outputs are in registers, and
+// SIZE + K - 1 inputs are loaded once each. The rows that an output row reads are copied to scratch
+// in the L1 cache, once each, together with the zero padding: one inner loop without branches
+// serves every dtype, border, stride and channel count, and image rows that are a power of two
+// apart do not evict each other. Whole blocks of fp32 are read in place.
 //
-// Where the processor multiplies pairs of bf16 (AVX512-BF16), scratch holds each pixel beside its
-// right neighbour, and a product takes two columns of the filter at once.
+// If the processor multiplies pairs of bf16 (AVX512-BF16), scratch stores each pixel next to its
+// right neighbour, and one product handles two columns of the filter.
 
 #include "depthwise_conv2d.h"
 
@@ -16,8 +16,8 @@
 namespace dimr_fast::DIMR_FAST_INSTRUCTION_SET {
 namespace {
 
-// SIZE outputs of one row from column w on, summed over the filter's rows i0..i1; K = 0 serves any
-// size of it. At the image's LEFT and RIGHT edge, columns beside the image are left out.
+// Computes SIZE outputs of one row from column w, summed over the filter's rows i0..i1; K = 0
+// serves any filter size. At the LEFT and RIGHT edge of the image, columns outside it are skipped.
 template <typename Product, int K, int SIZE, bool LEFT, bool RIGHT, typename Rows>
 inline void convolve(const Rows& rows, const typename Product::Operand* weights, int64_t kernel,
                      int64_t i0, int64_t i1, int64_t w, Vector (&sum)[SIZE]) {
@@ -59,7 +59,7 @@ inline void convolve(const Rows& rows, const typename Product::Operand* weights,
 template <int SIZE, typename T>
 inline void finish(const DepthwiseConv2d& p, Vector (&sum)[SIZE], int64_t count, int64_t lanes,
                    const T* x, T* y) {
-    // Copies, because a store could change p as far as the compiler knows.
+    // Copies: as far as the compiler knows, a store could change p.
     const int64_t x_stride = p.x.pixel_stride, y_stride = p.y.pixel_stride;
     if (p.residual) {
 #pragma GCC unroll 16
@@ -75,7 +75,7 @@ inline void finish(const DepthwiseConv2d& p, Vector (&sum)[SIZE], int64_t count,
     }
 }
 
-// Operands of a block's packed weights, [kernel, taps] and the bias.
+// The number of operands of a block's packed weights: [kernel, taps] and the bias.
 template <typename Product>
 int64_t packed_size(int64_t k) {
     return k * ((k + Product::STEP - 1) / Product::STEP) + 1;
@@ -111,7 +111,7 @@ void pack(const DepthwiseConv2d& p, int64_t begin, int64_t end) {
     });
 }
 
-// One block of one row, from scratch.
+// Computes one block of one row, from scratch.
 template <typename Product, int K, typename T>
 void convolve_row(const DepthwiseConv2d& p, const Task<Product>& task, int64_t block, const T* x,
                   T* y) {
@@ -131,7 +131,7 @@ void convolve_row(const DepthwiseConv2d& p, const Task<Product>& task, int64_t b
     if (w < p.width) columns.template operator()<TILE / 2>(w);
 }
 
-// One block of row h, from where the image lies.
+// Computes one block of row h, reading the image in place.
 template <int K>
 void convolve_row_in_place(const DepthwiseConv2d& p, int64_t block, int64_t h, const float* x,
                            float* y) {

@@ -1,8 +1,8 @@
 // Gradients of a depthwise convolution's weight and bias, a block of channels at a time.
 //
-// As the forward with outputs and weights exchanged: each row of the filter holds its sums in
-// registers beside SIZE gradients, and slides over the inputs under them. An image's sums are one
-// task's; they are added up afterwards in the order of the images.
+// Like forward with outputs and weights exchanged: for each row of the filter, its sums and SIZE
+// gradients are in registers, and the inputs under them are loaded once each. One task computes the
+// sums of an image; the images' sums are added afterwards in order.
 
 #include "depthwise_conv2d.h"
 #include "depthwise_rows.h"
@@ -10,11 +10,11 @@
 namespace dimr_fast::DIMR_FAST_INSTRUCTION_SET {
 namespace {
 
-// A multiply-add takes four cycles or more: so many independent sums keep the unit busy.
+// A multiply-add takes at least four cycles: this many independent sums keep the unit busy.
 template <int K>
 constexpr int SETS = K < 5 ? 2 : 1;
 
-// Adds SIZE operands of gradients, the first at column w, times the inputs under row i.
+// Adds the products of SIZE gradients, from column w, and the inputs under row i of the filter.
 template <typename Product, int K, int SIZE, bool LEFT, bool RIGHT, typename Rows>
 inline void correlate(const Rows& rows, int64_t i, int64_t w,
                       const typename Product::Operand (&grads)[SIZE], Vector (&sum)[SETS<K>][K]) {
@@ -33,8 +33,8 @@ inline void correlate(const Rows& rows, int64_t i, int64_t w,
     }
 }
 
-// Calls `function(sum)` with sums for a row of the filter in registers, and adds them to `total`: a
-// sum of an image row's sums loses fewer digits than one of all its pixels.
+// Calls `function(sum)` with sums for a row of the filter in registers, and adds them to `total`.
+// Summing per image row first loses fewer digits than one sum over all pixels.
 template <int K, typename Function>
 inline void with_sums(Vector* total, const Function& function) {
     Vector sum[SETS<K>][K] = {};
@@ -43,7 +43,7 @@ inline void with_sums(Vector* total, const Function& function) {
         total[j] += SETS<K> == 2 ? sum[0][j] + sum[SETS<K> - 1][j] : sum[0][j];
 }
 
-// One row of gradients in scratch, with the inputs in scratch.
+// Processes one row of gradients, with gradients and inputs in scratch.
 template <typename Product, int K>
 void correlate_row(const Task<Product>& task, int64_t block, int64_t width, Vector* total) {
     using Operand = typename Product::Operand;
@@ -75,7 +75,7 @@ void correlate_row(const Task<Product>& task, int64_t block, int64_t width, Vect
     }
 }
 
-// Row h of gradients, both from where they lie.
+// Processes row h of gradients, reading gradients and inputs in place.
 template <int K>
 void correlate_row_in_place(const DepthwiseConv2d& p, int64_t h, const float* x, const float* dy,
                             Vector* total) {
@@ -94,7 +94,7 @@ void correlate_row_in_place(const DepthwiseConv2d& p, int64_t h, const float* x,
         });
 }
 
-// A row of gradients to scratch, where `to` is not null. Returns their sum, which stays fp32.
+// Copies a row of gradients to scratch unless `to` is null; returns their sum in fp32.
 template <typename Product, typename T>
 Vector copy_grads(const DepthwiseConv2d& p, const T* from, bool more, int64_t lanes,
                   typename Product::Operand* to) {

@@ -1,4 +1,4 @@
-// Where the rows under a depthwise filter are read from. For depthwise_conv2d*.cpp only.
+// How the rows under a depthwise filter are read. For depthwise_conv2d*.cpp only.
 #pragma once
 
 #include "../vector.h"
@@ -7,7 +7,7 @@
 namespace dimr_fast::DIMR_FAST_INSTRUCTION_SET {
 namespace {
 
-// Sums, weights and an input have to fit in the registers: 32 of AVX-512, 16 of the others.
+// Sums, weights and an input must fit in the registers: AVX-512 has 32, the others 16.
 constexpr int TILE = LANES == 16 ? 16 : 8;
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -17,7 +17,7 @@ inline int64_t scratch_pixels(const DepthwiseConv2d& p) {
     return round_up(p.width, 2 * TILE) + p.kernel + 1;
 }
 
-// How products are taken: STEP columns at once, from operands that hold as many pixels.
+// How products are computed: STEP columns at once, from operands of STEP pixels.
 struct Single {
     static constexpr int STEP = 1;
     using Operand = Vector;
@@ -53,9 +53,9 @@ struct Pairs {
 
 // The channels, rows and image of a task, and its scratch.
 //
-// A task takes a group of neighbouring blocks of channels row by row, so that what it reads of a
-// pixel is several whole cache lines: as many blocks as leave the rows under the filter in the
-// cache, L1 where they are copied to scratch and L2 where they are read in place.
+// A task processes a group of neighbouring blocks of channels row by row, so that it reads several
+// whole cache lines of each pixel. The group is the largest for which the rows under the filter
+// stay in the cache: L1 if they are copied to scratch, L2 if they are read in place.
 template <typename Product>
 struct Task {
     using Operand = typename Product::Operand;
@@ -65,7 +65,7 @@ struct Task {
     int64_t c0, h0, h1;
     Operand* space;  // [group, k rows of pixels]
     Operand* grads;
-    int64_t* rows;  // where the filter's rows begin, the uppermost first
+    int64_t* rows;  // offsets of the filter's rows, the uppermost first
 
     Task(const DepthwiseConv2d& p, void* scratch) : kernel(p.kernel) {
         pixels = scratch_pixels(p);
@@ -95,7 +95,7 @@ struct Task {
         h1 = min(h0 + band_height, p.height);
     }
 
-    // Fills the ring with the rows above row h0 of the image, which is fetched next.
+    // Fills the ring buffer with the rows above row h0 of the image, which is fetched next.
     template <typename T>
     void start(const DepthwiseConv2d& p, const T* x) {
         for (int64_t i = 0; i < kernel; ++i) rows[i] = i * pixels;
@@ -104,7 +104,7 @@ struct Task {
         for (int64_t h = h0 - kernel / 2; h < h0 + kernel / 2; ++h) fetch(p, x, h);
     }
 
-    // Moves the ring on to row h of the image. The columns beside the image stay zero.
+    // Advances the ring buffer to row h of the image. Columns outside the image stay zero.
     template <typename T>
     void fetch(const DepthwiseConv2d& p, const T* x, int64_t h) {
         const int64_t oldest = rows[0];
@@ -138,7 +138,7 @@ struct Task {
     }
 };
 
-// A value that the compiler is to load once, and not again with each product.
+// Makes the compiler load a value once instead of with each product.
 template <typename V>
 inline V in_register(V value) {
 #if defined(__x86_64__)
@@ -147,7 +147,7 @@ inline V in_register(V value) {
     return value;
 }
 
-// The rows under the filter, in scratch: columns begin k/2 to the left of the image.
+// The rows under the filter in scratch; columns begin k/2 to the left of the image.
 template <typename Product>
 struct ScratchRows {
     struct Cursor {
@@ -163,7 +163,7 @@ struct ScratchRows {
     Cursor cursor(int64_t i, int64_t column) const { return {task.row(block, i) + column}; }
 };
 
-// The same where they lie, in fp32: what is outside of the image must not be asked for.
+// The rows under the filter in place, in fp32; callers must not read outside the image.
 struct ImageRows {
     struct Cursor {
         const float* x;
@@ -173,13 +173,13 @@ struct ImageRows {
         void advance() {
             x += stride;
 #if defined(__x86_64__)
-            // Addresses one after the other: for all of them at once there are too few registers.
+            // One address after the other: there are too few registers for all at once.
             asm("" : "+r"(x));
 #endif
         }
     };
 
-    const float* first;  // under the first weight of the filter, at column 0 of the outputs
+    const float* first;  // the input under the filter's first weight, for output column 0
     int64_t row_stride, pixel_stride;
 
     Cursor cursor(int64_t i, int64_t column) const {
@@ -187,7 +187,7 @@ struct ImageRows {
     }
 };
 
-// Whether products are taken in pairs.
+// True if products are computed in pairs.
 inline bool pairs(const DepthwiseConv2d& p) {
 #if defined(__AVX512BF16__)
     return p.weight_dtype == DType::BFLOAT16;
@@ -196,8 +196,8 @@ inline bool pairs(const DepthwiseConv2d& p) {
 #endif
 }
 
-// Whether rows are read where they lie: fp32, whole blocks and tiles, a filter of known size.
-// Copying them would take longer than a small filter takes.
+// True if rows are read in place: fp32, whole blocks and tiles, a filter of known size. Copying
+// them would take longer than computing a small filter.
 inline bool in_place(const DepthwiseConv2d& p) {
     return p.x.dtype == DType::FLOAT32 && !pairs(p) && p.channels % LANES == 0 &&
            p.width % TILE == 0 && (p.kernel == 3 || p.kernel == 5 || p.kernel == 7);
@@ -206,8 +206,8 @@ inline bool in_place(const DepthwiseConv2d& p) {
 template <typename Product, int K, typename T>
 constexpr bool MAY_BE_IN_PLACE = Product::STEP == 1 && K > 0 && __is_same(T, float);
 
-// Calls `function<LEFT, RIGHT>(w)` for each SIZE columns of a row, and says whether they are the
-// image's first or last.
+// Calls `function<LEFT, RIGHT>(w)` for each SIZE columns of a row; LEFT and RIGHT are true for the
+// image's first and last ones.
 template <int SIZE, typename Function>
 inline void for_columns(int64_t width, const Function& function) {
     if (width == SIZE) return function.template operator()<true, true>(0);
@@ -217,8 +217,8 @@ inline void for_columns(int64_t width, const Function& function) {
     function.template operator()<false, true>(width - SIZE);
 }
 
-// Calls `function<K>(Product, T*)` with the size of the filter (0: any), how products are taken and
-// the type of x.
+// Calls `function<K>(Product, T*)` with the size of the filter (0: any), how products are computed
+// and the type of x.
 template <typename Function>
 inline void specialise(const DepthwiseConv2d& p, Function function) {
     const auto with_kernel = [&](auto product, auto* type) {

@@ -1,5 +1,5 @@
-// Powers of two, and what is made of them, of a register at a time. `WIDE` functions are as
-// accurate as fp32 can show, the others as bf16 and fp16 can. For kernels/*.cpp only.
+// Powers of two and functions based on them, for one register at a time. `WIDE` functions are as
+// accurate as fp32 needs, the others as bf16 and fp16 need. For kernels/*.cpp only.
 #pragma once
 
 #include "../vector.h"
@@ -17,17 +17,17 @@ inline Vector polynomial(Vector x, const float (&coefficients)[N]) {
     return sum;
 }
 
-// 2^x for x <= 127: 0 where that is less than every normal number, NaN of NaN. The polynomials are
-// 2^f for |f| <= 1/2 with the least relative error: 2e-9, and 7e-5.
+// 2^x for x <= 127; 0 where the result is smaller than any normal number, NaN for NaN. The
+// polynomials approximate 2^f for |f| <= 1/2 with the least relative error, 2e-9 (WIDE) or 7e-5.
 template <bool WIDE>
 inline Vector exp2(Vector x) {
 #if defined(__AVX512F__)
-    // Of two operands of which one is NaN, the second.
+    // If one operand is NaN, the instruction returns the second.
     x = _mm512_max_ps(_mm512_set1_ps(-160.0f), x);
     const Vector whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     x = x < -127.0f ? broadcast(-127.0f) : x;
-    // The sum's last bit is one: its lower bits are the nearest whole number.
+    // The last bit of the sum has the value one: its low bits are the nearest integer.
     const Vector shifted = x + 0x1.8p23f, whole = shifted - 0x1.8p23f;
 #endif
     const Vector part = x - whole;
@@ -45,8 +45,8 @@ inline Vector exp2(Vector x) {
 }
 
 // The normal distribution Φ(a). log₂ Φ(−a) is a polynomial fitted on 0 <= a <= 6 with the weight
-// max(√(2Φ), 0.01), that falls ever faster beyond: Φ errs by 4e-8 at most, and 6e-7 where not WIDE,
-// and while above 1e-9 by a relative 6e-6, and 2e-4.
+// max(√(2Φ), 0.01); beyond 6 it decreases ever faster. The error of Φ is at most 4e-8 if WIDE,
+// otherwise 6e-7; where Φ > 1e-9 the relative error is at most 6e-6 and 2e-4.
 template <bool WIDE>
 inline Vector normal_cdf(Vector a) {
     const Vector size = bits_as<Vector>(bits_as<Bits>(a) & 0x7fffffffu);
@@ -64,7 +64,7 @@ inline Vector normal_cdf(Vector a) {
     return a < 0.0f ? tail : 1.0f - tail;
 }
 
-// Its density φ(a).
+// The normal density φ(a).
 template <bool WIDE>
 inline Vector normal_density(Vector a) {
     constexpr float LOG2_AT_0 = -1.32574806f;

@@ -1,8 +1,8 @@
-// gelu(a) · b of a ‖ b in the halves of a row, with gelu(a) = a · Φ(a), and its gradient
+// gelu(a) · b of rows [a, b], where gelu(a) = a · Φ(a), and its gradient
 //
 //     da = dy · b · (Φ(a) + a · φ(a))        db = dy · a · Φ(a)
 //
-// An element is read once, and nothing is kept for the gradient.
+// An element is read once, and nothing is stored for the gradient.
 
 #include "gated_gelu.h"
 

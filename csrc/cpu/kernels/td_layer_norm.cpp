@@ -1,15 +1,16 @@
-// Layer norm with a time-dependent scale and shift, of rows that may lie in pieces.
+// Layer norm with a time-dependent scale and shift, over rows that may consist of pieces.
 //
 //     s = x + residual      n = (s − mean(s)) · rstd      rstd = 1 / sqrt(var(s) + 1e-5)
 //     y = n · weight + bias
 //
-// and backward, with g = dy · weight and a sum's own gradient ds:
+// and backward, with g = dy · weight and the gradient ds of the sum s:
 //
 //     dx = rstd · (g − mean(g) − n · mean(g·n)) + ds    dweight = Σ_rows dy · n    dbias = Σ_rows
 //     dy
 //
-// The variance is taken about the mean, in a pass of its own: a mean far above the deviation then
-// costs no digits. Chunks of rows, which later passes find in the L1 cache, as in td_rms_norm.cpp.
+// The variance is the mean of squared deviations from the mean, in a separate pass: it stays
+// accurate if the mean is far larger than the deviation. Passes cover chunks of rows, which later
+// passes find in the L1 cache, as in td_rms_norm.cpp.
 
 #include "td_layer_norm.h"
 
@@ -45,7 +46,7 @@ void deviate(const TDLayerNorm& p, int64_t image, int64_t first, int64_t last) {
                 sums[1] += centred * centred;
             });
         }
-        // What the mean lost when a long sum of large numbers was rounded.
+        // The error of the mean, from rounding a long sum of large numbers.
         const float lost = sum(total[0]) / (p.pieces * p.piece_width);
         const float variance = sum(total[1]) / (p.pieces * p.piece_width) - lost * lost;
         p.mean[image * p.chunks.rows + row] = mean + lost;
@@ -111,7 +112,7 @@ void differentiate(const TDLayerNormGrad& p, int64_t image, int64_t first, int64
                 store(dweight + channel, load(dweight + channel, lanes) + grad * normed, lanes);
                 store(dbias + channel, load(dbias + channel, lanes) + grad, lanes);
                 if (dx) {
-                    // Less the mean of as many digits, so that g of a row of one cancels.
+                    // `unfused`: g is rounded like its mean, so that they cancel in a row of one.
                     Vector ds = (unfused(grad * w) - mean_g - normed * dot) * rstd;
                     if (dsum) ds += load(dsum + c, lanes);
                     store(dx + c, ds, lanes);
@@ -130,7 +131,6 @@ void td_layer_norm(const TDLayerNorm& p, int64_t begin, int64_t end) {
                    [&]<typename Input>(Input*) { add_and_average<Input>(p, image, first, last); });
         with_type(p.sum[0].dtype, [&]<typename S>(S*) {
             deviate<S>(p, image, first, last);
-            if (!p.y.data) return;
             with_type(p.y.dtype,
                       [&]<typename Y>(Y*) { scale_and_shift<S, Y>(p, image, first, last); });
         });

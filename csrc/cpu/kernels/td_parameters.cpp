@@ -1,12 +1,12 @@
-// All time-dependent parameters of a model, and the gradients of their vectors, g that of the
-// value:
+// The values of all time-dependent parameters of a model, and the gradients of their vectors, where
+// g is the gradient of the value:
 //
 //     e = (w + 1)·τ + b        s = 1 / (1 + exp(−e))        value = p1 + s · (p0 − p1)
 //
 //     dp0 = Σ g·s        dp1 = Σ g·(1 − s)
 //     db = (p0 − p1) · Σ g·s·(1 − s)        dw = (p0 − p1) · Σ g·s·(1 − s)·τ
 //
-// with sums over the times, in their order.
+// with sums over the times, in order.
 
 #include "td_parameters.h"
 
@@ -15,7 +15,7 @@
 namespace dimr_fast::DIMR_FAST_INSTRUCTION_SET {
 namespace {
 
-// A register of the columns, wide.
+// One register of columns, in fp32.
 struct Columns {
     Vector slope, offset, low, range;
 
@@ -35,8 +35,8 @@ struct Columns {
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Two registers at once: where the gradients of a time lie far from those of the next, as many of
-// its cache lines.
+// Registers per step: two, because the gradients of one time may be far in memory from those of the
+// next, and more of them are read together.
 constexpr int SIZE = 2;
 
 template <typename T, typename V>

@@ -5,12 +5,12 @@
 
 namespace dimr_fast {
 
-// At most so many neighbouring columns of one parameter.
+// A block: neighbouring columns of one parameter, at most so many.
 constexpr int64_t TD_COLUMNS = 256;
 
 struct TDColumns {
-    const void *param0, *param1, *weight, *bias;  // from the first of the columns on
-    int64_t place;                                // of it among those of all parameters
+    const void *param0, *param1, *weight, *bias;  // each at the block's first column
+    int64_t place;  // of the first column in the results of all parameters
     int64_t count;
 };
 

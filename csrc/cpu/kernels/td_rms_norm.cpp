@@ -2,12 +2,13 @@
 //
 //     s = x + residual        r = 1 / (rms(s) + 1e-8)        y = s · r · scale
 //
-// and backward, with g = dy · scale and a sum's own gradient ds:
+// and backward, with g = dy · scale and the gradient ds of the sum s:
 //
 //     dx = g·r − s · r² · mean(g·s) / rms + ds        dscale = Σ_rows dy · s · r
 //
-// Rows are taken a chunk at a time, which the second of two passes finds in the L1 cache: each pass
-// is compiled for the dtypes that it sees itself, and the rows of a chunk, however narrow, overlap.
+// Each pass covers a chunk of rows, which the second pass finds in the L1 cache. So each pass is
+// compiled only for the dtypes that it reads and writes, and the rows of a chunk, even narrow ones,
+// overlap in the pipeline.
 
 #include "td_rms_norm.h"
 
@@ -57,7 +58,7 @@ void differentiate(const TDRMSNormGrad& p, int64_t image, int64_t first, int64_t
             sums[0] += load(dy + c, lanes) * load(scale + c, lanes) * load(x + c, lanes);
         });
         const float rms = p.rms[image * p.chunks.rows + row], inverse = 1 / (rms + 1e-8f);
-        // A row of zeros has no direction in which its rms grows: its second term is zero.
+        // On a row of zeros the rms has no gradient: the second term is zero.
         const float mean = sum(dot[0]) / p.width * inverse * inverse / (rms > 0 ? rms : 1);
         const Vector r = broadcast(inverse), pull = broadcast(mean);
         columns(p.width, [&](int64_t c, auto lanes) {

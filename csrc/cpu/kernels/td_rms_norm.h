@@ -8,7 +8,7 @@ struct TDRMSNorm {
     Chunks chunks;
     int64_t width;
     Rows x, residual;
-    Rows sum;  // of x and the residual; x itself where there is none
+    Rows sum;  // x + residual; x itself without a residual
     Rows y;
     Values scale;
     float* rms;  // [images, rows]
@@ -17,10 +17,10 @@ struct TDRMSNorm {
 struct TDRMSNormGrad {
     Chunks chunks;
     int64_t width;
-    Rows dy, dsum, x, dx;  // x is what was normed; dsum and dx have its dtype
+    Rows dy, dsum, x, dx;  // x is the sum that was normed; dsum and dx have its dtype
     Values scale;
     const float* rms;  // [images, rows]
-    float* partial;    // [images, chunks, width], the scale's gradient
+    float* partial;    // [images, chunks, width], of the scale's gradient
 };
 
 DIMR_FAST_DECLARE(void td_rms_norm(const TDRMSNorm& p, int64_t begin, int64_t end))

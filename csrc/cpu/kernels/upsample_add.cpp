@@ -1,4 +1,4 @@
-// What follows the cascade's projection: pixel shuffle, layer norm and the add to x.
+// The cascade after its projection: pixel shuffle, layer norm and the add to x.
 //
 //     y = shuffle(projected)    n = (y − mean(y)) · rstd    out = x + n · weight + bias
 //
@@ -6,11 +6,8 @@
 //
 //     dprojected = rstd · (g − mean(g) − n · mean(g·n))    dweight = Σ dout · n    dbias = Σ dout
 //
-// Behind the projection of features that were not normed, their layer norm is still to be applied,
-// with the rows' statistics μ and ρ: y = ρ · (projected − μ · row_sums) + constant.
-//
-// A box of q × q rows of x is one row of `projected`. Each row is read from memory once, and again
-// from the L1 cache: for its mean, for its variance about that mean, and for the result.
+// A box of q × q rows of x is one row of `projected`. Each row is read from memory once and then
+// again from the L1 cache: for its mean, its variance about that mean, and the result.
 
 #include "upsample_add.h"
 
@@ -19,7 +16,7 @@
 namespace dimr_fast::DIMR_FAST_INSTRUCTION_SET {
 namespace {
 
-// Calls `function(row, segment)` for each row of a box, with its place in the box.
+// Calls `function(row, segment)` for each row of a box; `segment` is its place in the box.
 template <typename Function>
 inline void each_row(int64_t box, int64_t q, int64_t boxes_in_width, Function function) {
     const int64_t top = box / boxes_in_width * q, left = box % boxes_in_width * q;
@@ -28,28 +25,20 @@ inline void each_row(int64_t box, int64_t q, int64_t boxes_in_width, Function fu
             function((top + i) * boxes_in_width * q + left + j, i * q + j);
 }
 
-template <typename X, typename P, bool BEHIND>
+template <typename X, typename P>
 void forward(const UpsampleAdd& p, int64_t image, int64_t box) {
     using Out = typename Promoted<X, P>::type;
     const P* projected = row_of<const P>(p.projected, image, box);
     const float *weight = p.weight.data + image * p.weight.image_stride,
                 *bias = p.bias.data + image * p.bias.image_stride;
-    const float rho = BEHIND ? p.rstd_in[image * p.chunks.rows + box] : 1.0f,
-                mu = BEHIND ? p.mean_in[image * p.chunks.rows + box] : 0.0f;
     each_row(box, p.q, p.boxes_in_width, [&](int64_t row, int64_t segment) {
-        const int64_t first = segment * p.width;
-        const auto value = [&](int64_t c, auto lanes) {
-            const Vector y = load(projected + first + c, lanes);
-            if constexpr (!BEHIND) return y;
-            const Vector row_sums = load(p.row_sums + first + c, lanes);
-            return rho * (y - mu * row_sums) + load(p.constant + first + c, lanes);
-        };
+        const P* y = projected + segment * p.width;
         Vector total[1] = {}, squares[1] = {};
         accumulate(p.width, total,
-                   [&](Vector(&sums)[1], int64_t c, auto lanes) { sums[0] += value(c, lanes); });
+                   [&](Vector(&sums)[1], int64_t c, auto lanes) { sums[0] += load(y + c, lanes); });
         const float mean = sum(total[0]) / p.width;
         accumulate(p.width, squares, [&](Vector(&sums)[1], int64_t c, auto lanes) {
-            const Vector centred = keep(value(c, lanes) - mean, lanes);
+            const Vector centred = keep(load(y + c, lanes) - mean, lanes);
             sums[0] += centred * centred;
         });
         const float rstd = 1.0f / __builtin_sqrtf(sum(squares[0]) / p.width + 1e-5f);
@@ -58,7 +47,7 @@ void forward(const UpsampleAdd& p, int64_t image, int64_t box) {
         const X* x = row_of<const X>(p.x, image, row);
         Out* out = row_of<Out>(p.out, image, row);
         columns(p.width, [&](int64_t c, auto lanes) {
-            const Vector normed = (value(c, lanes) - mean) * rstd;
+            const Vector normed = (load(y + c, lanes) - mean) * rstd;
             const Vector added = normed * load(weight + c, lanes) + load(bias + c, lanes);
             store(out + c, load(x + c, lanes) + added, lanes);
         });
@@ -114,11 +103,7 @@ void upsample_add(const UpsampleAdd& p, int64_t begin, int64_t end) {
     with_type(p.x.dtype, [&]<typename X>(X*) {
         with_type(p.projected.dtype, [&]<typename P>(P*) {
             each_chunk(p.chunks, begin, end, [&](int64_t image, int64_t first, int64_t last) {
-                for (int64_t box = first; box < last; ++box)
-                    if (p.mean_in)
-                        forward<X, P, true>(p, image, box);
-                    else
-                        forward<X, P, false>(p, image, box);
+                for (int64_t box = first; box < last; ++box) forward<X, P>(p, image, box);
             });
         });
     });

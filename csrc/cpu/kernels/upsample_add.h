@@ -11,9 +11,7 @@ struct UpsampleAdd {
     Rows x;                  // [images, rows, width]
     Rows projected;          // [images, boxes, q² * width]
     Values weight, bias;
-    // Of a norm that is behind the projection: [images, boxes] and [q² * width], or null.
-    const float *mean_in, *rstd_in, *row_sums, *constant;
-    Rows out;            // as x, in the dtype that x and projected convert to
+    Rows out;            // as x, in the dtype of the sum of x and projected
     float *mean, *rstd;  // [images, rows]
 
     int64_t rows() const { return chunks.rows * q * q; }
@@ -26,7 +24,7 @@ struct UpsampleAddGrad {
     Rows projected, dprojected;  // [images, boxes, q² * width]
     Values weight;
     const float *mean, *rstd;  // [images, rows]
-    float* partial;            // [2, images, chunks, width], of weight and of bias
+    float* partial;            // [2, images, chunks, width], of weight and bias
     float* partial_sum;        // [images, chunks, q² * width], of dprojected
 
     int64_t rows() const { return chunks.rows * q * q; }
