@@ -1,4 +1,4 @@
-"""Generate RESULTS.md, the README's table of speedups and the table of predictions.md.
+"""Generate RESULTS.md, the README's speedups and demo result, and the table of predictions.md.
 
 Every figure comes from a file in `benchmarks/results/`, or from the registry of operators.
 """
@@ -108,9 +108,10 @@ def results_page(_: str) -> str:
 
 
 def readme_page(page: str) -> str:
-    """Return the README with its table of speedups renewed."""
+    """Return the README with its table of speedups and the result of the demo renewed."""
     results = ModelResults.read(RESULTS / "model_cpu.json")
-    return replace_block(page, "speed", model.readme_table(results))
+    page = replace_block(page, "speed", model.readme_table(results))
+    return replace_block(page, "demo result", _from_file("demo/demo.json", _demo_text))
 
 
 def predictions_page(page: str) -> str:
