@@ -45,6 +45,8 @@ TAIL = 40
 """Lines of a log that the report shows where a section did not end well."""
 SHOWN = 11_000
 """Characters of the report that are printed: some hosts return only so much of the output."""
+ENDING = 2.0
+"""Seconds that a killed section has to end."""
 
 Results = dict[str, Any]
 
@@ -221,7 +223,9 @@ def _run_section(
             # Also what it left running when it ended by itself: the next section wants the GPU.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            # One that waits for a driver does not even then end; the others still run.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(ENDING)
     seconds = time.monotonic() - start
     found: Results = {}
     with suppress(OSError, ValueError):

@@ -141,6 +141,19 @@ def test_tests_that_are_cut_off_leave_the_outcomes_they_had(tmp_path: Path, stop
     assert not part.failed, "what was not reached is no failure"
 
 
+@pytest.mark.usefixtures("few_plugins")
+@pytest.mark.parametrize("seconds", [8, 0.5], ids=["before the first ends", "before it starts"])
+def test_tests_that_are_cut_off_at_once_have_not_failed(tmp_path: Path, seconds: float) -> None:
+    file = tmp_path / "test_it.py"
+    file.write_text("import time\n\n\ndef test_it():\n    time.sleep(60)\n")
+    part = gpu_part.Part("x", tmp_path, seconds, dry_run=True)
+    assert not part.pytest("slow", [file]).well
+    section = found(tmp_path)
+    assert section["cut_short"]
+    assert len(section["notes"]) == 1, section["notes"]
+    assert not part.failed
+
+
 def test_parallel_tests_that_are_cut_off_leave_the_outcomes_they_had(tmp_path: Path) -> None:
     """pytest-xdist takes long to end, and here the controller is killed outright."""
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
