@@ -30,11 +30,12 @@ def compile_all(
 ) -> Verdicts:
     """Compile every candidate of these kernels, None for all, for a GPU of that name.
 
-    What took longer than `seconds` in all has no verdict. A candidate whose registers spill to
-    memory, or that does not compile, is not worth timing.
+    What took longer than `seconds` in all is given up and has no verdict. A candidate whose
+    registers spill to memory, or that does not compile, is not worth timing.
     """
     end = time.monotonic() + seconds
     verdicts: Verdicts = {}
+    others = set(multiprocessing.active_children())
     # Not by fork: this process may use the GPU already.
     pool = futures.ProcessPoolExecutor(
         mp_context=multiprocessing.get_context("spawn"),
@@ -51,6 +52,13 @@ def compile_all(
         print(f"{len(verdicts)} candidates compiled ahead, then {type(error).__name__}")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        # Each worker would end its task and take another from the queue, beside the timing, and
+        # this process could not end before them.
+        workers = set(multiprocessing.active_children()) - others
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join(1)
     return verdicts
 
 
