@@ -37,6 +37,7 @@ def compile_all(
     """
     end = time.monotonic() + seconds
     verdicts: Verdicts = {}
+    others = set(multiprocessing.active_children())
     # Not by fork, which a process that uses a GPU does not survive.
     pool = futures.ProcessPoolExecutor(
         mp_context=multiprocessing.get_context("spawn"),
@@ -53,6 +54,13 @@ def compile_all(
         print(f"{len(verdicts)} candidates compiled ahead, then {type(error).__name__}")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        # A worker would finish its task and take another one from the queue, during the timing,
+        # and this process could not exit before the workers do.
+        workers = set(multiprocessing.active_children()) - others
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join(1)
     return verdicts
 
 

@@ -44,6 +44,8 @@ LOG_LINES = 40
 """Last lines of a log that the report shows if its section did not pass."""
 PRINTED_CHARACTERS = 11_000
 """Length of the report's beginning that is printed: some hosts return little output."""
+KILL_SECONDS = 2.0
+"""Time that a killed section has to end."""
 
 Results = dict[str, Any]
 
@@ -224,7 +226,9 @@ def _run_section(
             # Also ends processes that the section left running: the next section needs the GPU.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            # A process that waits for a driver may survive even this; other sections still run.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(KILL_SECONDS)
     seconds = time.monotonic() - start
     found: Results = {}
     with suppress(OSError, ValueError):

@@ -140,6 +140,18 @@ def test_interrupted_tests_leave_their_outcomes(tmp_path: Path, stop: str) -> No
     assert not section.failed, "what was not reached is no failure"
 
 
+@pytest.mark.usefixtures("few_plugins")
+@pytest.mark.parametrize("seconds", [8, 0.5], ids=["before the first ends", "before it starts"])
+def test_interrupted_tests_without_outcomes_are_no_failure(tmp_path: Path, seconds: float) -> None:
+    file = tmp_path / "test_it.py"
+    file.write_text("import time\n\n\ndef test_it():\n    time.sleep(60)\n")
+    section = SectionRun("x", tmp_path, seconds, dry_run=True)
+    assert not section.run_pytest("slow", [file]).passed
+    assert found(tmp_path)["cut_short"]
+    assert len(found(tmp_path)["notes"]) == 1, found(tmp_path)["notes"]
+    assert not section.failed
+
+
 def test_killed_parallel_tests_leave_their_outcomes(tmp_path: Path) -> None:
     """The controller of pytest-xdist is killed without a chance to write."""
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
