@@ -1,8 +1,8 @@
-"""`python -m dimr_fast …` is `dimr-fast …`."""
+"""Run `dimr-fast` as `python -m dimr_fast`, as launchers start it."""
 
 import sys
 
-from dimr_fast.cli import main
+from dimr_fast.cli import main_of_process
 
-if __name__ == "__main__":  # not in a process that this one starts
-    sys.exit(main())
+if __name__ == "__main__":  # not in a worker process, which imports this file
+    sys.exit(main_of_process())

@@ -1,9 +1,8 @@
-"""Checkpoints: of training, of saved models, and the published `.pth` files."""
+"""Read and write checkpoints: of training, of saved models, and the published `.pth` files."""
 
 import json
 import shutil
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,52 +13,61 @@ from torch import Tensor
 
 from dimr_fast.config import DiMRConfig
 from dimr_fast.data.scaling import Scale, scale_from_dict, scale_to_dict
-from dimr_fast.files import write_folder, write_tensors
-from dimr_fast.hub import CONFIG, CheckpointError, read_config, read_tensors
+from dimr_fast.errors import CheckpointError
+from dimr_fast.hub.mixin import CONFIG
 from dimr_fast.model import DiMR
+from dimr_fast.utils.files import write_folder
+from dimr_fast.utils.tensors import crc32, read_tensors, to_storable, write_tensors
+
+__all__ = [
+    "EMA_PREFIX",
+    "CheckpointError",
+    "TrainedModel",
+    "demo_model",
+    "load_checkpoint",
+    "load_model",
+    "load_published",
+    "save_checkpoint",
+    "save_model",
+]
 
 EMA_PREFIX = "ema."
 _CHECKSUMS = "crc32"
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors, and JSON values as metadata, to `path`, replacing it in one step.
+    """Write tensors with a checksum each, and JSON values as metadata, to `path`, atomically.
 
-    What was there stays until the new file is complete. A checksum of each tensor goes with them.
-    Raises OSError where it cannot be written.
+    Raises OSError where it cannot be written; then the old file stays.
     """
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    checksums = {name: _checksum(tensor) for name, tensor in whole.items()}
+    stored = to_storable(tensors)
+    checksums = {name: crc32(tensor) for name, tensor in stored.items()}
     values = {**metadata, _CHECKSUMS: checksums}
-    write_tensors(path, whole, {name: json.dumps(value) for name, value in values.items()})
+    write_tensors(path, stored, {name: json.dumps(value) for name, value in values.items()})
 
 
 def load_checkpoint(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, on the CPU, and the metadata of a file written by `save_checkpoint`.
+    """Read tensors, to the CPU, and metadata of a file that `save_checkpoint` wrote.
 
-    Only tensors whose names begin with `prefix` are read; they keep their names.
-    Raises CheckpointError where the file is missing, damaged or was written by something else.
+    Only tensors whose names begin with `prefix` are read, under their full names. Raises
+    CheckpointError where the file is missing, damaged or was written by something else.
     """
     tensors, text = read_tensors(path, prefix)
     try:
         metadata = {name: json.loads(value) for name, value in text.items()}
     except ValueError as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
-    # Files of earlier versions have none.
+    # Files of early versions have no checksums.
     checksums = metadata.pop(_CHECKSUMS, None)
     for name, tensor in tensors.items() if checksums is not None else ():
-        if checksums.get(name) != _checksum(tensor):
+        if checksums.get(name) != crc32(tensor):
             raise CheckpointError(f"{path}: {name} is damaged, its checksum is another")
     return tensors, metadata
 
 
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model to sample from, and what its training data says of its inputs."""
+    """A model to sample from, with the classes and input scale of its training data."""
 
     model: DiMR
     classes: tuple[str, ...]
@@ -67,29 +75,31 @@ class TrainedModel:
 
 
 def load_model(path: Path) -> TrainedModel:
-    """The model of a training checkpoint or of a folder, on the CPU and in evaluation mode.
+    """Load the model of a training checkpoint or of a folder, on the CPU and in evaluation mode.
 
-    A checkpoint of training gives its EMA weights. A folder is one that `save_model` or
+    Of a training checkpoint the EMA weights are loaded. A folder is one that `save_model` or
     `dimr-fast export` wrote. Raises CheckpointError where the files are unusable, do not fit
-    together or do not say what the model's classes and inputs are.
+    together or do not state the model's classes and input scale.
     """
     if path.is_dir():
-        model, (_, said) = DiMR.from_pretrained(path), read_config(path / CONFIG)
-        return TrainedModel(model, *_data(path, said, model.config))
-    tensors, said = load_checkpoint(path, EMA_PREFIX)
+        model, notes = DiMR.from_folder(path)
+        return TrainedModel(model, *_classes_and_scale(path, notes, model.config))
+    tensors, metadata = load_checkpoint(path, EMA_PREFIX)
     try:
-        config = DiMRConfig.from_dict(said["config"])
+        config = DiMRConfig.from_dict(metadata["config"])
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of a DiMR model ({error})") from error
-    classes, scale = _data(path, said, config)
+    classes, scale = _classes_and_scale(path, metadata, config)
     weights = {name.removeprefix(EMA_PREFIX): value.clone() for name, value in tensors.items()}
     return TrainedModel(DiMR.from_weights(config, weights, path), classes, scale)
 
 
-def _data(path: Path, said: dict[str, Any], config: DiMRConfig) -> tuple[tuple[str, ...], Scale]:
-    """Classes and scale of what was said of a model."""
+def _classes_and_scale(
+    path: Path, metadata: dict[str, Any], config: DiMRConfig
+) -> tuple[tuple[str, ...], Scale]:
+    """Read classes and scale from the metadata of a model."""
     try:
-        classes, scale = said["classes"], scale_from_dict(said["scale"])
+        classes, scale = metadata["classes"], scale_from_dict(metadata["scale"])
     except KeyError as error:
         raise CheckpointError(
             f"{path}: not a checkpoint of a DiMR model and its data (it lacks {error})"
@@ -114,12 +124,12 @@ def save_model(
     license: str | None = None,
     pictures: Sequence[Path] = (),
 ) -> None:
-    """Write a new folder from which `load_model` and `DiMR.from_pretrained` read the model.
+    """Write a new folder that `load_model` and `DiMR.from_pretrained` read.
 
-    It holds `config.json`, `model.safetensors` and a model card, `README.md`, which carries
-    `recipe` and `scores` (JSON values) whole and shows copies of `pictures`. The folder appears
-    complete or not at all. `license` is that of the weights, as the Hub names it. Raises
-    FileExistsError where there is something already, and OSError where it cannot be written.
+    It holds `config.json`, `model.safetensors` and a model card, `README.md`, which states
+    `recipe` and `scores` (JSON values) and shows copies of `pictures`. `license` is the licence of
+    the weights, by the Hub's identifier. The folder is written atomically. Raises FileExistsError
+    where it exists already, and OSError where it cannot be written.
     """
     known = {
         "classes": list(trained.classes),
@@ -140,7 +150,7 @@ def save_model(
 
 
 def demo_model() -> Path:
-    """The folder of the model that comes with the package: satellite tiles of 32×32 in 6 classes.
+    """Return the folder of the packaged model: satellite tiles of 32×32 pixels in 6 classes.
 
     Raises CheckpointError where the installation lacks it.
     """
@@ -151,15 +161,15 @@ def demo_model() -> Path:
 
 
 def load_published(path: Path) -> dict[str, Tensor]:
-    """The state dict of a published `.pth` file, for `model.load_state_dict(…, strict=True)`.
+    """Read the state dict of a published `.pth` file, for `model.load_state_dict(…, strict=True)`.
 
-    Only tensors are unpickled, and read from the file as they are used where its format allows it.
-    Raises CheckpointError where the file is missing, damaged or holds anything else.
+    Only tensors are unpickled; they are memory-mapped where the format allows it. Raises
+    CheckpointError where the file is missing, damaged or holds anything else.
     """
     try:
         mapped = path.is_file() and zipfile.is_zipfile(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # what is no checkpoint can fail to unpickle in any way
+    except Exception as error:  # a file of another kind can raise anything
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: not a readable .pth file ({reason})") from error
     if not isinstance(state, dict):

@@ -1,110 +1,138 @@
-"""`dimr-fast …`: a thin shell over the jobs."""
+"""The command line, `dimr-fast COMMAND …`. Each command imports its job when it runs."""
 
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Protocol, TypeVar
 
-import tyro
+from dimr_fast.errors import CheckpointError, DataUnavailableError
 
-from dimr_fast.checkpoint import CheckpointError
-from dimr_fast.convert import ConvertConfig
-from dimr_fast.convert import convert as convert_job
-from dimr_fast.data import DataUnavailableError
-from dimr_fast.demo import DemoConfig
-from dimr_fast.demo import demo as demo_job
-from dimr_fast.evaluation import EvaluateConfig
-from dimr_fast.evaluation import evaluate as evaluate_job
-from dimr_fast.export import ExportConfig
-from dimr_fast.export import export as export_job
-from dimr_fast.extraction import ExtractConfig
-from dimr_fast.extraction import extract as extract_job
-from dimr_fast.info import main as info_job
-from dimr_fast.sampling import SampleConfig
-from dimr_fast.sampling import sample as sample_job
-from dimr_fast.train_config import TrainConfig
-from dimr_fast.training import CONFIG
-from dimr_fast.training import train as train_job
+T = TypeVar("T")
 
 
-def demo(config: Annotated[DemoConfig, tyro.conf.OmitArgPrefixes]) -> None:
+class Parse(Protocol):
+    """Parse the words after a command's name as the dataclass `settings`."""
+
+    def __call__(self, settings: type[T]) -> T: ...
+
+
+def demo(parse: Parse) -> None:
     """Train on satellite tiles, draw a grid of images and score them."""
-    demo_job(config)
+    from dimr_fast.demo import DemoConfig
+    from dimr_fast.demo import demo as run_demo
+
+    run_demo(parse(DemoConfig))
 
 
-def train(
-    config: str | None = None,
-    set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    output: Path | None = None,
-    resume: bool = False,
-) -> None:
-    """Train a model; by torchrun or `accelerate launch` with -m dimr_fast.training, on many GPUs.
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """What to train, as the command line names it."""
 
-    Args:
-        config: a YAML file of settings, or a shipped recipe: demo, imagenet256_xl2r,
-            imagenet256_g2r, imagenet512_xl3r. Without one the demo's, or with --resume the run's.
-        set: KEY=VALUE, a setting to change, as often as needed.
-        output: folder of the run.
-        resume: go on with the run in the output folder.
-    """
-    if config is None and resume and output is not None and (output / CONFIG).exists():
-        config = str(output / CONFIG)
-    settings = TrainConfig.read(config or "demo", set, output)
-    summary = train_job(settings, resume=resume)
+    config: str | None = None
+    """A YAML file of settings, or a shipped recipe: demo, imagenet256_xl2r, imagenet256_g2r,
+    imagenet512_xl3r. By default the demo's, or with --resume the run's own."""
+    set: tuple[str, ...] = ()
+    """KEY=VALUE, a setting to change. It can be repeated."""
+    output: Path | None = None
+    """Output folder of the run."""
+    resume: bool = False
+    """Continue the run in the output folder."""
+
+
+def train(parse: Parse) -> None:
+    """Train a model; on many GPUs by torchrun or `accelerate launch` with -m dimr_fast.training."""
+    import tyro
+
+    from dimr_fast.training import CONFIG, TrainConfig
+    from dimr_fast.training import train as run_training
+
+    given = parse(tyro.conf.UseAppendAction[TrainArguments])
+    config = given.config
+    if config is None and given.resume and given.output and (given.output / CONFIG).exists():
+        config = str(given.output / CONFIG)
+    settings = TrainConfig.read(config or "demo", given.set, given.output)
+    summary = run_training(settings, resume=given.resume)
     if int(os.environ.get("RANK", "0")) == 0:
         print(summary.sentence(settings))
 
 
-def sample(config: Annotated[SampleConfig, tyro.conf.OmitArgPrefixes]) -> None:
+def sample(parse: Parse) -> None:
     """Draw images from a checkpoint: grids, folders of PNGs, npz for evaluation."""
-    for path in sample_job(config):
+    from dimr_fast.sampling import SampleConfig
+    from dimr_fast.sampling import sample as run_sampling
+
+    for path in run_sampling(parse(SampleConfig)):
         print(f"wrote {path}")
 
 
-def evaluate(config: Annotated[EvaluateConfig, tyro.conf.OmitArgPrefixes]) -> None:
+def evaluate(parse: Parse) -> None:
     """Score images against real ones."""
-    print(evaluate_job(config))
+    from dimr_fast.evaluation import EvaluateConfig
+    from dimr_fast.evaluation import evaluate as run_evaluation
+
+    print(run_evaluation(parse(EvaluateConfig)))
 
 
-def export(config: Annotated[ExportConfig, tyro.conf.OmitArgPrefixes]) -> None:
+def export(parse: Parse) -> None:
     """Write a trained model as a folder to share: weights, configuration and model card."""
-    print(f"wrote {export_job(config)}; read its README.md before you share it")
+    from dimr_fast.export import ExportConfig
+    from dimr_fast.export import export as run_export
+
+    print(f"wrote {run_export(parse(ExportConfig))}; read its README.md before you share it")
 
 
-def convert(config: Annotated[ConvertConfig, tyro.conf.OmitArgPrefixes]) -> None:
-    """Turn a published .pth into safetensors or a folder, or back, and verify what was written."""
-    print(convert_job(config))
+def convert(parse: Parse) -> None:
+    """Convert a published .pth to safetensors or a folder, or back, and verify the result."""
+    from dimr_fast.convert import ConvertConfig
+    from dimr_fast.convert import convert as run_conversion
+
+    print(run_conversion(parse(ConvertConfig)))
 
 
-def extract(config: Annotated[ExtractConfig, tyro.conf.OmitArgPrefixes]) -> None:
-    """Turn a folder of images into latents; the same command again goes on or repairs."""
-    print(extract_job(config).sentence())
+def extract(parse: Parse) -> None:
+    """Encode a folder of images as latents; the same command again resumes or repairs."""
+    from dimr_fast.extraction import ExtractConfig
+    from dimr_fast.extraction import extract as run_extraction
+
+    print(run_extraction(parse(ExtractConfig)).sentence())
 
 
-def info() -> None:
-    """Say what is installed and which implementation of each operator would run here."""
-    info_job()
+@dataclass(frozen=True)
+class NoArguments:
+    """No settings."""
+
+
+def info(parse: Parse) -> None:
+    """Report what is installed and which implementation of each operator would run here."""
+    parse(NoArguments)
+    from dimr_fast.info import main as run_info
+
+    run_info()
+
+
+COMMANDS: dict[str, Callable[[Parse], None]] = {
+    command.__name__: command
+    for command in (demo, extract, train, sample, evaluate, export, convert, info)
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 2 where the user has to put something right."""
-    commands: dict[str, Callable[..., None]] = {
-        "demo": demo,
-        "extract": extract,
-        "train": train,
-        "sample": sample,
-        "evaluate": evaluate,
-        "export": export,
-        "convert": convert,
-        "info": info,
-    }
+    """Run a command and return its exit status: 2 for an error that the user can correct."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            commands, prog="dimr-fast", description=__doc__, args=arguments
-        )
+        if not words or words[0] in ("-h", "--help"):
+            print(_help())
+            return 0 if words else 2
+        if words[0] not in COMMANDS:
+            raise ValueError(
+                f"command: got {words[0]!r}, expected one of {', '.join(COMMANDS)}; "
+                "see dimr-fast --help"
+            )
+        _run(words[0], words[1:])
     except BrokenPipeError:
-        # Whoever read the output has seen enough; nothing more can be printed, at exit neither.
+        # The reader of the output has closed it: nothing can be printed, at exit neither.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, CheckpointError, DataUnavailableError) as error:
@@ -117,3 +145,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dimr-fast: stopped: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def main_of_process(arguments: Sequence[str] | None = None) -> int:
+    """Run `main` as a whole process, and leave the process group that a launcher made."""
+    status = main(arguments)
+    distributed = sys.modules.get("torch.distributed")
+    if status == 0 and distributed is not None and distributed.is_initialized():
+        # NCCL warns at exit otherwise. After an error the other processes might not come here.
+        distributed.destroy_process_group()
+    return status
+
+
+def _run(name: str, words: list[str]) -> None:
+    """Run the command `name` with the words after it."""
+    import tyro
+
+    command = COMMANDS[name]
+
+    def parse(settings: type[T]) -> T:
+        return tyro.cli(
+            tyro.conf.configure(tyro.conf.OmitArgPrefixes)(settings),
+            prog=f"dimr-fast {name}",
+            description=command.__doc__,
+            args=words,
+        )
+
+    command(parse)
+
+
+def _help() -> str:
+    """Return the list of commands."""
+    lines = [f"  {name:<9} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: dimr-fast COMMAND …",
+            "",
+            "Train, sample and evaluate DiMR, a multi-resolution diffusion model.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "dimr-fast COMMAND --help lists the settings of a command.",
+        ]
+    )

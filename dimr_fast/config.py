@@ -1,4 +1,4 @@
-"""The model's configuration, the published presets and two small ones."""
+"""The configuration of a model, the published presets and two small ones."""
 
 import dataclasses
 import operator
@@ -6,24 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from dimr_fast.utils.validation import require
+
 NORM_TYPES = ("TDRMSN", "LN", "RMSN")
 BLOCK_TYPES = ("TransformerBlock", "ConvNeXtBlock")
 
 
-def require(ok: bool, argument: str, value: object, expected: str) -> None:
-    """ValueError naming the argument, what came and what was expected, unless `ok`."""
-    if not ok:
-        raise ValueError(f"{argument}: got {value!r}, expected {expected}")
-
-
-def require_fields(settings: object, **checks: tuple[bool, str]) -> None:
-    """`require` for fields of a dataclass: whether each is all right, and what is expected."""
-    for name, (ok, expected) in checks.items():
-        require(ok, name, getattr(settings, name), expected)
-
-
 def _positive_int(config: object, name: str) -> int:
-    """Check a field, and make an int of what only behaves like one (numpy's integers)."""
+    """Check a field and convert integer-like values (numpy's) to int."""
     value = getattr(config, name)
     whole = hasattr(value, "__index__") and not isinstance(value, bool)
     require(whole and operator.index(value) > 0, name, value, "a positive integer")
@@ -38,12 +28,13 @@ def _odd_int(config: object, name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class BranchConfig:
-    """One resolution of the model; the fields have the published names.
+    """Configuration of one branch (one resolution); fields have the published names.
 
-    A branch works at `max_height × max_width`, a factor `input_feature_ratio` below the input, and
-    has `num_blocks // 2 · 2 + 1` blocks. `num_attention_heads` matters to a TransformerBlock only,
-    `kernel_size` to a ConvNeXtBlock only. `checkpointing` recomputes each block in the backward
-    pass instead of keeping its activations; it has no published counterpart.
+    A branch works at `max_height × max_width`, which is the input size divided by
+    `input_feature_ratio`, and has `num_blocks // 2 · 2 + 1` blocks. Only a TransformerBlock uses
+    `num_attention_heads`, only a ConvNeXtBlock `kernel_size`. `checkpointing` recomputes each
+    block in the backward pass instead of storing its activations; the published configuration has
+    no such field.
     """
 
     block_type: str
@@ -84,12 +75,13 @@ class BranchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiMRConfig:
-    """A whole model: branches from low to high resolution, as the published configuration has them.
+    """Configuration of a model: branches from low to high resolution, with the published names.
 
-    `num_classes` counts the null class of guidance, which is the last index. `norm_type` is the
-    norm inside the blocks: "TDRMSN" (`td_rms_norm`), "LN" (`td_layer_norm`) or "RMSN" (`rms_norm`).
-    `block_grad_to_lowres` stops the gradient of a branch from reaching those below it.
-    Raises ValueError naming the field where a value is out of range or sizes do not nest.
+    `num_classes` includes the null class of classifier-free guidance, the last index. `norm_type`
+    is the norm of the blocks: "TDRMSN" (`td_rms_norm`), "LN" (`td_layer_norm`) or "RMSN"
+    (`rms_norm`). `block_grad_to_lowres` detaches the input that a branch gets from lower ones.
+    Raises ValueError naming the field where a value is out of range or where a branch's size is no
+    multiple of the next lower one's.
     """
 
     channels: int
@@ -141,11 +133,11 @@ class DiMRConfig:
 
     @property
     def null_class(self) -> int:
-        """The class index that stands for "no class" in guidance."""
+        """Class index of the unconditional input in classifier-free guidance."""
         return self.num_classes - 1
 
     def fitted(self, channels: int, image_size: tuple[int, int], num_classes: int) -> Self:
-        """The same branches for inputs of other channels and size, and other classes.
+        """Return the configuration for inputs of other channels and size, and other classes.
 
         Raises ValueError for a size that is no multiple of each branch's `input_feature_ratio`.
         """
@@ -164,7 +156,7 @@ class DiMRConfig:
     def from_published(cls, config: Any) -> Self:
         """Read a published configuration: an object with these fields as attributes.
 
-        The object is left as it is; fields of its own that the model does not use are ignored.
+        The object is not changed; its fields that the model does not use are ignored.
         Raises ValueError naming a field that is missing or out of range.
         """
         values = _read_fields(cls, config, "config")
@@ -177,12 +169,12 @@ class DiMRConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON values; `from_dict` reads it back."""
+        """Return the configuration as plain JSON values, for `from_dict`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build a configuration from what `to_dict` gave; ValueError for unknown fields."""
+        """Build a configuration from the result of `to_dict`. Raises ValueError for others."""
         try:
             branches = tuple(BranchConfig(**branch) for branch in values["stage_configs"])
             return cls(**{**values, "stage_configs": branches})
@@ -212,7 +204,7 @@ def _preset(
     num_classes: int = 1001,
     kernel_size: int = 7,
 ) -> DiMRConfig:
-    """A transformer at the lowest resolution, ConvNeXt branches at each doubling above it."""
+    """Return a transformer branch at the lowest resolution, ConvNeXt branches at each doubling."""
     branches = []
     for i, (width, depth) in enumerate(zip(widths, num_blocks, strict=True)):
         ratio = 2 ** (len(widths) - 1 - i)
@@ -246,12 +238,12 @@ PRESETS: dict[str, DiMRConfig] = {
     "demo": _preset(3, 32, (144, 64, 32), (4, 2, 2), 4, num_classes=7),
     "tiny": _preset(3, 16, (24, 16, 8), (3, 2, 2), 2, num_classes=7, kernel_size=3),
 }
-"""The published models (paper table 1; sizes of the 3R models follow from their parameter counts),
-`demo` for 32×32 images in 6 classes on any machine, and `tiny` for tests."""
+"""The published models (paper table 1; the sizes of the 3R models are derived from their parameter
+counts), `demo` for 32×32 images in 6 classes on any machine, and `tiny` for tests."""
 
 
 def preset(name: str, **overrides: Any) -> DiMRConfig:
-    """The configuration of that name, with fields of `DiMRConfig` replaced by `overrides`."""
+    """Return the preset `name`, with fields of `DiMRConfig` replaced by `overrides`."""
     require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
     fields = [field.name for field in dataclasses.fields(DiMRConfig)]
     for key in overrides:
@@ -260,7 +252,7 @@ def preset(name: str, **overrides: Any) -> DiMRConfig:
 
 
 def preset_of(config: DiMRConfig) -> str | None:
-    """The name of the preset that `config` is, whatever its number of classes; None for another."""
+    """Return the preset's name that equals `config` up to the number of classes, or None."""
     for name, known in PRESETS.items():
         if dataclasses.replace(known, num_classes=config.num_classes) == config:
             return name

@@ -1,4 +1,7 @@
-"""Published `.pth` files to safetensors and back; nothing is kept that does not load as it was."""
+"""Convert published `.pth` files to safetensors and back, and verify the result.
+
+`dimr-fast convert`.
+"""
 
 import dataclasses
 from collections.abc import Iterable
@@ -9,34 +12,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dimr_fast.checkpoint import EMA_PREFIX, CheckpointError, load_checkpoint, load_published
-from dimr_fast.config import PRESETS, DiMRConfig, preset_of, require_fields
+from dimr_fast.checkpoint import EMA_PREFIX, load_checkpoint, load_published
+from dimr_fast.config import PRESETS, DiMRConfig, preset_of
 from dimr_fast.data.scaling import LatentScale, PixelScale, scale_to_dict
-from dimr_fast.files import write_atomically, write_folder, write_tensors
-from dimr_fast.hub import CONFIG, WEIGHTS, canonical, read_config, read_tensors
+from dimr_fast.errors import CheckpointError
+from dimr_fast.hub.mixin import CONFIG, WEIGHTS, canonical, read_config
 from dimr_fast.model import DiMR
+from dimr_fast.utils.files import write_atomically, write_folder
+from dimr_fast.utils.tensors import read_tensors, write_tensors
+from dimr_fast.utils.validation import require_fields
 
 PUBLISHED, SAFETENSORS = (".pth", ".pt"), ".safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Which weights to write again, and as what."""
+    """Settings of a conversion."""
 
     input: Path
-    """A published .pth; a .safetensors file, of bare weights or of a training run (then its EMA
-    weights are taken); or a folder that was exported or saved."""
+    """A published .pth; a .safetensors file of bare weights or of a training run, whose EMA weights
+    are used; or a folder that was exported or saved."""
     output: Path
-    """NAME.pth as the published code loads it, NAME.safetensors with the same names, or a folder;
-    must not be there yet."""
+    """NAME.pth for the published code, NAME.safetensors with the same parameter names, or a folder.
+    It must not exist yet."""
     preset: str | None = None
-    """The model's size; by default the preset that the weights fit."""
+    """Name of the model's preset; by default the preset that fits the weights."""
     config: Path | None = None
-    """A file like a folder's config.json, for a model that is no preset; what it says of classes
-    and scale is kept."""
+    """A file like a folder's config.json, for a model that is no preset; its classes and scale are
+    kept."""
 
     def validate(self) -> None:
-        """ValueError naming a setting that is out of range."""
+        """Raise ValueError naming a setting that is out of range."""
         require_fields(
             self,
             preset=(self.preset is None or self.preset in PRESETS, f"one of {', '.join(PRESETS)}"),
@@ -46,7 +52,7 @@ class ConvertConfig:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written, and what there is to say of it."""
+    """Result of a conversion; `remarks` state what was assumed or removed."""
 
     output: Path
     parameters: int
@@ -61,7 +67,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class _Source:
-    """Weights under their canonical names, and what was said of them."""
+    """Weights under their canonical names, and the facts stored with them."""
 
     weights: dict[str, Tensor]
     config: DiMRConfig | None = None
@@ -72,8 +78,8 @@ class _Source:
 def convert(config: ConvertConfig) -> Conversion:
     """Write the weights of `config.input` to `config.output`.
 
-    The output appears only after it was loaded again, its weights and the outputs of a model of
-    them being exactly those of the input. Raises, before any work, ValueError for an unusable
+    Before the output gets its name it is loaded again, and its weights and model outputs must
+    equal those of the input exactly. Raises, before any work, ValueError for an unusable
     setting, FileExistsError where there is an output already and CheckpointError for an input that
     is unusable or, in a `.pth`, holds anything but tensors; CheckpointError where what was written
     differs; and OSError where nothing can be written.
@@ -100,7 +106,7 @@ def convert(config: ConvertConfig) -> Conversion:
         if kind == SAFETENSORS:
             write_tensors(unfinished, source.weights, {"format": "pt"})
         else:
-            # Of a tensor that is part of a larger storage, torch.save would write all of that.
+            # torch.save would write the whole storage of a tensor that is a view.
             torch.save({name: value.clone() for name, value in source.weights.items()}, unfinished)
         verify(unfinished)
 
@@ -113,7 +119,7 @@ def convert(config: ConvertConfig) -> Conversion:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, write_file)
     else:
-        notes, assumed = _with_data(model.config, notes)
+        notes, assumed = _with_classes_and_scale(model.config, notes)
         remarks += tuple(f"{remark}; if not so, correct {output / CONFIG}" for remark in assumed)
         write_folder(output, write_model)
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -121,7 +127,7 @@ def convert(config: ConvertConfig) -> Conversion:
 
 
 def _read(path: Path, kind: str) -> _Source:
-    """What is in a folder or, by the end of its name, in a file; weights are read as used."""
+    """Read a folder, or a file of the format `kind` (a suffix). Weights are memory-mapped."""
     config: DiMRConfig | None = None
     notes: dict[str, Any] = {}
     remarks: list[str] = []
@@ -155,7 +161,7 @@ def _model(source: _Source, config: ConvertConfig) -> tuple[DiMR, dict[str, Any]
     if config.preset is not None:
         sized = _sized(config.preset, source.weights)
         return DiMR.from_weights(sized, source.weights, config.input), source.notes
-    for name in _alike(source.weights):
+    for name in _candidates(source.weights):
         try:
             sized = _sized(name, source.weights)
             return DiMR.from_weights(sized, source.weights, config.input), source.notes
@@ -167,8 +173,8 @@ def _model(source: _Source, config: ConvertConfig) -> tuple[DiMR, dict[str, Any]
     )
 
 
-def _alike(weights: dict[str, Tensor]) -> list[str]:
-    """The presets whose first weight has the shape of these; to compare all takes seconds."""
+def _candidates(weights: dict[str, Tensor]) -> list[str]:
+    """Return the presets whose first weight has this shape; comparing all weights takes seconds."""
     first = weights.get("stages.0.input_layer.1.weight")
     if first is None:
         return []
@@ -181,23 +187,25 @@ def _alike(weights: dict[str, Tensor]) -> list[str]:
 
 
 def _sized(name: str, weights: dict[str, Tensor]) -> DiMRConfig:
-    """The preset with as many classes as the weights have."""
+    """Return the preset with the number of classes of the weights."""
     table = weights.get("stages.0.class_embeds.weight")
     classes = PRESETS[name].num_classes if table is None else max(1, len(table))
     return dataclasses.replace(PRESETS[name], num_classes=classes)
 
 
-def _with_data(config: DiMRConfig, notes: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The notes with classes and scale, and what of it was assumed.
+def _with_classes_and_scale(
+    config: DiMRConfig, notes: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the notes with classes and scale, and remarks about what was assumed.
 
-    The published models of latents see them times 0.18215. Of those of pixels no recipe is known;
-    −1..1 is what the field does.
+    The inputs of published latent models are latents × 0.18215. No recipe of the published pixel
+    models is known; −1..1 is the convention of the field.
     """
     latents = config.channels == 4
     found, assumed = dict(notes), []
     if "classes" not in found:
         found["classes"] = [str(number) for number in range(config.null_class)]
-        assumed.append("assumed that the classes are called by their numbers")
+        assumed.append("assumed class names 0, 1, 2, …")
     if "scale" not in found:
         found["scale"] = scale_to_dict(LatentScale() if latents else PixelScale(127.5, 127.5))
         assumed.append(f"assumed inputs of {'latents × 0.18215' if latents else 'pixels, −1..1'}")
@@ -205,7 +213,7 @@ def _with_data(config: DiMRConfig, notes: dict[str, Any]) -> tuple[dict[str, Any
 
 
 def _outputs(model: DiMR) -> list[Tensor]:
-    """Predictions for a fixed input: two images, two times, a class and none."""
+    """Return predictions for a fixed input: two images, two times, one class and the null class."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
     dtype = next(model.parameters()).dtype

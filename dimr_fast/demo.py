@@ -1,4 +1,4 @@
-"""The whole job on real images: train, sample and score, on whatever the machine has."""
+"""Train, sample and score on satellite tiles, on any machine: `dimr-fast demo`."""
 
 import dataclasses
 import time
@@ -13,13 +13,12 @@ from tqdm import tqdm
 from dimr_fast import sampling, training
 from dimr_fast.checkpoint import TrainedModel, load_model
 from dimr_fast.data.tiles import load_tiles
-from dimr_fast.device import resolve_device
-from dimr_fast.evaluation import frechet_scores
-from dimr_fast.features import EfficientNetLite0Features
-from dimr_fast.files import claim, write_json
-from dimr_fast.sampling import ImageSampler, SampleConfig, Sampler, sample
-from dimr_fast.train_config import TrainConfig
-from dimr_fast.training import train
+from dimr_fast.evaluation.features import EfficientNetLite0Features
+from dimr_fast.evaluation.frechet import frechet_scores
+from dimr_fast.sampling import ImageSampler, SampleConfig, SamplerConfig, sample
+from dimr_fast.training import TrainConfig, train
+from dimr_fast.utils.device import resolve_device
+from dimr_fast.utils.files import prepare_output, write_json
 
 REPORT = "demo.json"
 BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}{postfix}"
@@ -27,26 +26,26 @@ BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """How long to train, and where to put what comes out."""
+    """Settings of the demo."""
 
     minutes: float = 10.0
-    """Training time; sampling for the score takes a fifth of it, two minutes at most."""
+    """Training time. Sampling for the score takes a fifth of it, at most two minutes."""
     output: Path | None = None
-    """Folder of the run; by default runs/demo-DATE-TIME."""
+    """Output folder; by default runs/demo-DATE-TIME."""
     device: str = "auto"
     seed: int = 0
 
 
 def demo(config: DemoConfig) -> Path:
-    """Train the `demo` preset on satellite tiles, draw a grid of each class, score; say it all.
+    """Train the `demo` preset on satellite tiles, draw a grid of each class, and score it.
 
-    Returns the folder, with what `train` and `sample` leave and `demo.json`; after Ctrl-C while
-    training, with what `train` leaves. Raises as they do.
+    Returns the output folder, with the files of `train` and `sample` and `demo.json`. Ctrl-C during
+    training ends the demo with the files of `train`. Raises as these two do.
     """
     output = config.output or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    # What can fail does so before the ten minutes, not after them.
+    # Before training, because a missing package should not fail after ten minutes.
     features = EfficientNetLite0Features()
-    claim(output, (*training.FILES, *sampling.FILES, REPORT))
+    prepare_output(output, (*training.FILES, *sampling.FILES, REPORT))
     recipe = TrainConfig(
         output=output, minutes=config.minutes, device=config.device, seed=config.seed
     )
@@ -54,7 +53,7 @@ def demo(config: DemoConfig) -> Path:
     print(summary.sentence(recipe))
     if summary.interrupted:
         return output
-    sampler = Sampler(seed=config.seed)
+    sampler = SamplerConfig(seed=config.seed)
     checkpoint = output / training.CHECKPOINT
     sample(
         SampleConfig(checkpoint=checkpoint, output=output, device=config.device, sampler=sampler)
@@ -63,7 +62,7 @@ def demo(config: DemoConfig) -> Path:
     tiles = load_tiles()
     trained = load_model(checkpoint)
     trained.model.to(resolve_device(config.device))
-    # The classes in their natural shares, as in the tiles that the samples are compared with.
+    # Class frequencies of the training tiles, which the held-out tiles share.
     generator = torch.Generator().manual_seed(config.seed)
     labels = tiles.train_labels[torch.randperm(len(tiles.train_labels), generator=generator)]
     samples, seconds = _samples_for_score(trained, labels, sampler, min(120.0, 12 * config.minutes))
@@ -92,10 +91,10 @@ def demo(config: DemoConfig) -> Path:
 
 
 def _samples_for_score(
-    trained: TrainedModel, labels: Tensor, sampler: Sampler, seconds: float
+    trained: TrainedModel, labels: Tensor, sampler: SamplerConfig, seconds: float
 ) -> tuple[Tensor, float]:
-    """As many images as `seconds` give, a batch at least, and the time they took."""
-    # Streams of their own, beside those of the grid.
+    """Draw images for `seconds`, at least one batch; return them and the time they took."""
+    # Another seed: the images must differ from those of the grid.
     draw = ImageSampler(trained, dataclasses.replace(sampler, seed=sampler.seed + 1))
     begun = time.monotonic()
     batches: list[Tensor] = []

@@ -1,4 +1,7 @@
-"""A training run as a model to share: its EMA weights, configuration, recipe and scores."""
+"""Export a training run as a model folder to share: `dimr-fast export`.
+
+The folder holds EMA weights, configuration, recipe and scores.
+"""
 
 import json
 import re
@@ -6,24 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dimr_fast.checkpoint import CheckpointError, load_checkpoint, load_model, save_model
-from dimr_fast.config import require_fields
+from dimr_fast.checkpoint import load_checkpoint, load_model, save_model
+from dimr_fast.errors import CheckpointError
+from dimr_fast.utils.validation import require_fields
 
-PLACES = ("output", "checkpoint")
-"""Settings that only say where files lay, which is nobody else's business."""
-FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\s][^/\n]*/)+")
-"""The folders of an absolute path, with or without spaces, anywhere in a text but in a URL."""
+PATH_SETTINGS = ("output", "checkpoint")
+"""Settings that are private paths and are removed from the recipe."""
+ABSOLUTE_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^/\s][^/\n]*/)+")
+"""Regular expression for the folders of absolute paths in free text (URLs excluded)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Which run to share, and what to say of it."""
+    """Settings of an export."""
 
     checkpoint: Path
-    """A checkpoint that training wrote; its EMA weights are exported. What lies beside it is used:
-    the recipe in `train.json`, the picture `loss.png`."""
+    """A training checkpoint, whose EMA weights are exported. The files beside it are used too: the
+    recipe in `train.json` and the picture `loss.png`."""
     output: Path
-    """The model's folder, whose name is the model's; must not be there yet."""
+    """Output folder, whose name is the model's. It must not exist yet."""
     scores: Path | None = None
     """A JSON file of scores with their recipe, such as `evaluation.json` or `demo.json`."""
     license: str | None = None
@@ -32,16 +36,16 @@ class ExportConfig:
     """Further pictures for the model card, such as a grid of samples."""
 
     def validate(self) -> None:
-        """ValueError naming a setting that is out of range."""
+        """Raise ValueError naming a setting that is out of range."""
         missing = [str(path) for path in self.pictures if not path.is_file()]
-        require_fields(self, pictures=(not missing, f"files; not there: {', '.join(missing)}"))
+        require_fields(self, pictures=(not missing, f"files; missing: {', '.join(missing)}"))
 
 
 def export(config: ExportConfig) -> Path:
-    """Write the model of a run as a folder with its card; returns the folder.
+    """Write the model of a run as a folder with its card; return the folder.
 
-    The recipe on the card is the run's `train.json` or, without one, what the checkpoint itself
-    says. Raises, before anything is written, ValueError for an unusable setting or scores,
+    The recipe on the card is the run's `train.json` or, without one, the checkpoint's metadata.
+    Raises, before anything is written, ValueError for an unusable setting or scores,
     CheckpointError for an unusable checkpoint, FileExistsError where there is an output already,
     and OSError where it cannot be written.
     """
@@ -57,8 +61,8 @@ def export(config: ExportConfig) -> Path:
     save_model(
         load_model(config.checkpoint),
         config.output,
-        recipe=_without_places(recipe),
-        scores=_without_places(scores),
+        recipe=_without_paths(recipe),
+        scores=_without_paths(scores),
         license=config.license,
         pictures=pictures,
     )
@@ -70,19 +74,20 @@ def _recipe(checkpoint: Path) -> dict[str, Any]:
     if record.is_file():
         recipe = _read_json(record)
     else:
-        # No tensor is called so: only the metadata is read.
-        _, said = load_checkpoint(checkpoint, "/")
-        recipe = {name: said[name] for name in ("recipe", "step", "seconds") if name in said}
+        # No tensor name starts with "/": only the metadata is read.
+        _, metadata = load_checkpoint(checkpoint, "/")
+        names = ("recipe", "step", "seconds")
+        recipe = {name: metadata[name] for name in names if name in metadata}
     return recipe
 
 
-def _without_places(values: Any) -> Any:
-    """The same JSON value, with no more of other paths than the last name."""
+def _without_paths(values: Any) -> Any:
+    """Return the JSON value without path settings, and other absolute paths as file names only."""
     if isinstance(values, dict):
-        return {name: _without_places(v) for name, v in values.items() if name not in PLACES}
+        return {name: _without_paths(v) for name, v in values.items() if name not in PATH_SETTINGS}
     if isinstance(values, list):
-        return [_without_places(value) for value in values]
-    return FOLDERS.sub("", values) if isinstance(values, str) else values
+        return [_without_paths(value) for value in values]
+    return ABSOLUTE_FOLDERS.sub("", values) if isinstance(values, str) else values
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,68 +1,73 @@
-"""Turn a folder of images into latent shards, with any number of processes, in any number of runs.
+"""Encode a folder of images as latent shards: `dimr-fast extract`.
 
-Each shard is made whole by one process, of images that depend on the shard's number only, and
-carries the settings of the extraction; so processes and runs need to agree on nothing else, and
-leave the same files however many they are.
+Each shard is written by one worker, from images that its position determines, and carries the
+settings of the extraction (see `utils.sharded`). So workers and runs need no other coordination,
+and the files do not depend on their number.
 """
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from dimr_fast.autoencoder import Autoencoder
-from dimr_fast.config import require_fields
-from dimr_fast.data.images import ImageFiles, UnreadableImageError, list_images, read_image
-from dimr_fast.data.latents import (
-    FORMAT,
-    MANIFEST,
-    DamagedShardError,
-    open_shard,
-    read_manifest,
-    write_shard,
-)
+from dimr_fast.data.autoencoder import Autoencoder
+from dimr_fast.data.images import ImageFiles, list_images, read_image
+from dimr_fast.data.latents import FORMAT, MANIFEST, open_shard, read_manifest, write_shard
 from dimr_fast.data.scaling import LatentScale, scale_to_dict
-from dimr_fast.device import DTYPES, resolve_device
-from dimr_fast.files import claim, write_json
-from dimr_fast.processes import Place, end_with_launcher, start_processes
+from dimr_fast.errors import DamagedShardError, UnreadableImageError
+from dimr_fast.utils.device import DTYPES, resolve_device
+from dimr_fast.utils.distributed import Worker, exit_with_launcher
+from dimr_fast.utils.files import prepare_output, write_json
+from dimr_fast.utils.sharded import (
+    Progress,
+    Shard,
+    choose_process_count,
+    run_sharded,
+    split_into_shards,
+)
+from dimr_fast.utils.validation import require_fields
+
+MAX_CPU_PROCESSES = 8
+"""Default limit of processes on a CPU: each holds an autoencoder in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """Which images become latents, by which autoencoder, and how.
+    """Settings of an extraction.
 
-    The number of processes does not change the latents; batch size and device do by rounding.
+    The number of processes does not change the latents; batch size and device change their
+    rounding.
     """
 
     images: Path
-    """Folder of images, with a sub-folder for each class; one without sub-folders is one class."""
+    """Folder of images with one sub-folder for each class; without sub-folders it is one class."""
     autoencoder: str
     """Folder of a diffusers AutoencoderKL, or its name on the Hugging Face Hub."""
     output: Path
-    """Folder for the shards and `manifest.json`; what a killed run left there is kept."""
+    """Output folder for the shards and `manifest.json`; shards of a killed run are kept."""
     image_size: int = 256
     """Images are resized and cropped to squares of this many pixels."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Stored numbers. fp32 takes 64 KiB an image of 256 pixels, both views; the others half."""
+    """Stored dtype. An image of 256 pixels and its mirror image take 64 KiB in fp32, else 32."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What the autoencoder computes in."""
+    """Dtype in which the autoencoder computes."""
     batch_size: int = 32
     shard_size: int = 1024
-    """Images in a shard, the unit of work: what a killed process had of one is done again."""
+    """Images in one shard, the unit of work: a killed process loses at most one shard."""
     processes: int | None = None
-    """Processes to start; None is one for each GPU or else for each processor, 8 at most, and
-    one where a launcher such as torchrun has started several."""
+    """Processes to start. None starts one for each GPU, or one for each CPU core up to 8, and one
+    where a launcher such as torchrun has started several."""
     device: str = "auto"
 
     def validate(self) -> None:
-        """ValueError naming a setting that is out of range."""
+        """Raise ValueError naming a setting that is out of range."""
         require_fields(
             self,
             image_size=(self.image_size > 0, "1 or more"),
@@ -76,7 +81,7 @@ class ExtractConfig:
 
 @dataclass(frozen=True)
 class ExtractSummary:
-    """What an extraction has left; `skipped` are (file, reason)."""
+    """Summary of an extraction. `skipped`: pairs of (file, reason)."""
 
     output: Path
     images: int
@@ -84,12 +89,12 @@ class ExtractSummary:
     shards: int
     skipped: tuple[tuple[str, str], ...]
     finished: bool
-    """Whether all shards are there; else other processes of the launch are still at work."""
+    """True if all shards exist; otherwise other processes of the launch are still working."""
 
     def sentence(self) -> str:
-        """The summary in words, with the first ten skipped files."""
+        """Return the summary in words, with the first ten skipped files."""
         if not self.finished:
-            return f"{self.output}: this process has made its shards; others are at work"
+            return f"{self.output}: this process has written its shards; others are at work"
         text = (
             f"wrote {self.output}: {self.images:,} images of {self.classes:,} "
             f"class{'es' * (self.classes != 1)} in {self.shards:,} "
@@ -97,61 +102,37 @@ class ExtractSummary:
         )
         lines = [f"  {name}: {reason}" for name, reason in self.skipped[:10]]
         if len(self.skipped) > 10:
-            lines.append(f"  … and {len(self.skipped) - 10:,} more, named in {MANIFEST}")
+            lines.append(f"  … and {len(self.skipped) - 10:,} more, listed in {MANIFEST}")
         return "\n".join([text, *lines])
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What every process needs to know; `settings` is all that decides what the shards hold."""
-
-    config: ExtractConfig
-    files: ImageFiles
-    settings: dict[str, Any]
-
-    @property
-    def count(self) -> int:
-        """How many shards there are."""
-        return -(-len(self.files.names) // self.config.shard_size)
-
-    def path(self, number: int) -> Path:
-        return self.config.output / f"shard-{number:05}.safetensors"
-
-    def shards(self, place: Place) -> range:
-        """The numbers of the shards that a process makes."""
-        return range(place.rank, self.count, place.count)
-
-    def part(self, number: int) -> slice:
-        """Which of the images are in a shard."""
-        first = number * self.config.shard_size
-        return slice(first, min(first + self.config.shard_size, len(self.files.names)))
 
 
 def extract(config: ExtractConfig) -> ExtractSummary:
     """Write the latents of all readable images below a folder, with a progress bar.
 
-    Finished shards of an earlier run are kept if their checksums hold. Under torchrun or
-    accelerate each process makes its share, and the last to finish writes the manifest. A script
-    that lets it start processes needs `if __name__ == "__main__":`, since they import the script.
-    Raises, before any work, ValueError for an unusable setting, image folder or autoencoder, and
-    where the output holds latents of other settings or images; DataUnavailableError without
-    diffusers; OSError where nothing can be written. Later: OSError likewise, ChildProcessError for
-    a process that failed, FloatingPointError for moments that are not finite in the stored dtype,
-    and ValueError if no image was readable.
+    Finished shards of an earlier run are kept if their checksums match. Under torchrun or
+    `accelerate launch` each process writes its share, and the last one to finish writes the
+    manifest. A script in which it starts processes needs `if __name__ == "__main__":`, because they
+    import the script. Raises, before any work, ValueError for an unusable setting, image folder or
+    autoencoder, and where the output holds latents of other settings or images;
+    DataUnavailableError without diffusers; OSError where nothing can be written. Later: OSError
+    likewise, ChildProcessError for a process that failed, FloatingPointError for moments that are
+    not finite in the stored dtype, and ValueError if no image was readable.
     """
     config.validate()
     device = resolve_device(config.device)
     files = list_images(config.images)
     if config.output.resolve().is_relative_to(config.images.resolve()):
         raise ValueError(f"output: got {config.output}, expected a folder outside the images'")
-    end_with_launcher()
-    place = Place.from_environment()
+    exit_with_launcher()
+    worker = Worker.from_environment()
     shards = -(-len(files.names) // config.shard_size)
-    processes = min(_processes(config, device, place), shards)
-    own_device = place.device(device) if processes == 1 else torch.device("cpu")
+    on_cpu = min(_cpu_count(), MAX_CPU_PROCESSES)
+    processes = min(choose_process_count(config.processes, worker, device, on_cpu), shards)
+    own_device = worker.device(device) if processes == 1 else torch.device("cpu")
     autoencoder = _load(config, own_device)
-    step, scale = autoencoder.downsampling, autoencoder.scale
-    require_fields(config, image_size=(config.image_size % step == 0, f"a multiple of {step}"))
+    scale, downsampling = autoencoder.scale, autoencoder.downsampling
+    divisible = config.image_size % downsampling == 0
+    require_fields(config, image_size=(divisible, f"a multiple of {downsampling}"))
     settings = {
         "images": files.fingerprint(),
         "autoencoder": autoencoder.fingerprint(),
@@ -159,39 +140,58 @@ def extract(config: ExtractConfig) -> ExtractSummary:
         "shard_size": config.shard_size,
     }
     job = _Job(config, files, settings)
-    claim(config.output, ())
+    prepare_output(config.output, ())
     _refuse_other_latents(job)
-    places = [place.part(number, processes) for number in range(processes)]
-    total = sum(_length(job.part(number)) for place in places for number in job.shards(place))
-    with tqdm(total=total, unit="image", desc="extracting", disable=place.rank > 0) as bar:
-        if processes == 1:
-            _make_shards(job, autoencoder, place, bar.update)
-        else:
-            del autoencoder
-            done = torch.zeros(processes, dtype=torch.int64).share_memory_()
-            arguments = (job, device, places, done)
-            start_processes(
-                _process, arguments, processes, lambda: bar.update(int(done.sum()) - bar.n)
-            )
-    return _finish(job, scale, alone=place.count == 1)
+    own_model = autoencoder if processes == 1 else None
+    del autoencoder
+    run_sharded(job, own_model, worker, device, processes, "extracting")
+    return _finish(job, scale, alone=worker.world_size == 1)
 
 
-def _processes(config: ExtractConfig, device: torch.device, place: Place) -> int:
-    if config.processes is not None:
-        return config.processes
-    if place.count > 1:
-        return 1
-    if device.type == "cuda":
-        return torch.cuda.device_count() if device.index is None else 1
-    return min(_processors(), 8)
+@dataclass(frozen=True)
+class _Job:
+    """An extraction, as every worker process needs it (see `utils.sharded.ShardedJob`).
+
+    `settings` is everything that decides the content of the shards.
+    """
+
+    config: ExtractConfig
+    files: ImageFiles
+    settings: dict[str, Any]
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        output = self.config.output
+        return split_into_shards(
+            len(self.files.names),
+            self.config.shard_size,
+            lambda index, start: output / f"shard-{index:05}.safetensors",
+        )
+
+    def load(self, device: torch.device) -> Autoencoder:
+        return _load(self.config, device)
+
+    def is_complete(self, shard: Shard) -> bool:
+        try:
+            found = open_shard(shard.path)
+        except DamagedShardError:
+            return False
+        return found.about["number"] == shard.index and found.about["sha256"] == found.checksum()
+
+    def make(self, shard: Shard, model: Autoencoder, worker: Worker, progress: Progress) -> None:
+        threads = torch.get_num_threads()
+        # The order of sums, and so their rounding, would depend on the number of threads.
+        torch.set_num_threads(1)
+        decoders = max(1, _cpu_count() // worker.local_world_size)
+        try:
+            with ThreadPoolExecutor(decoders) as pool:
+                _write_shard(self, shard, model, pool, progress)
+        finally:
+            torch.set_num_threads(threads)
 
 
-def _processors() -> int:
+def _cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _length(part: slice) -> int:
-    return int(part.stop - part.start)
 
 
 def _load(config: ExtractConfig, device: torch.device) -> Autoencoder:
@@ -199,11 +199,11 @@ def _load(config: ExtractConfig, device: torch.device) -> Autoencoder:
 
 
 def _refuse_other_latents(job: _Job) -> None:
-    """ValueError where the output holds latents that are not of this job."""
+    """Raise ValueError where the output holds latents of other settings."""
     output = job.config.output
     found = [read_manifest(output)["settings"]] if (output / MANIFEST).exists() else []
     for path in output.glob("shard-*.safetensors"):
-        # A damaged one is made anew.
+        # A damaged shard is written anew.
         with contextlib.suppress(DamagedShardError):
             found.append(open_shard(path).about.get("settings", {}))
     for settings in found:
@@ -220,95 +220,48 @@ def _refuse_other_latents(job: _Job) -> None:
                 )
 
 
-def _process(
-    number: int, job: _Job, device: torch.device, places: list[Place], done: Tensor
-) -> None:
-    """What a started process does; `done` counts its images for the one that started it."""
-    place, parent = places[number], os.getppid()
-
-    def progress(images: int) -> None:
-        done[number] += images
-        if os.getppid() != parent:
-            raise SystemExit("stopped: the process that started this one is gone")
-
-    _make_shards(job, _load(job.config, place.device(device)), place, progress)
-
-
-def _make_shards(
-    job: _Job, autoencoder: Autoencoder, place: Place, progress: Callable[[int], object]
-) -> None:
-    """Make the shards of this place that are not there, and whole, already."""
-    threads = torch.get_num_threads()
-    # Sums in another number of threads round differently, and processes share the processors.
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(max(1, _processors() // place.local_count)) as decoders:
-            for number in job.shards(place):
-                path = job.path(number)
-                for unfinished in path.parent.glob(f".{path.name}.*.part"):
-                    unfinished.unlink()
-                if _is_whole(path, number):
-                    progress(_length(job.part(number)))
-                else:
-                    _make_shard(job, autoencoder, number, decoders, progress)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _is_whole(path: Path, number: int) -> bool:
-    try:
-        shard = open_shard(path)
-    except DamagedShardError:
-        return False
-    return shard.about["number"] == number and shard.about["sha256"] == shard.checksum()
-
-
-def _make_shard(
-    job: _Job,
-    autoencoder: Autoencoder,
-    number: int,
-    decoders: ThreadPoolExecutor,
-    progress: Callable[[int], object],
+def _write_shard(
+    job: _Job, shard: Shard, autoencoder: Autoencoder, pool: ThreadPoolExecutor, progress: Progress
 ) -> None:
     """Encode the readable images of a shard and write it."""
-    config, part = job.config, job.part(number)
-    names, labels = job.files.names[part], job.files.labels[part]
+    config = job.config
+    names, labels = job.files.names[shard.images], job.files.labels[shard.images]
     side = config.image_size // autoencoder.downsampling
     shape = (len(names), 2, 2 * autoencoder.channels, side, side)
     moments = torch.empty(shape, dtype=DTYPES[config.dtype])
     readable = torch.zeros(len(names), dtype=torch.bool)
     skipped: list[tuple[str, str]] = []
-    for places, results in _decoded(job, names, decoders):
+    for rows, results in _decoded_batches(job, names, pool):
         images = [image for image in results if isinstance(image, Tensor)]
-        readable[places] = torch.tensor([isinstance(result, Tensor) for result in results])
+        readable[rows] = torch.tensor([isinstance(result, Tensor) for result in results])
         skipped += [
             (name, reason)
-            for name, reason in zip(names[places], results, strict=True)
+            for name, reason in zip(names[rows], results, strict=True)
             if isinstance(reason, str)
         ]
         if images:
             batch = torch.stack(images)
             views = torch.stack([autoencoder.moments(x) for x in (batch, batch.flip(3))], 1)
-            # Behind those before it, so that the readable ones end up without gaps.
+            # Right after the readable images before them: unreadable ones leave no gap.
             end = int(readable.sum())
             encoded = moments[end - len(images) : end].copy_(views)
             if not encoded.isfinite().all():
                 raise FloatingPointError(
-                    f"moments not finite in {config.dtype}: {names[places][0]} or one of the "
-                    f"{_length(places) - 1} images after it"
+                    f"moments not finite in {config.dtype}: {names[rows][0]} or one of the "
+                    f"{len(results) - 1} images after it"
                 )
-        progress(_length(places))
+        progress(len(results))
     moments, labels = moments[: int(readable.sum())], labels[readable]
-    about = {"number": number, "settings": job.settings, "skipped": skipped}
-    write_shard(job.path(number), moments, labels, about)
+    about = {"number": shard.index, "settings": job.settings, "skipped": skipped}
+    write_shard(shard.path, moments, labels, about)
 
 
-def _decoded(
-    job: _Job, names: tuple[str, ...], decoders: ThreadPoolExecutor
+def _decoded_batches(
+    job: _Job, names: tuple[str, ...], pool: ThreadPoolExecutor
 ) -> Iterator[tuple[slice, list[Tensor | str]]]:
-    """Batch after batch of images, each an image or why it is unreadable.
+    """Yield batches of images, each an image or the reason why it is unreadable.
 
-    The next batch is being decoded while one is in use.
+    The pool decodes the next batch while the caller uses this one.
     """
 
     def read(name: str) -> Tensor | str:
@@ -317,21 +270,21 @@ def _decoded(
         except UnreadableImageError as error:
             return error.reason
 
-    ahead: list[tuple[slice, Iterator[Tensor | str]]] = []
+    pending: list[tuple[slice, Iterator[Tensor | str]]] = []
     for first in range(0, len(names), job.config.batch_size):
-        places = slice(first, min(first + job.config.batch_size, len(names)))
-        ahead.append((places, decoders.map(read, names[places])))
-        if len(ahead) > 1:
-            places, results = ahead.pop(0)
-            yield places, list(results)
-    for places, results in ahead:
-        yield places, list(results)
+        rows = slice(first, min(first + job.config.batch_size, len(names)))
+        pending.append((rows, pool.map(read, names[rows])))
+        if len(pending) > 1:
+            rows, results = pending.pop(0)
+            yield rows, list(results)
+    for rows, results in pending:
+        yield rows, list(results)
 
 
 def _finish(job: _Job, scale: LatentScale, alone: bool) -> ExtractSummary:
-    """Write the manifest if all shards are there, as they are where this process is alone."""
+    """Write the manifest if all shards are there; with one process (`alone`) they must be."""
     output, classes = job.config.output, job.files.classes
-    paths = [job.path(number) for number in range(job.count)]
+    paths = [shard.path for shard in job.shards]
     try:
         shards = [open_shard(path) for path in paths]
     except DamagedShardError:

@@ -1,4 +1,4 @@
-"""What runs here: versions, compiled libraries, and which implementation each operator would use.
+"""Report versions, compiled libraries and the implementation that each operator would use.
 
 `dimr-fast info` or `python -m dimr_fast.info`.
 """
@@ -15,7 +15,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def report() -> str:
-    """The whole report as plain text."""
+    """Return the report as plain text."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     titles = {
         "versions": _versions(),

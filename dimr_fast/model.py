@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dimr_fast import ops
 from dimr_fast.config import DiMRConfig, preset
-from dimr_fast.hub import HubModel
+from dimr_fast.hub.mixin import HubModel
 from dimr_fast.layers import (
     Attention,
     Block,

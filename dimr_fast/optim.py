@@ -1,4 +1,4 @@
-"""What a training script needs beside the model: the published optimizer and average of weights."""
+"""The published optimizer (AdamW with parameter groups) and the EMA of weights."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ def adamw(
     betas: tuple[float, float] = (0.99, 0.99),
     weight_decay: float = 0.03,
 ) -> torch.optim.AdamW:
-    """AdamW in one fused update, with the published parameter groups.
+    """Return a fused AdamW with the published parameter groups.
 
-    Everything is decayed, norms and embeddings too, but the `nodecay_*` vectors of time-dependent
-    parameters. The defaults are the published values.
+    Weight decay applies to all parameters, norms and embeddings too, except the `nodecay_*` vectors
+    of time-dependent parameters. The defaults are the published values.
     """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
@@ -35,8 +35,8 @@ def adamw(
 class EMA:
     """Exponential moving average of a model's parameters, by name, updated in one call.
 
-    `tensors` starts as a copy of them, sharded as they are (FSDP2). As DiMR has no buffers, its
-    `load_state_dict` takes them.
+    `tensors` starts as a copy of the parameters, sharded like them (FSDP2). DiMR has no buffers, so
+    `model.load_state_dict(ema.tensors)` loads the average.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,7 +45,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        """Move the average by `1 − decay` of the way to the parameters.
+        """Set the average to `decay · average + (1 − decay) · parameters`.
 
         Raises ValueError where `decay` is not in 0 <= decay < 1.
         """
@@ -56,5 +56,5 @@ class EMA:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This process's shard of a parameter that is sharded."""
+    """Return this process's shard of a sharded parameter, else the parameter."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

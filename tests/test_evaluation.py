@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dimr_fast.data import DataUnavailableError
-from dimr_fast.data.image_sets import TensorImages
 from dimr_fast.data.tiles import Tiles, load_tiles
-from dimr_fast.evaluation import frechet_scores, quick_score
-from dimr_fast.features import EfficientNetLite0Features, bare_package
-from dimr_fast.metrics import (
-    FeatureStatistics,
+from dimr_fast.errors import DataUnavailableError
+from dimr_fast.evaluation import frechet_scores, frechet_to_reference
+from dimr_fast.evaluation.features import EfficientNetLite0Features, bare_package
+from dimr_fast.evaluation.image_sets import TensorImages
+from dimr_fast.evaluation.metrics import (
+    StatisticsAccumulator,
     frechet_distance,
     inception_score,
     precision_recall,
 )
-from dimr_fast.summaries import summarize
+from dimr_fast.evaluation.statistics import compute_statistics
 
 
 def random_covariance(size: int, rank: int, seed: int) -> torch.Tensor:
@@ -92,7 +92,7 @@ def test_rank_deficient_gaussians_on_orthogonal_planes() -> None:
 def test_streaming_statistics_are_those_of_all_features() -> None:
     generator = torch.Generator().manual_seed(6)
     rows = 1e4 + torch.randn(101, 7, generator=generator, dtype=torch.float64)
-    statistics = FeatureStatistics()
+    statistics = StatisticsAccumulator()
     for batch in rows.split([1, 0, 40, 7, 53]):
         statistics.update(batch)
     assert statistics.count == 101
@@ -103,7 +103,7 @@ def test_streaming_statistics_are_those_of_all_features() -> None:
 
 
 def test_statistics_refuse_what_they_cannot_tell() -> None:
-    statistics = FeatureStatistics()
+    statistics = StatisticsAccumulator()
     with pytest.raises(ValueError, match="at least one"):
         _ = statistics.mean
     statistics.update(torch.zeros(1, 3))
@@ -141,8 +141,10 @@ def test_agrees_with_torchmetrics() -> None:
     metric.update(real, real=True)
     metric.update(drawn, real=False)
     network: Any = Pixels()
-    expected = summarize(network, TensorImages(real, ""))
-    assert quick_score(network, drawn, expected) == pytest.approx(float(metric.compute()), rel=1e-6)
+    expected = compute_statistics(network, TensorImages(real, ""))
+    assert frechet_to_reference(network, drawn, expected) == pytest.approx(
+        float(metric.compute()), rel=1e-6
+    )
 
 
 def test_inception_score_of_sure_and_of_unsure_predictions() -> None:
@@ -241,7 +243,12 @@ def test_scores_put_training_tiles_between_themselves_and_noise(
     assert "Fréchet distance on EfficientNet-Lite0 at 128x128" in str(scores)
     assert "60 images against 112 held-out" in str(scores)
 
-    assert quick_score(features, originals, summarize(features, TensorImages(originals, ""))) < 1e-9
+    assert (
+        frechet_to_reference(
+            features, originals, compute_statistics(features, TensorImages(originals, ""))
+        )
+        < 1e-9
+    )
 
 
 def test_scores_need_images(features: EfficientNetLite0Features) -> None:

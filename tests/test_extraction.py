@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
-from dimr_fast.autoencoder import Autoencoder
 from dimr_fast.cli import main
+from dimr_fast.data.autoencoder import Autoencoder
 from dimr_fast.data.images import ImageFolder
 from dimr_fast.data.latents import DamagedShardError, LatentShards, open_shard
 from dimr_fast.data.scaling import LatentScale
@@ -143,7 +143,8 @@ def test_processes_of_a_launcher_leave_the_same_files(
 
 KILLED_IN_THE_THIRD_SHARD = """
 import os, pickle, signal, sys
-from dimr_fast import extraction, files
+from dimr_fast import extraction
+from dimr_fast.utils import tensors as files
 
 def save_half(tensors, path, metadata):
     if "shard-00002" in path.name:
@@ -323,7 +324,7 @@ def test_a_full_disk_keeps_what_is_there(
 
     config = dataclasses.replace(config, output=tmp_path / "out")
     with monkeypatch.context() as full:
-        full.setattr("dimr_fast.files.save_file", save_until_full)
+        full.setattr("dimr_fast.utils.tensors.save_file", save_until_full)
         with pytest.raises(OSError, match=r"shard-00002\.safetensors: No space left"):
             extract(config)
     assert contents(config.output).keys() == {"shard-00000.safetensors", "shard-00001.safetensors"}

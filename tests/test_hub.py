@@ -16,8 +16,9 @@ from safetensors import safe_open
 from saved import inputs, randomised
 from torch import nn
 
-from dimr_fast import DiMR, DiMRConfig, hub, optimize_for_inference
+from dimr_fast import DiMR, DiMRConfig, optimize_for_inference
 from dimr_fast.checkpoint import CheckpointError, load_model
+from dimr_fast.hub import mixin as hub
 
 NOTES = {
     "classes": ["a", "b", "c", "d", "e", "f"],

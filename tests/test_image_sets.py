@@ -8,8 +8,8 @@ import torch
 from pictured import drawn, read, write_folder, write_npz
 from PIL import Image
 
-from dimr_fast.data.image_sets import FolderImages, NpzImages, TensorImages, open_images
 from dimr_fast.data.images import list_images
+from dimr_fast.evaluation.image_sets import FolderImages, NpzImages, TensorImages, open_images
 
 
 def test_images_come_back_as_they_were(tmp_path: Path) -> None:

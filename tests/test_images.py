@@ -185,7 +185,7 @@ def test_the_scale_is_that_of_evenly_spaced_images(
     images = ImageFolder(folder, 8)
     every = images.read(torch.arange(5), torch.zeros(5, dtype=torch.bool))
     assert images.scale == PixelScale.of(every)
-    monkeypatch.setattr(images_module, "_MOST_SAMPLED", 2)
+    monkeypatch.setattr(images_module, "_SCALE_SAMPLE", 2)
     assert ImageFolder(folder, 8).scale == PixelScale.of(every[[0, 2]])
 
 

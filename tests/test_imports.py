@@ -1,6 +1,7 @@
-"""Who may import whom: the rooms of the house, read from the sources themselves."""
+"""The import order of the package, read from its sources; docs/design.md gives the reasons."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,112 +9,182 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dimr_fast"
 
-LEAVES = {"files", "seeds"}
-"""Modules that import nothing of ours and that every job may use."""
-TRAINING = {"training", "train_config", "train_loop", "train_log", "train_samples", "train_state"}
-JOBS = {*TRAINING, "sampling", "evaluation", "demo"}
-
-ALLOWED = {
-    "config": set(),
-    "reference": set(),
-    "_extension": set(),
-    "files": set(),
-    "seeds": set(),
-    "device": set(),
-    "ops": {"reference", "_extension", "ops"},
-    "layers": {"ops", "config"},
-    "card": {"config"},
-    "hub": {"card", "config", "files"},
-    "model": {"hub", "layers", "ops", "config"},
-    "inference": {"model", "layers", "ops"},
-    "diffusion": {"diffusion"},
-    "data": {"data", "device", "files", "seeds"},
-    "processes": {"data", "device"},
-    "optim": set(),
-    "checkpoint": {"hub", "model", "config", "data", "files"},
-    "pictures": {"data", "files"},
-    "metrics": set(),
-    "features": {"data"},
-    "summaries": {"data", "features", "metrics"},
-    "references": {"data", "features", "files", "metrics", "summaries"},
-    "image_files": {"files"},
-    "sampler": {
-        "autoencoder",
-        "checkpoint",
-        "config",
-        "data",
-        "device",
-        "diffusion",
-        "inference",
-        "seeds",
+FLOORS = (
+    {"errors", "_extension", "reference"},
+    {"utils"},
+    {"diffusion", "config", "optim", "ops"},
+    {"layers", "hub", "data"},
+    {"model"},
+    {"inference", "checkpoint"},
+    {"__init__"},
+    {"sampling.sampler", "sampling.writers"},
+    {
+        "evaluation.features",
+        "evaluation.frechet",
+        "evaluation.image_sets",
+        "evaluation.metrics",
+        "evaluation.real_images",
+        "evaluation.statistics",
     },
-    "autoencoder": {"data"},
-    "extraction": {"autoencoder", "config", "data", "device", "processes"} | LEAVES,
-    **{
-        job: {
-            "model",
-            "inference",
-            "config",
-            "optim",
-            "diffusion",
-            "data",
-            "checkpoint",
-            "pictures",
-            "image_files",
-            "sampler",
-            "autoencoder",
-            "device",
-            "processes",
-            "metrics",
-            "features",
-            "summaries",
-            "references",
-        }
-        | LEAVES
-        | JOBS
-        for job in JOBS
+    {
+        "training.config",
+        "training.log",
+        "training.loop",
+        "training.parallel",
+        "training.previews",
+        "training.state",
+        "training.throughput",
     },
-    "convert": {"checkpoint", "config", "data", "files", "hub", "model"},
-    "export": {"checkpoint", "config"},
-    "info": {"ops", "_extension", "dimr_fast"},
-    "cli": {"info", "checkpoint", "convert", "data", "export", "extraction", *JOBS},
-    "__main__": {"cli"},
-    "__init__": {"config", "inference", "model"},
-}
-"""Room by room, the rooms it may import from."""
-# `python -m dimr_fast.training`, as launchers start it, is `dimr-fast train`.
-ALLOWED["training"] |= {"cli"}
+    {"convert", "evaluation.job", "export", "extraction", "info", "sampling.job", "training.run"},
+    {"sampling", "evaluation", "training", "train_config"},
+    {"demo"},
+    {"cli"},
+    {"__main__", "training.__main__"},
+)
+"""From low to high: a module imports modules of lower floors, and those of its own package that are
+on its own floor. No floor lets a job import another job. A package stands for all its modules that
+no other entry names; `sampling`, `evaluation` and `training` alone are their `__init__`, which
+re-exports."""
 
 
-def imports(path: Path) -> list[tuple[str, bool]]:
-    """The absolute names a file imports, and whether it does so when it is itself imported."""
-    tree = ast.parse(path.read_text())
-    inside = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef)
-        for node in ast.walk(function)
-    }
-    package = (
-        ("dimr_fast", *path.relative_to(PACKAGE).parent.parts) if PACKAGE in path.parents else ()
-    )
-    found: list[tuple[str, bool]] = []
-    for node in ast.walk(tree):
-        top = id(node) not in inside
-        if isinstance(node, ast.Import):
-            found += [(alias.name, top) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            if module == "dimr_fast":
-                found += [(f"dimr_fast.{alias.name}", top) for alias in node.names]
-            else:
-                found.append((module, top))
+def modules() -> dict[str, Path]:
+    """Return the modules by dotted name without "dimr_fast."; a package by its own name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] == "kernels":
+            continue
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        found[name] = path
     return found
 
 
-def room(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+MODULES = modules()
+
+
+def imported_names(path: Path) -> list[tuple[str, bool]]:
+    """Return the absolute names that a file imports, and whether at its own import.
+
+    Imports under TYPE_CHECKING and in functions happen later or never.
+    """
+    tree = ast.parse(path.read_text())
+    later = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.FunctionDef)
+        or (isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING")
+        for node in ast.walk(block)
+    }
+    found: list[tuple[str, bool]] = []
+    for node in ast.walk(tree):
+        at_import = id(node) not in later
+        if isinstance(node, ast.Import):
+            found += [(alias.name, at_import) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                assert PACKAGE not in path.parents, f"{path}: relative import"
+                continue
+            # A name may be a module of its own: `from dimr_fast import ops`.
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                own = whole.removeprefix("dimr_fast.")
+                found.append((whole if own in MODULES else str(node.module), at_import))
+    return found
+
+
+def floor(module: str) -> int:
+    """Return the floor of a module: that of its own entry, else of its package."""
+    for name in (module, module.split(".")[0]):
+        for number, entries in enumerate(FLOORS):
+            if name in entries:
+                return number
+    raise AssertionError(f"{module} is on no floor")
+
+
+def own_imports(path: Path, at_import_only: bool) -> set[str]:
+    """Return the modules of dimr_fast that a file imports."""
+    return {
+        name.removeprefix("dimr_fast.")
+        for name, at_import in imported_names(path)
+        if name.startswith("dimr_fast.") and (at_import or not at_import_only)
+        if not name.startswith("dimr_fast.kernels")
+    }
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_lower_floors_only(module: str) -> None:
+    package = module.split(".")[0]
+    for other in own_imports(MODULES[module], at_import_only=False):
+        same_package = other.split(".")[0] == package
+        assert floor(other) < floor(module) or (same_package and floor(other) == floor(module)), (
+            f"{module} imports {other}"
+        )
+
+
+def test_every_entry_of_the_floors_exists() -> None:
+    packages = {module.split(".")[0] for module in MODULES}
+    assert set().union(*FLOORS) <= set(MODULES) | packages
+    assert sum(map(len, FLOORS)) == len(set().union(*FLOORS))
+
+
+def test_no_imports_form_a_circle() -> None:
+    graph = {m: own_imports(path, at_import_only=False) - {m} for m, path in MODULES.items()}
+    finished: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        if module not in finished:
+            for other in sorted(graph.get(module, ())):
+                visit(other, (*trail, module))
+            finished.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_the_root_has_few_rooms() -> None:
+    """A newcomer can read the list at one glance."""
+    rooms = {module.split(".")[0] for module in MODULES} - {"__init__", "__main__"}
+    assert len(rooms) <= 24, sorted(rooms)
+
+
+def test_the_wheel_lists_every_package() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in PACKAGE.rglob("__init__.py")
+        if "kernels" not in path.parts
+    }
+    assert set(settings["packages"]) == folders | {"dimr_fast.kernels"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_heavy_and_optional_packages_are_imported_where_they_are_used(module: str) -> None:
+    optional = {
+        "triton",
+        "flash_attn",
+        "xformers",
+        "matplotlib",
+        "scipy",
+        "efficientnet_lite_pytorch",
+        "accelerate",
+        "tensorboard",
+        "diffusers",
+        "tyro",
+    }
+    found = imported_names(MODULES[module])
+    assert not {name.split(".")[0] for name, at_import in found if at_import} & optional
+    if not module.startswith("ops."):
+        assert not any(name.startswith("dimr_fast.kernels") for name, _ in found)
+
+
+@pytest.mark.parametrize("module", ["cli", "errors", "__init__", "__main__"])
+def test_the_help_needs_no_torch(module: str) -> None:
+    """`dimr-fast --help` answers at once."""
+    names = {name.split(".")[0] for name, now in imported_names(MODULES[module]) if now}
+    assert "torch" not in names
+    below = own_imports(MODULES[module], at_import_only=True)
+    assert below <= {"cli", "errors"}
 
 
 SHARED_BY_KERNELS = {
@@ -126,55 +197,21 @@ SHARED_BY_KERNELS = {
 """What a kernel's file may import from another; never another operator."""
 CONFIGURATION = {"configuration.py": {"contextlib", "functools", "json", "pathlib"}}
 
-SOURCES = sorted(PACKAGE.rglob("*.py"))
-
-
-def test_every_room_is_known() -> None:
-    assert {room(path) for path in SOURCES} == set(ALLOWED)
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_stay_within_the_rules(path: Path) -> None:
-    own = [name for name, _ in imports(path) if name.split(".")[0] == "dimr_fast"]
-    rooms = {name.split(".")[1] if "." in name else "dimr_fast" for name in own}
-    # A name of the package itself, such as its version.
-    rooms = {"dimr_fast" if r == "__version__" else r for r in rooms}
-    assert rooms - {room(path)} <= ALLOWED[room(path)], path
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_heavy_and_optional_packages_are_imported_where_they_are_used(path: Path) -> None:
-    optional = {
-        "triton",
-        "flash_attn",
-        "xformers",
-        "matplotlib",
-        "scipy",
-        "efficientnet_lite_pytorch",
-        "accelerate",
-        "tensorboard",
-        "diffusers",
-    }
-    top = {name.split(".")[0] for name, at_import in imports(path) if at_import}
-    assert not top & optional, path
-    assert "kernels" not in {name.split(".")[0] for name, _ in imports(path)}
-    if room(path) != "ops":
-        assert not any(name.startswith("dimr_fast.kernels") for name, _ in imports(path))
-
 
 def test_reference_and_kernels_stand_alone() -> None:
-    names = {name.split(".")[0] for name, _ in imports(PACKAGE / "reference.py")}
+    names = {name.split(".")[0] for name, _ in imported_names(MODULES["reference"])}
     assert names <= {"torch", "math", "collections", "typing"}
     for path in (ROOT / "kernels").glob("*.py"):
-        names = {name.split(".")[0] for name, _ in imports(path)} - {"dimr_fast"}
+        found = {name for name, _ in imported_names(path)}
+        names = {name.split(".")[0] for name in found} - {"dimr_fast"}
         allowed = {"torch", "triton", "math", "typing", "dataclasses", "collections"}
         assert names <= allowed | CONFIGURATION.get(path.name, set()), path
-        own = {name for name, _ in imports(path) if name.startswith("dimr_fast")}
-        assert own <= SHARED_BY_KERNELS, path
+        assert {name for name in found if name.startswith("dimr_fast")} <= SHARED_BY_KERNELS, path
 
 
 def test_nobody_imports_the_kernels_folder_by_its_bare_name() -> None:
     """`kernels` on the package index is another project."""
-    for folder in ("tests", "benchmarks"):
+    for folder in ("dimr_fast", "tests", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
-            assert "kernels" not in {name.split(".")[0] for name, _ in imports(path)}, path
+            names = {name.split(".")[0] for name, _ in imported_names(path)}
+            assert "kernels" not in names, path

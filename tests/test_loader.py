@@ -52,7 +52,7 @@ def test_processes_share_each_batch_without_overlap_or_loss(
     examples: ImageArray, processes: int
 ) -> None:
     alone = take(Loader(examples, 12), 10)
-    loaders = [Loader(examples, 12, rank=r, processes=processes) for r in range(processes)]
+    loaders = [Loader(examples, 12, rank=r, world_size=processes) for r in range(processes)]
     for whole, *parts in zip(alone, *(take(loader, 10) for loader in loaders), strict=True):
         assert torch.equal(torch.cat([part.indices for part in parts]), whole.indices)
         assert torch.equal(torch.cat([part.raw for part in parts]), whole.raw)
@@ -104,8 +104,8 @@ def test_a_batch_may_hold_several_epochs() -> None:
     ("settings", "message"),
     [
         ({"batch_size": 0}, "batch_size: got 0"),
-        ({"batch_size": 9, "processes": 2}, "batch_size: got 9, expected a multiple of the 2"),
-        ({"batch_size": 8, "processes": 2, "rank": 2}, "rank: got 2"),
+        ({"batch_size": 9, "world_size": 2}, "batch_size: got 9, expected a multiple of the 2"),
+        ({"batch_size": 8, "world_size": 2, "rank": 2}, "rank: got 2"),
     ],
 )
 def test_bad_settings_name_the_setting(

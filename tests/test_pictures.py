@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dimr_fast.pictures import image_grid, loss_curve
+from dimr_fast.utils.plots import image_grid, loss_curve
 
 
 def test_grid_repeats_the_pixels_of_each_image(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_sampling_takes_the_stated_number_of_evaluations(
         optimised.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
         return optimised
 
-    monkeypatch.setattr("dimr_fast.sampler.optimize_for_inference", watched)
+    monkeypatch.setattr("dimr_fast.sampling.sampler.optimize_for_inference", watched)
     sample_images(trained, torch.arange(3), Sampler(steps=5, guidance=0.4))
     assert batches == [6] * 5
     batches.clear()
@@ -134,7 +134,7 @@ def test_guidance_settings_reach_the_model(
         optimised.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
         return optimised
 
-    monkeypatch.setattr("dimr_fast.sampler.optimize_for_inference", watched)
+    monkeypatch.setattr("dimr_fast.sampling.sampler.optimize_for_inference", watched)
     for name, settings in {
         "none": {"guidance": 0.0},
         "constant": {"guidance": 4.0},
@@ -154,8 +154,8 @@ def test_guidance_settings_reach_the_model(
 
 
 def test_power_guidance_grows_to_the_constant_one() -> None:
-    constant = Sampler(guidance=0.4).guidance_at_each_time()
-    power = Sampler(guidance=0.4, guidance_power=2.0).guidance_at_each_time()
+    constant = Sampler(guidance=0.4).guidance_schedule()
+    power = Sampler(guidance=0.4, guidance_power=2.0).guidance_schedule()
     t = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
     assert constant.extra(t).tolist() == pytest.approx([0.4] * 3)
     middle = 0.2 * (1 - math.cos(math.pi / 4))
@@ -171,7 +171,7 @@ def test_an_image_sampler_prepares_its_model_once(
         built.append(dtype)
         return optimize_for_inference(model, dtype)
 
-    monkeypatch.setattr("dimr_fast.sampler.optimize_for_inference", counted)
+    monkeypatch.setattr("dimr_fast.sampling.sampler.optimize_for_inference", counted)
     sampler = Sampler(steps=2, precision="fp32", batch_size=2)
     draw = ImageSampler(trained, sampler)
     apart = torch.cat([draw(torch.arange(2)), draw(torch.arange(2, 4), first=2)])

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from saved import Doubling, trained_model, write_checkpoint
 
-from dimr_fast import DiMR, sampling
+from dimr_fast import DiMR
 from dimr_fast.checkpoint import (
     TrainedModel,
 )
@@ -30,6 +30,7 @@ from dimr_fast.sampling import (
     sample,
     sample_images,
 )
+from dimr_fast.sampling import job as job_module
 
 
 @pytest.fixture
@@ -132,7 +133,8 @@ def test_chosen_classes(trained: TrainedModel, tmp_path: Path) -> None:
 
 KILLED_WHILE_DRAWING = """
     import os, signal, sys
-    from dimr_fast import cli, sampling
+    from dimr_fast import cli
+    from dimr_fast.sampling import job as sampling
 
     calls, write = 0, sampling.write_png
 
@@ -222,7 +224,8 @@ def test_a_failing_process_is_reported(
     (tmp_path / "out").mkdir()
     # What the processes are to write into is a file, which the check before them has not seen.
     monkeypatch.setattr(
-        "dimr_fast.sampling.claim", lambda *_: (tmp_path / "out" / "images").write_text("")
+        "dimr_fast.sampling.job.prepare_output",
+        lambda *_: (tmp_path / "out" / "images").write_text(""),
     )
     with pytest.raises(ChildProcessError, match=r"process \d stopped: .*images"):
         sample(job)
@@ -241,9 +244,8 @@ def test_a_process_does_not_wait_for_the_first_one_for_ever(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("dimr_fast.sampling.WAIT", 0.2)
-    with pytest.raises(TimeoutError, match="the first process has not begun"):
-        sample(config(trained, tmp_path))
+    with pytest.raises(TimeoutError, match="rank 0 has not begun"):
+        sample(config(trained, tmp_path), start_timeout=0.2)
 
 
 def test_what_is_not_finite_is_never_a_picture(trained: TrainedModel, tmp_path: Path) -> None:
@@ -267,15 +269,15 @@ def test_a_grid_alone_draws_no_class_that_it_does_not_show(tmp_path: Path) -> No
 def test_a_job_is_drawn_by_one_command_at_a_time(
     trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dimr_fast.files.PATIENCE", 0.3)
+    monkeypatch.setattr("dimr_fast.utils.files.LOCK_TIMEOUT", 0.3)
     job = config(trained, tmp_path)
 
     def meanwhile(*_: object) -> None:
         with pytest.raises(OSError, match="another process is writing there"):
             sample(job)
 
-    finish = sampling._finish
-    monkeypatch.setattr(sampling, "_finish", lambda job: meanwhile() or finish(job))
+    finish = job_module._finish
+    monkeypatch.setattr(job_module, "_finish", lambda job: meanwhile() or finish(job))
     sample(job)
     # As a kill at the very end leaves it.
     (job.output / "parts").mkdir()
@@ -287,7 +289,7 @@ def test_a_job_is_drawn_by_one_command_at_a_time(
 def test_a_checkpoint_that_changes_while_a_job_begins_is_noticed(
     trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dimr_fast.sampling._fingerprint", lambda model: "that of before")
+    monkeypatch.setattr("dimr_fast.sampling.job._weights_digest", lambda model: "that of before")
     with pytest.raises(ChildProcessError, match="has changed since the job began"):
         sample(config(trained, tmp_path, processes=2))
 
@@ -302,7 +304,7 @@ def test_latents_are_decoded(
     assert not job.output.exists()
     with pytest.raises(ValueError, match="autoencoder: got None, expected one to decode"):
         sample_images(latents, torch.arange(2), job.sampler)
-    monkeypatch.setattr("dimr_fast.autoencoder.Autoencoder", Doubling)
+    monkeypatch.setattr("dimr_fast.data.autoencoder.Autoencoder", Doubling)
     other = dataclasses.replace(job, autoencoder="the autoencoder")
     with pytest.raises(ValueError, match=r"of 3 channels and .*0\.18215.*, expected .*0\.5"):
         sample(other)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from dimr_fast.data import DataUnavailableError
 from dimr_fast.data import tiles as tiles_module
 from dimr_fast.data.tiles import CLASS_NAMES, Tiles, load_tiles
+from dimr_fast.errors import DataUnavailableError
 
 SIZE, STRIDE = 32, 16
 

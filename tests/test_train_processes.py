@@ -22,10 +22,9 @@ from dimr_fast.checkpoint import load_checkpoint, load_model
 from dimr_fast.data.latents import FORMAT, MANIFEST, open_shard, write_shard
 from dimr_fast.data.loader import batch_indices
 from dimr_fast.data.scaling import LatentScale, scale_to_dict
-from dimr_fast.train_config import TrainConfig
-from dimr_fast.train_loop import NONFINITE
-from dimr_fast.train_state import CHECKPOINT
-from dimr_fast.training import train
+from dimr_fast.training import TrainConfig, train
+from dimr_fast.training.loop import NONFINITE
+from dimr_fast.training.state import CHECKPOINT
 
 pytest.importorskip("accelerate", reason="needs the accelerate package")
 
@@ -65,7 +64,7 @@ def command(images: Path, output: Path, *changes: str, processes: int = 1) -> li
     launch = [sys.executable, "-m"]
     if processes > 1:
         launch += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    return [*launch, "dimr_fast.training", "--output", str(output), *words]
+    return [*launch, "dimr_fast.training.run", "--output", str(output), *words]
 
 
 def run(
@@ -200,7 +199,8 @@ def test_two_processes_train_what_one_does(
 
 BETWEEN_TWO_MINDS = """
 import os, sys
-from dimr_fast import cli, device
+from dimr_fast import cli
+from dimr_fast.utils import device
 
 device._bf16_is_faster = lambda: os.environ["RANK"] == "1"
 sys.exit(cli.main(sys.argv[1:]))
@@ -214,7 +214,7 @@ def test_processes_left_to_choose_by_themselves_choose_alike(
     script = tmp_path / "script.py"
     script.write_text(BETWEEN_TWO_MINDS)
     words = command(images, tmp_path / "run", "precision=auto", "device=auto", processes=2)
-    place = words.index("dimr_fast.training")
+    place = words.index("dimr_fast.training.run")
     finish([*words[: place - 1], str(script), "train", *words[place + 1 :]])
     assert json.loads((tmp_path / "run" / "train.json").read_text())["result"]["processes"] == 2
     assert_same(tmp_path / "run", together)
@@ -257,7 +257,7 @@ def test_what_is_not_finite_in_one_process_is_left_out_by_all(
     drawing = dataclasses.replace(config, output=tmp_path / "drawing", sample_steps=6)
     with pytest.raises(ValueError, match="autoencoder: got None, expected an AutoencoderKL"):
         train(drawing)
-    monkeypatch.setattr("dimr_fast.autoencoder.Autoencoder", Doubling)
+    monkeypatch.setattr("dimr_fast.data.autoencoder.Autoencoder", Doubling)
     monkeypatch.setattr(Doubling, "channels", 4)
     train(dataclasses.replace(drawing, autoencoder="the autoencoder"))
     with Image.open(drawing.output / "samples" / "00000006.png") as grid:

@@ -8,21 +8,25 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dimr_fast import DiMR, train_loop, train_state, training
+from dimr_fast import DiMR
 from dimr_fast.checkpoint import CheckpointError, load_checkpoint, load_model
+from dimr_fast.data import sources
 from dimr_fast.data.tiles import Tiles
-from dimr_fast.train_config import TrainConfig
-from dimr_fast.train_loop import MOST_SKIPPED, NONFINITE, TrainLoop, learning_rate
-from dimr_fast.train_state import CHECKPOINT, milestones
-from dimr_fast.training import train
+from dimr_fast.training import TrainConfig, train
+from dimr_fast.training import loop as train_loop
+from dimr_fast.training import run as training
+from dimr_fast.training import state as train_state
+from dimr_fast.training.loop import MAX_SKIPPED_STEPS, NONFINITE, TrainLoop, learning_rate
+from dimr_fast.training.state import CHECKPOINT, milestones
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +36,7 @@ def few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     images = (labels * 40).to(torch.uint8)[:, None, None, None].expand(-1, 3, 16, 16).contiguous()
     corners = torch.zeros(60, 2, dtype=torch.int64)
     tiles = Tiles(images, labels, corners, images, labels, corners)
-    monkeypatch.setattr(training, "load_tiles", lambda size, stride: tiles)
+    monkeypatch.setattr(sources, "load_tiles", lambda size, stride: tiles)
 
 
 def config(output: Path, **changes: Any) -> TrainConfig:
@@ -69,7 +73,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(config(tmp_path / "whole"))
-    original = TrainLoop._inputs
+    original = TrainLoop._micro_batches
     calls = 0
 
     def interrupting(*args: Any) -> Any:
@@ -79,7 +83,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
             os.kill(os.getpid(), signal.SIGINT)
         return original(*args)
 
-    monkeypatch.setattr(TrainLoop, "_inputs", interrupting)
+    monkeypatch.setattr(TrainLoop, "_micro_batches", interrupting)
     stopped = train(config(tmp_path / "parts"))
     assert stopped.interrupted
     assert stopped.steps == 3
@@ -130,14 +134,14 @@ def test_training_works_outside_the_main_thread(tmp_path: Path) -> None:
 
 def test_dropped_labels_are_the_null_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    original = TrainLoop._inputs
+    original = TrainLoop._micro_batches
 
     def watching(*args: Any) -> Any:
         for part in original(*args):
             seen.extend(part[1].tolist())
             yield part
 
-    monkeypatch.setattr(TrainLoop, "_inputs", watching)
+    monkeypatch.setattr(TrainLoop, "_micro_batches", watching)
     train(config(tmp_path, batch_size=60, steps=10, label_dropout=0.25))
     dropped = seen.count(6) / 600
     assert set(seen) == {0, 1, 2, 3, 4, 5, 6}
@@ -179,11 +183,12 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
 def test_a_run_that_another_process_goes_on_with_is_left_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dimr_fast.files.PATIENCE", 0.5)
+    monkeypatch.setattr("dimr_fast.utils.files.LOCK_TIMEOUT", 0.5)
     train(config(tmp_path, steps=1))
     before = (tmp_path / CHECKPOINT).read_bytes()
-    code = "from dimr_fast.files import hold; from pathlib import Path; import sys, time\n"
-    code += "held = hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    code = "from dimr_fast.utils.files import lock_folder; from pathlib import Path\n"
+    code += "import sys, time\n"
+    code += "held = lock_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
@@ -404,7 +409,7 @@ def test_too_many_steps_left_out_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, set(range(4, 99)))
-    with pytest.raises(FloatingPointError, match=f"at step 13, the {MOST_SKIPPED}th in a row"):
+    with pytest.raises(FloatingPointError, match=f"at step 13, the {MAX_SKIPPED_STEPS}th in a row"):
         train(config(tmp_path, steps=30, nonfinite="skip"))
 
 
@@ -471,12 +476,12 @@ def test_resuming_waits_for_a_checkpoint_that_is_being_written(
     train(config(tmp_path / "less", steps=1))
     (tmp_path / "less" / CHECKPOINT).rename(tmp_path / CHECKPOINT)
 
-    def hold(folder: Path) -> IO[str]:
-        """The run before ends with its last checkpoint and lets go of the folder."""
+    def lock_folder(folder: Path) -> AbstractContextManager[None]:
+        """The run before writes its last checkpoint and releases the lock."""
         kept.replace(folder / CHECKPOINT)
-        return (folder / ".lock").open("w")
+        return nullcontext()
 
-    monkeypatch.setattr(training, "hold", hold)
+    monkeypatch.setattr(training, "lock_folder", lock_folder)
     train(config(tmp_path, steps=3), resume=True)
     assert load_checkpoint(tmp_path / CHECKPOINT)[1]["step"] == 3
     report = json.loads((tmp_path / "train.json").read_text())
@@ -504,7 +509,7 @@ def test_the_log_has_a_line_every_so_often_and_none_twice(tmp_path: Path) -> Non
 def test_what_cannot_be_logged_or_drawn_is_reported_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = TrainLoop._gradients
+    original = TrainLoop._forward_backward
 
     def without_room(*args: Any) -> Any:
         if not (tmp_path / "samples").exists():
@@ -513,7 +518,7 @@ def test_what_cannot_be_logged_or_drawn_is_reported_and_the_run_goes_on(
             (tmp_path / "log.jsonl").mkdir()
         return original(*args)
 
-    monkeypatch.setattr(TrainLoop, "_gradients", without_room)
+    monkeypatch.setattr(TrainLoop, "_forward_backward", without_room)
     assert train(config(tmp_path, steps=2, log_steps=2, sample_steps=2)).steps == 2
     said = capsys.readouterr()
     assert "not logged: " in said.out + said.err
@@ -553,9 +558,9 @@ def test_samples_and_scores_come_on_schedule(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("efficientnet_lite_pytorch", reason="needs the feature network's package")
-    from dimr_fast import references
+    from dimr_fast.evaluation import real_images
 
-    monkeypatch.setattr(references, "load_tiles", lambda size: training.load_tiles(size, 16))
+    monkeypatch.setattr(real_images, "load_tiles", lambda size: sources.load_tiles(size, 16))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     train(config(tmp_path, steps=4, sample_steps=2, score_steps=4, score_images=8))
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [

@@ -1,19 +1,19 @@
-"""Labelled images that are in memory already."""
+"""Training examples from images in memory."""
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dimr_fast.data.scaling import PixelScale
+from dimr_fast.utils.tensors import sha256
 
 
 class ImageArray:
-    """Images uint8 [N, C, H, W] with int64 labels [N] of the named classes, to train on.
+    """Training examples: images uint8 [N, C, H, W] with int64 labels [N] that index `classes`.
 
-    Pixels are standardised over all of them. Raises ValueError for other dtypes or shapes, no image
-    at all, or labels outside the classes.
+    Pixels are standardised over all images. Raises ValueError for other dtypes or shapes, for no
+    images, and for labels outside the classes.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
@@ -38,12 +38,10 @@ class ImageArray:
         self.shape = (channels, height, width)
 
     def fingerprint(self) -> str:
-        """SHA-256 of all pixels and labels."""
-        digest = hashlib.sha256(self.images.contiguous().numpy().data)
-        digest.update(self.labels.contiguous().numpy().data)
-        return digest.hexdigest()
+        """Return the SHA-256 of all pixels and labels."""
+        return sha256(self.images, self.labels)
 
     def read(self, indices: Tensor, mirrored: Tensor) -> Tensor:
-        """The images at `indices`, left-right mirrored where `mirrored`: uint8 [B, C, H, W]."""
+        """Return the images at `indices`, mirrored where `mirrored`: uint8 [B, C, H, W]."""
         images = self.images[indices]
         return torch.where(mirrored[:, None, None, None], images.flip(3), images)

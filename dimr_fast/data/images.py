@@ -1,4 +1,4 @@
-"""Folders of labelled images: found, decoded, and cropped to squares."""
+"""Folders of labelled images: list, decode and crop them."""
 
 import hashlib
 import os
@@ -14,27 +14,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dimr_fast.data.scaling import PixelScale
+from dimr_fast.errors import UnreadableImageError
 
 EXTENSIONS = (
     *(".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm"),
     *(".png", ".ppm", ".tif", ".tiff", ".webp"),
 )
-"""What counts as an image, in small or capital letters; other files are not looked at."""
+"""File name extensions of images, in any case; other files are ignored."""
 
-_MOST_SAMPLED = 512
-
-
-class UnreadableImageError(OSError):
-    """A file with an image's extension that cannot be decoded; `reason` is why."""
-
-    def __init__(self, message: str, reason: str = "") -> None:
-        super().__init__(message)
-        self.reason = reason
+_SCALE_SAMPLE = 512
+"""Images that the pixel scale is measured on: reading all of a large folder would take hours."""
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images below `root`: names relative to it, in order of class, then name.
+    """Image files below `root`: paths relative to it, sorted by class, then by name.
 
     `labels`, int64 [N], index `classes`.
     """
@@ -45,7 +39,7 @@ class ImageFiles:
     classes: tuple[str, ...]
 
     def fingerprint(self) -> str:
-        """SHA-256 of all names and file sizes: it changes when images are added or replaced."""
+        """Return the SHA-256 of all names and file sizes."""
         digest = hashlib.sha256()
         for name in self.names:
             path = self.root / name
@@ -55,14 +49,14 @@ class ImageFiles:
 
 
 def list_images(folder: Path) -> ImageFiles:
-    """The images of a folder, none of them opened yet.
+    """List the images of a folder without opening them.
 
-    Each sub-folder is a class, named after it, with the images at any depth below; classes are
-    numbered in order of their names. A folder with images and no sub-folders is one class, named
-    after itself. Names that begin with a dot are passed over.
+    Each sub-folder is a class with its name, and holds images at any depth; classes are numbered
+    in alphabetical order. A folder with images and without sub-folders is one class with the
+    folder's name. Names that begin with a dot are ignored.
 
-    Raises ValueError where there is no folder, where images lie beside class folders, and where
-    a class has none.
+    Raises ValueError where there is no folder, where it has both images and sub-folders, and where
+    a class has no image.
     """
     if not folder.is_dir():
         raise ValueError(f"image folder: got {folder}, expected an existing folder")
@@ -91,12 +85,12 @@ def list_images(folder: Path) -> ImageFiles:
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """The centre square of an image, uint8 RGB [3, size, size].
+    """Read an image and crop its centre square: uint8 RGB [3, size, size].
 
-    Upright as its EXIF data says; transparent parts are laid over white; of several frames the
-    first; 16 bits become 8. The crop is that of published ImageNet latents and of ADM's reference
-    statistics: halved by boxes while the short side is at least 2·size, resized bicubically with
-    antialiasing until it is `size`, then cut. Smaller images are enlarged.
+    EXIF orientation is applied; transparent pixels are composited over white; of several frames the
+    first is read; 16 bits become 8. The crop is that of published ImageNet latents and of ADM's
+    reference statistics: halve with a box filter while the short side is at least 2·size, resize it
+    to `size` bicubically with antialiasing, then crop. Smaller images are enlarged.
 
     Raises UnreadableImageError for a file that is missing, damaged or no image.
     """
@@ -113,7 +107,7 @@ def read_image(path: Path, size: int) -> Tensor:
 
 
 def find_unreadable(folder: Path) -> dict[str, str]:
-    """Decode every image of a folder, with a progress bar; the unreadable ones and the reasons."""
+    """Decode every image of a folder; return the unreadable files with reasons. Shows progress."""
     files = list_images(folder)
 
     def reason(name: str) -> str | None:
@@ -129,12 +123,12 @@ def find_unreadable(folder: Path) -> dict[str, str]:
 
 
 class ImageFolder:
-    """The images of a folder (see `list_images`) as training examples, decoded when they are read.
+    """Training examples from a folder of images (see `list_images`), decoded when they are read.
 
-    Nothing is checked ahead of reading but the at most 512 images, evenly spaced, whose mean and
-    standard deviation are the scale. `read` stops at an unreadable image with
-    UnreadableImageError, which names it; `find_unreadable` names all. ValueError for a folder
-    that `list_images` refuses, a size below 1 and images of one single colour.
+    The pixel scale is measured on at most 512 evenly spaced images, the only ones that are decoded
+    in advance. `read` raises UnreadableImageError at an unreadable image and names it;
+    `find_unreadable` names all of them. Raises ValueError for a folder that `list_images` refuses,
+    a size below 1 and images of one single colour.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -147,11 +141,11 @@ class ImageFolder:
         self.scale = _pixel_scale(self)
 
     def fingerprint(self) -> str:
-        """That of the files, by their names and sizes."""
+        """Return the fingerprint of the files' names and sizes."""
         return self.files.fingerprint()
 
     def read(self, indices: Tensor, mirrored: Tensor) -> Tensor:
-        """The images at int64 `indices` [B], mirrored where bool [B] says; uint8 [B, 3, s, s]."""
+        """Read the images at `indices` [B], mirrored where `mirrored`: uint8 [B, 3, size, size]."""
         images = torch.empty(len(indices), *self.shape, dtype=torch.uint8)
         wanted = zip(indices.tolist(), mirrored.tolist(), strict=True)
         for place, (index, mirror) in enumerate(wanted):
@@ -164,9 +158,9 @@ class ImageFolder:
 
 
 def _pixel_scale(folder: ImageFolder) -> PixelScale:
-    """What PixelScale.of gives of evenly spaced images, without holding them all."""
+    """Measure `PixelScale.of` evenly spaced images by a histogram, without storing the images."""
     total = len(folder.labels)
-    count = min(total, _MOST_SAMPLED)
+    count = min(total, _SCALE_SAMPLE)
     histogram = torch.zeros(256, dtype=torch.int64)
     for place in range(count):
         pixels = folder._read(place * total // count).flatten()
@@ -180,12 +174,12 @@ def _pixel_scale(folder: ImageFolder) -> PixelScale:
 
 
 def is_image(name: str) -> bool:
-    """Whether the name of a file is that of an image; hidden files are none."""
+    """Return whether a file name has an image's extension and is not hidden."""
     return name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def images_below(root: Path, folder: str) -> Iterator[str]:
-    """Names relative to `root`. Broken links are among them, to be reported when they are read."""
+    """Yield image paths relative to `root`; broken links too, which reading reports."""
     for path, folders, names in os.walk(root / folder, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
         inside = os.path.relpath(path, root)
@@ -193,7 +187,7 @@ def images_below(root: Path, folder: str) -> Iterator[str]:
 
 
 def decode_image(path: Path) -> Image.Image:
-    """The whole image in RGB, as `read_image` says; UnreadableImageError likewise."""
+    """Decode a whole image to RGB as `read_image` does. Raises UnreadableImageError likewise."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -206,6 +200,6 @@ def decode_image(path: Path) -> Image.Image:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
             return image.convert("RGB")
-    except Exception as error:  # damaged files make decoders fail in any way
+    except Exception as error:  # a damaged file can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImageError(f"{path}: not a readable image ({reason})", reason) from error

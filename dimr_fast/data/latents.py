@@ -1,7 +1,7 @@
 """Latent shards: autoencoder moments of images, in memory-mapped safetensors files.
 
-A shard holds `moments`, [n, 2, 2C, h, w]: of each image as it is and mirrored, mean and log
-variance of its latent; and `labels`, int64 [n]. `manifest.json` beside them says what they are of.
+A shard holds `moments` [n, 2, 2C, h, w], mean and log variance of the latents of each image and of
+its mirror image, and `labels`, int64 [n]. `manifest.json` beside the shards describes them.
 """
 
 import hashlib
@@ -11,65 +11,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dimr_fast.data.scaling import LatentScale, scale_from_dict
-from dimr_fast.device import DTYPES
-from dimr_fast.files import write_tensors
+from dimr_fast.errors import CheckpointError, DamagedShardError
+from dimr_fast.utils.device import DTYPES
+from dimr_fast.utils.tensors import read_tensors, sha256, write_tensors
 
 MANIFEST = "manifest.json"
 FORMAT = "dimr_fast latents 1"
-ABOUT = "dimr_fast"
-"""The one entry of a shard's metadata: safetensors writes several in any order."""
-
-
-class DamagedShardError(OSError):
-    """A shard that is missing, truncated, altered or of another kind; the message names it."""
+METADATA_KEY = "dimr_fast"
+"""The only entry of a shard's metadata: safetensors writes several entries in random order, and
+equal shards must be equal files."""
 
 
 @dataclass(frozen=True)
-class Shard:
-    """An opened shard; `moments` lie in the file, which is read where they are used."""
+class LatentShard:
+    """An open shard. `moments` are memory-mapped."""
 
     moments: Tensor
     labels: Tensor
     about: dict[str, Any]
-    """Its number, checksum, skipped files, and the settings it was made with."""
+    """Index, checksum, skipped files and the settings of the extraction."""
 
     def checksum(self) -> str:
-        """SHA-256 of the labels' bytes and then the moments'."""
-        return _checksum(self.moments, self.labels)
+        """Return the SHA-256 of the bytes of labels and moments, in this order."""
+        return sha256(self.labels, self.moments)
 
 
-def open_shard(path: Path) -> Shard:
-    """Map a shard into memory; DamagedShardError unless the file is there and whole."""
+def open_shard(path: Path) -> LatentShard:
+    """Open a shard. Raises DamagedShardError where the file is missing or damaged."""
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()[ABOUT])
-            return Shard(file.get_tensor("moments"), file.get_tensor("labels"), about)
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        tensors, metadata = read_tensors(path)
+        about = json.loads(metadata[METADATA_KEY])
+        return LatentShard(tensors["moments"], tensors["labels"], about)
+    except (CheckpointError, ValueError, TypeError, KeyError) as error:
         raise DamagedShardError(f"{path}: not a readable shard ({error})") from error
 
 
 def write_shard(path: Path, moments: Tensor, labels: Tensor, about: dict[str, Any]) -> None:
-    """Write a shard in one step; `about`, JSON values, with its checksum added. OSError likewise.
+    """Write a shard atomically, with the JSON values `about` and its checksum as metadata.
 
-    The same arguments give the same bytes.
+    The same arguments give the same bytes. Raises OSError where it cannot be written.
     """
-    text = json.dumps({**about, "sha256": _checksum(moments, labels)})
-    write_tensors(path, {"moments": moments, "labels": labels}, {ABOUT: text})
-
-
-def _checksum(moments: Tensor, labels: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in (labels, moments):
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    text = json.dumps({**about, "sha256": sha256(labels, moments)})
+    write_tensors(path, {"moments": moments, "labels": labels}, {METADATA_KEY: text})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of finished latents; ValueError where there is none."""
+    """Read the manifest of a finished extraction. Raises ValueError where there is none."""
     path = folder / MANIFEST
     expected = "expected a folder that dimr-fast extract has finished"
     try:
@@ -84,9 +74,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 class LatentShards:
     """Latents written by `dimr-fast extract`, as training examples.
 
-    Opening checks that every shard is there, whole and the one that the manifest names; `verify`
-    checks their bytes. Files are mapped when first read, in each process anew, so an instance can
-    be pickled. Raises ValueError for another folder, DamagedShardError for a bad shard.
+    The constructor checks that every shard exists, has the right size and is the one in the
+    manifest; `verify` compares checksums. Each process maps files at first use, so instances can be
+    pickled. Raises ValueError for another folder, DamagedShardError for a bad shard.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,14 +100,14 @@ class LatentShards:
         return len(self.labels)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the shards' checksums."""
+        """Return the SHA-256 of the shards' checksums."""
         return hashlib.sha256("".join(s["sha256"] for s in self._shards).encode()).hexdigest()
 
     def read(self, indices: Tensor, mirrored: Tensor) -> Tensor:
-        """The moments at int64 `indices` [B], of the mirrored image where bool [B] `mirrored`.
+        """Read the moments at int64 `indices` [B]; of the mirror image where `mirrored`, bool [B].
 
-        [B, 2C, h, w] in the dtype they are stored in, on the CPU; only these are read.
-        IndexError for an index outside 0..N-1, DamagedShardError for a shard that has changed.
+        Returns [B, 2C, h, w] in the stored dtype, on the CPU. Raises IndexError for an index
+        outside 0..N-1, DamagedShardError for a shard that has changed.
         """
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
             raise IndexError(f"indices: got {indices.tolist()}, expected 0..{len(self) - 1}")
@@ -131,7 +121,7 @@ class LatentShards:
         return moments
 
     def verify(self) -> None:
-        """Read every shard and compare checksums; DamagedShardError names all that differ."""
+        """Compare all checksums. Raises DamagedShardError naming the shards that differ."""
         bad = [
             shard["file"]
             for number, shard in enumerate(self._shards)
@@ -140,7 +130,7 @@ class LatentShards:
         if bad:
             raise DamagedShardError(
                 f"{self.path}: altered since extraction: {', '.join(bad)}; "
-                "running the same extraction again makes them anew"
+                "run the same extraction again to repair them"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,13 +141,11 @@ class LatentShards:
             self._opened[number] = self._open(number).moments
         return self._opened[number]
 
-    def _open(self, number: int) -> Shard:
+    def _open(self, number: int) -> LatentShard:
         entry = self._shards[number]
         shard = open_shard(self.path / entry["file"])
         expected = (self._dtype, (entry["count"], *self._views_shape), entry["count"])
         found = (shard.moments.dtype, tuple(shard.moments.shape), len(shard.labels))
         if found != expected or shard.about.get("sha256") != entry["sha256"]:
-            raise DamagedShardError(
-                f"{self.path / entry['file']}: not the shard that {MANIFEST} names"
-            )
+            raise DamagedShardError(f"{self.path / entry['file']}: not the shard in {MANIFEST}")
         return shard

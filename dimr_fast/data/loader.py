@@ -1,4 +1,4 @@
-"""Which examples each step of a training reads, on any number of processes, from any step on."""
+"""Batches of a training run, for any number of processes, from any step."""
 
 import signal
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dimr_fast.data import Examples
-from dimr_fast.seeds import derived_seed
+from dimr_fast.data.examples import Examples
+from dimr_fast.utils.seeds import derived_seed
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's part of the batch of `step`, on the CPU: what `Examples.read` gives."""
+    """This rank's share of the batch of `step`, on the CPU; `raw` comes from `Examples.read`."""
 
     step: int
     indices: Tensor
@@ -24,20 +24,20 @@ class Batch:
     labels: Tensor
 
     def pin_memory(self) -> "Batch":
-        """In memory that a GPU copies from while it computes."""
+        """Return the batch in pinned memory, from which a GPU copies asynchronously."""
         return Batch(self.step, self.indices, self.raw.pin_memory(), self.labels.pin_memory())
 
 
 class Loader:
-    """Endless batches of `examples`, shuffled anew each epoch.
+    """Iterate over batches of `examples` without end, shuffled anew in each epoch.
 
-    Every example comes once an epoch; where an epoch ends within a batch the next one begins in it.
-    A batch of `batch_size` is split evenly, in order, among `processes`, of which this is number
-    `rank`, so together they read what one alone would. Half of the examples are mirrored, if
-    `mirror`. All of it follows from the seed and the step alone: the state is the next step.
+    Every example occurs once per epoch; a batch may span two epochs. A batch of `batch_size` is
+    split evenly, in order, over `world_size` ranks, so together they read the same batch as one
+    process. With `mirror` half of the examples are mirrored. Everything is derived from the seed
+    and the step, so the loader's state is the next step.
 
-    `workers` processes read ahead; `pin_memory` as torch's DataLoader.
-    Raises ValueError where the batch cannot be split, or there are no examples.
+    `workers` processes read ahead; `pin_memory` as in torch's DataLoader. Raises ValueError where
+    the batch cannot be split, or there are no examples.
     """
 
     def __init__(
@@ -47,31 +47,31 @@ class Loader:
         *,
         seed: int = 0,
         rank: int = 0,
-        processes: int = 1,
+        world_size: int = 1,
         mirror: bool = True,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        if batch_size < 1 or batch_size % processes:
+        if batch_size < 1 or batch_size % world_size:
             raise ValueError(
-                f"batch_size: got {batch_size}, expected a multiple of the {processes} processes"
+                f"batch_size: got {batch_size}, expected a multiple of the {world_size} processes"
             )
-        if not 0 <= rank < processes:
-            raise ValueError(f"rank: got {rank}, expected 0..{processes - 1}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: got {rank}, expected 0..{world_size - 1}")
         if len(examples.labels) == 0:
             raise ValueError("examples: got none, expected at least one")
-        self._steps = _Steps(examples, batch_size, seed, rank, processes, mirror)
+        self._batch_of_step = _BatchOfStep(examples, batch_size, seed, rank, world_size, mirror)
         self._workers, self._pin_memory = workers, pin_memory
         self.step = 0
 
     def __iter__(self) -> Iterator[Batch]:
         loader = DataLoader(
-            self._steps,
+            self._batch_of_step,
             batch_size=None,
             sampler=count(self.step),
             num_workers=self._workers,
             pin_memory=self._pin_memory,
-            worker_init_fn=_leave_signals_to_the_job,
+            worker_init_fn=_ignore_signals,
         )
         for batch in loader:
             if isinstance(batch, OSError):
@@ -80,50 +80,51 @@ class Loader:
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Where to go on; small enough for any checkpoint."""
+        """Return the position, for a checkpoint."""
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was taken, with the next iterator."""
+        """Restore the position; takes effect at the next `__iter__`."""
         self.step = state["step"]
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset[Batch | OSError]):
-    """The batch of each step, for torch's DataLoader."""
+class _BatchOfStep(Dataset[Batch | OSError]):
+    """Map a step to its batch, for torch's DataLoader."""
 
     examples: Examples
     batch_size: int
     seed: int
     rank: int
-    processes: int
+    world_size: int
     mirror: bool
 
     def __getitem__(self, step: int) -> Batch | OSError:
-        share = self.batch_size // self.processes
-        part = slice(self.rank * share, (self.rank + 1) * share)
-        indices = batch_indices(len(self.examples.labels), self.batch_size, self.seed, step)[part]
+        share = self.batch_size // self.world_size
+        own = slice(self.rank * share, (self.rank + 1) * share)
+        indices = batch_indices(len(self.examples.labels), self.batch_size, self.seed, step)[own]
         generator = torch.Generator().manual_seed(derived_seed(self.seed, 2, step))
-        mirrored = torch.rand(self.batch_size, generator=generator)[part] < 0.5 * self.mirror
+        mirrored = torch.rand(self.batch_size, generator=generator)[own] < 0.5 * self.mirror
         try:
             raw = self.examples.read(indices, mirrored)
         except OSError as error:
-            # Raised in a worker it would arrive as pages of text.
+            # Raised in a worker process it would arrive as a long traceback text.
             return error
         return Batch(step, indices, raw, self.examples.labels[indices])
 
 
-def _leave_signals_to_the_job(worker: int) -> None:
-    """Launchers and terminals signal workers too, whose end would end the job before it can save.
+def _ignore_signals(worker: int) -> None:
+    """Ignore SIGINT and SIGTERM, which launchers and terminals send to workers too.
 
-    They end when the job tells them to, or is gone.
+    A worker that ended on its own would end the job before it can save. Workers exit when the job
+    stops them or has died.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def batch_indices(count: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """The indices, int64 [batch_size], that step reads of `count` examples on all processes."""
+    """Return the indices, int64 [batch_size], of `count` examples that all ranks read at `step`."""
     places = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = places // count
     parts = [

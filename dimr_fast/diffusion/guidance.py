@@ -1,4 +1,4 @@
-"""Classifier-free guidance: push a prediction away from the one that knows no class."""
+"""Classifier-free guidance: extrapolate from the unconditional to the conditional prediction."""
 
 import math
 from collections.abc import Callable
@@ -11,12 +11,13 @@ from dimr_fast.diffusion.schedule import time_condition
 from dimr_fast.diffusion.solvers import NoiseFn
 
 ModelFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A noise prediction from `x` [N, ...], the condition (`log_snr`, [1] or [N]) and labels [N]."""
+"""A function that predicts noise from `x` [N, ...], the condition (`log_snr`, [1] or [N]) and
+labels [N]."""
 
 
 @dataclass(frozen=True)
 class ConstantGuidance:
-    """The same guidance at every time: `ε = ε_c + scale·(ε_c − ε_u)`. Published scale: 0.4.
+    """Apply the same guidance at every time: `ε = ε_c + scale·(ε_c − ε_u)`. Published scale: 0.4.
 
     Raises ValueError unless `scale` is finite and at least 0, where 0 means no guidance.
 
@@ -31,20 +32,20 @@ class ConstantGuidance:
 
     @property
     def off(self) -> bool:
-        """Whether guidance never changes the prediction."""
+        """True where guidance never changes the prediction."""
         return self.scale == 0
 
     def extra(self, t: Tensor) -> Tensor:
-        """The factor of `ε_c − ε_u` that is added to `ε_c` at time `t`; same shape as `t`."""
+        """Return the factor of `ε_c − ε_u` that is added to `ε_c` at time `t`; shape of `t`."""
         return torch.full_like(t, self.scale)
 
 
 @dataclass(frozen=True)
 class PowerCosineGuidance:
-    """Guidance that grows as the noise falls: `ε = ε_u + w·(ε_c − ε_u)`.
+    """Increase guidance as the noise decreases: `ε = ε_u + w·(ε_c − ε_u)`.
 
-    `w = (peak − 1)·½(1 − cos(π·(1 − t)^power)) + 1`: none at t = 1, `peak` at t = 0. A larger
-    power leaves more of the early steps unguided.
+    `w = (peak − 1)·½(1 − cos(π·(1 − t)^power)) + 1`: none at t = 1, `peak` at t = 0. With a
+    larger power more of the early steps are unguided.
 
     Raises ValueError unless `peak` is finite and at least 1 (1 means no guidance) and `power` is
     finite and positive.
@@ -63,11 +64,11 @@ class PowerCosineGuidance:
 
     @property
     def off(self) -> bool:
-        """Whether guidance never changes the prediction."""
+        """True where guidance never changes the prediction."""
         return self.peak == 1
 
     def extra(self, t: Tensor) -> Tensor:
-        """The factor of `ε_c − ε_u` that is added to `ε_c` at time `t`; same shape as `t`."""
+        """Return the factor of `ε_c − ε_u` that is added to `ε_c` at time `t`; shape of `t`."""
         return (self.peak - 1) * 0.5 * (1 - torch.cos(math.pi * (1 - t) ** self.power))
 
 
@@ -82,18 +83,18 @@ def guided(
     *,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> NoiseFn:
-    """The guided noise prediction of a class-conditional model, as a solver takes it.
+    """Return the guided noise prediction of a class-conditional model, for a solver.
 
-    Each call of the result is one call of `model_fn`: a batch of 2B, first the images with their
-    labels, then the same images with the null label; or, where guidance is off or the time outside
-    `interval`, the B images alone. `model_fn` is given `8·t − 4` as its condition: [1] for a time
-    that all images share, one per image otherwise.
+    Each call of the result calls `model_fn` once, with a batch of 2B: the images with their labels,
+    then the same images with the null label. Where guidance is off or the time is outside
+    `interval`, the batch is the B images alone. The condition of `model_fn` is `8·t − 4`: [1] for a
+    time that all images share, one per image otherwise.
 
-    `y`: integer labels [B]. `null_label`: the label that stands for "no class". The result takes
-    `x` [B, ...] and `t` (0-d or [B]) and returns the shape and dtype of `x`; guidance is computed
-    in that dtype, also where the model predicts in a lower one. `interval`: the least and the
-    largest time that is guided. A part of (0, 1] takes a 0-d `t` on the CPU, as solvers give it:
-    the host has to know the batch without waiting for the device.
+    `y`: integer labels [B]. `null_label`: the label of the unconditional prediction. The result
+    takes `x` [B, ...] and `t` (0-d or [B]) and returns the shape and dtype of `x`; guidance is
+    computed in that dtype, also if the model predicts in a lower one. `interval`: guidance is
+    applied for times in [low, high]. If that is only a part of (0, 1], `t` must be 0-d and on the
+    CPU, as solvers pass it: the host must choose the batch without waiting for the device.
 
     Raises ValueError for `y` of another shape or dtype, for an empty `interval` and, when called,
     for an `x` or `t` that does not fit or a prediction that is not shaped like its input.
@@ -104,7 +105,7 @@ def guided(
         raise ValueError(f"y: got {y.dtype} {tuple(y.shape)}, expected int32 or int64 labels [B]")
     low, high = interval
     if not low <= high:
-        raise ValueError(f"interval: got {interval}, expected the least and the largest time")
+        raise ValueError(f"interval: got {interval}, expected (low, high) with low <= high")
     always = low <= 0 and high >= 1
     labels = torch.cat([y, torch.full_like(y, null_label)])
 

@@ -11,10 +11,10 @@ _DEFAULT_COEFFICIENTS = {1: (1.0,), 2: (0.25, 1.0), 3: (0.25, 0.5, 1.0)}
 
 
 def pool_noise(noise: Tensor, factor: int) -> Tensor:
-    """White noise at a `factor` times lower resolution: sums over boxes, divided by `factor`.
+    """Pool white noise to a `factor` times lower resolution: sums over boxes, divided by `factor`.
 
-    A box holds `factor²` independent values, so dividing its sum by `factor` keeps unit variance
-    (a mean would not).
+    A box has `factor²` independent values, so its sum divided by `factor` has unit variance (its
+    mean would not).
 
     `noise`: [B, C, H, W] with H and W divisible by `factor` ≥ 1. Returns [B, C, H/factor,
     W/factor]. Raises ValueError otherwise.
@@ -31,15 +31,14 @@ def pool_noise(noise: Tensor, factor: int) -> Tensor:
 def multi_scale_loss(
     predictions: Sequence[Tensor], noise: Tensor, coefficients: Sequence[float] | None = None
 ) -> Tensor:
-    """Per image `Σ_r c_r · mean((ε̂_r − ε_r)²)`, `ε_r` the noise pooled to resolution r.
+    """Compute `Σ_r c_r · mean((ε̂_r − ε_r)²)` per image; `ε_r` is the noise pooled to resolution r.
 
-    `predictions`: [B, C, h, w] each, from low to high resolution, as the model returns them; each
-    size divides the noise's by one factor for both sides. `noise`: [B, C, H, W]. `coefficients`:
-    one per prediction; by default (1,), (1/4, 1) or (1/4, 1/2, 1) for one, two or three.
-    Returns [B], computed in float32 or, for float64 noise, float64.
+    `predictions`: [B, C, h, w] each, from low to high resolution, as the model returns them; the
+    noise's height and width are the same multiple of h and w. `noise`: [B, C, H, W].
+    `coefficients`: one per prediction; by default (1,), (1/4, 1) or (1/4, 1/2, 1) for one, two or
+    three. Returns [B], computed in float32 or, for float64 noise, float64.
 
-    Raises ValueError for other shapes, for sizes that do not nest, and for coefficients of the
-    wrong number or not finite.
+    Raises ValueError for other shapes and for coefficients of the wrong number or not finite.
 
     Source: Liu et al. 2024, arXiv 2406.09416.
     """
@@ -75,7 +74,7 @@ def _check_noise(noise: Tensor) -> None:
 
 
 def _pooling_factor(index: int, prediction: Tensor, noise: Tensor) -> int:
-    """How many times smaller than the noise a prediction is, the same on both sides."""
+    """Return the ratio of the noise's size to a prediction's, the same for height and width."""
     if prediction.shape[:2] == noise.shape[:2] and prediction.ndim == 4:
         height, width = prediction.shape[2:]
         factor = noise.shape[2] // max(height, 1)

@@ -1,4 +1,4 @@
-"""The noise schedule: how much of the image and how much noise an input holds at each time."""
+"""The noise schedule: the factors of image and noise in the model's input at each time."""
 
 import math
 from bisect import bisect
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def time_condition(t: Tensor) -> Tensor:
-    """The value the network takes as `log_snr` at time `t`: `8·t − 4`.
+    """Return the network's argument `log_snr` at time `t`: `8·t − 4`.
 
     The argument's name is historical: in the published latent recipe it is this linear function of
-    time, which grows with the noise, and not a log signal-to-noise ratio.
+    time, which increases with the noise, and no log signal-to-noise ratio.
 
     `t`: any shape, in (0, 1]. Returns the same shape and dtype.
     """
@@ -22,14 +22,14 @@ def time_condition(t: Tensor) -> Tensor:
 
 
 class DiscreteSchedule:
-    """The 1000-step schedule of Stable Diffusion, at its steps and, interpolated, between them.
+    """The 1000-step schedule of Stable Diffusion, interpolated between its steps.
 
     `β = linspace(√0.00085, √0.012, 1000)²` and `ᾱ_n = Π (1 − β)`. Step `n` in 1..1000 is time
     `t = n/1000`; an input at step `n` is `√ᾱ_n·x0 + √(1 − ᾱ_n)·ε`.
 
-    `betas`, `alphas_cumprod`: float64 [1000] on `device`; step `n` is entry `n − 1`. The methods
-    that take tensors work there and never wait for the device; those that take a float are plain
-    host arithmetic in float64, for coefficients that are known before a sampling loop starts.
+    `betas`, `alphas_cumprod`: float64 [1000] on `device`; step `n` is entry `n − 1`. Methods that
+    take tensors compute on that device and never wait for it; methods that take a float compute in
+    float64 on the host, for coefficients that are known before a sampling loop starts.
 
     Source: Rombach et al. 2022, arXiv 2112.10752 (the values); Lu et al. 2022, arXiv 2206.00927
     (discrete-time models in continuous time).
@@ -48,13 +48,13 @@ class DiscreteSchedule:
         self.alphas_cumprod = torch.tensor(alphas_cumprod, dtype=torch.float64, device=device)
 
     def add_noise(self, x0: Tensor, noise: Tensor, step: Tensor) -> Tensor:
-        """The input at `step`: `√ᾱ_n·x0 + √(1 − ᾱ_n)·noise`, each image at its own step.
+        """Return the noisy input `√ᾱ_n·x0 + √(1 − ᾱ_n)·noise`, each image at its own step.
 
         `x0`, `noise`: [B, ...], floating point. `step`: integer [B] in 1..1000. All on the
         schedule's device. Returns the shape and dtype of `x0`.
 
         Raises ValueError for other shapes, dtypes or devices, and on the CPU for a step out of
-        range; on a GPU that is a device assertion, since a check would wait for the device.
+        range. On a GPU that is a device assertion: a check would wait for the device.
 
         Source: Ho et al. 2020, arXiv 2006.11239, equation 4.
         """
@@ -77,7 +77,7 @@ class DiscreteSchedule:
             if tensor.device != device:
                 raise ValueError(f"{name}: on {tensor.device}, expected the schedule's {device}")
         try:
-            # index_select, unlike indexing, also refuses the -1 that step 0 would become.
+            # Unlike indexing, index_select refuses index -1, which step 0 gives.
             kept = self.alphas_cumprod.index_select(0, step.long() - 1)
         except IndexError as error:
             raise ValueError(
@@ -88,7 +88,7 @@ class DiscreteSchedule:
         return kept.sqrt().to(x0.dtype) * x0 + (1 - kept).sqrt().to(x0.dtype) * noise
 
     def condition(self, step: Tensor) -> Tensor:
-        """The network's `log_snr` at a discrete step, `8·n/1000 − 4` (see `time_condition`).
+        """Return the network's `log_snr` at a discrete step, `8·n/1000 − 4` (see `time_condition`).
 
         `step`: integer, any shape, in 1..1000. Returns float32 of the same shape, in (−4, 4].
         Raises ValueError for another dtype.
@@ -97,7 +97,7 @@ class DiscreteSchedule:
         return time_condition(step.to(torch.float32) / self.num_steps)
 
     def log_alpha(self, t: float) -> float:
-        """`log √ᾱ` at time `t`, linear in `t` between the steps.
+        """Return `log √ᾱ` at time `t`, linear in `t` between the steps.
 
         Raises ValueError for `t` outside [1/1000, 1].
         """
@@ -106,7 +106,7 @@ class DiscreteSchedule:
         return _interpolate(t, self._times, self._log_alphas)
 
     def alpha_sigma(self, t: float) -> tuple[float, float]:
-        """The factors of image and noise at time `t`: `α = √ᾱ` and `σ = √(1 − α²)`.
+        """Return the factors of image and noise at time `t`: `α = √ᾱ` and `σ = √(1 − α²)`.
 
         Raises ValueError for `t` outside [1/1000, 1].
         """
@@ -114,7 +114,7 @@ class DiscreteSchedule:
         return math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha))
 
     def half_log_snr(self, t: float) -> float:
-        """`λ = log(α/σ)` at time `t`; it falls as `t` grows.
+        """Return `λ = log(α/σ)` at time `t`; it decreases with `t`.
 
         Raises ValueError for `t` outside [1/1000, 1].
         """
@@ -122,10 +122,10 @@ class DiscreteSchedule:
         return log_alpha - 0.5 * math.log(-math.expm1(2 * log_alpha))
 
     def time_at(self, half_log_snr: float) -> float:
-        """The time `t` at which `λ` is `half_log_snr`: the inverse of `half_log_snr(t)`.
+        """Return the time `t` at which `λ` is `half_log_snr`: the inverse of `half_log_snr(t)`.
 
-        Beyond the schedule's ends the outermost interval is continued, so that a value which
-        rounding has put just outside still has a time. Raises ValueError if it is not finite.
+        Beyond its ends the schedule is extrapolated linearly, because rounding may give values just
+        outside. Raises ValueError if it is not finite.
         """
         if not math.isfinite(half_log_snr):
             raise ValueError(f"half_log_snr: got {half_log_snr}, expected a finite number")
@@ -140,7 +140,7 @@ def _check_step(step: Tensor) -> None:
 
 
 def _interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    """The piecewise linear function through (xs, ys), xs ascending, its ends continued."""
+    """Interpolate linearly through (xs, ys), xs ascending; extrapolate beyond the ends."""
     right = min(max(bisect(xs, x), 1), len(xs) - 1)
     left = right - 1
     return ys[left] + (x - xs[left]) * (ys[right] - ys[left]) / (xs[right] - xs[left])

@@ -1,4 +1,4 @@
-"""Samplers: from noise to an image along the diffusion's ordinary differential equation."""
+"""Solvers of the probability-flow ODE, from noise to an image."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,28 +13,26 @@ from torch import Tensor
 from dimr_fast.diffusion.schedule import DiscreteSchedule
 
 NoiseFn = Callable[[Tensor, Tensor], Tensor]
-"""A noise prediction from `x` [B, ...] and the time `t` in (0, 1], 0-d or [B]."""
+"""A function that predicts noise from `x` [B, ...] and the time `t` in (0, 1], 0-d or [B]."""
 
 Spacing = Literal["time", "log_snr"]
-"""Whether the times of a solver's grid are uniform in time, as published, or in `λ = log(α/σ)`."""
+"""Grid of a solver's times: uniform in time, as published, or in `λ = log(α/σ)`."""
 
 
 class Solver(Protocol):
-    """What each of `SOLVERS` is: from noise at t = 1 to a sample at t = 1/1000.
+    """The interface of `SOLVERS`: integrate from noise at t = 1 to a sample at t = 1/1000.
 
-    All follow one contract. `steps` is the number of network evaluations, whatever the solver makes
-    of them. The coefficients are float64 numbers known before the first evaluation, so the loop
-    never waits for the device.
+    `steps` is the number of network evaluations, for every solver. The coefficients are float64
+    numbers that are known before the first evaluation, so the loop never waits for the device.
 
-    `noise_fn(x, t)`: the predicted noise, shaped like `x`, at the 0-d time `t` in [1/1000, 1],
-    which lies on the CPU, where it can be looked at without waiting; a network whose condition is
-    `log_snr` wants `8·t − 4` (`guided` does that). `x`: unit Gaussian noise [B, ...]; the state
-    keeps its dtype. `spacing`: of the grid's times. Uniform in time, the last interval spans a
-    large part of λ, in which these solvers work; uniform in λ they come much closer to the exact
-    solution, but spend many evaluations on the last traces of noise. `clip`: the range of the data,
-    to which every predicted image is clipped: pixels have one, latents (and the published sampler)
-    none. `progress`: called after every evaluation. Returns the sample, shaped like `x`; runs
-    without gradients.
+    `noise_fn(x, t)`: returns the predicted noise, shaped like `x`, at the time `t` in [1/1000, 1],
+    a 0-d tensor on the CPU, which can be read without waiting for the device. The condition
+    `log_snr` of a network is `8·t − 4` (see `guided`). `x`: unit Gaussian noise [B, ...]; the state
+    keeps its dtype. `spacing`: of the grid's times. Uniform in time, the last interval covers a
+    large part of λ, the variable of these solvers. Uniform in λ, they are much closer to the exact
+    solution but spend many evaluations at very low noise. `clip`: range to which every predicted
+    image is clipped; pixels have one, latents (and the published sampler) none. `progress`: called
+    after every evaluation. Returns the sample, shaped like `x`; no gradients are recorded.
 
     Raises ValueError for `steps` not a whole number of at least 1, for another `spacing`, for an
     empty `clip`, for `x` not floating point and for a prediction of another shape.
@@ -55,7 +53,7 @@ class Solver(Protocol):
 
 @dataclass(frozen=True)
 class _Stage:
-    """One network evaluation, at `time`, and the state it leads to.
+    """One network evaluation at `time`, and the coefficients of the next state.
 
     With `x̂0` the image predicted here, the next state is
     `start·(group's first state) + first·(group's first x̂0) + latest·x̂0`.
@@ -82,8 +80,8 @@ def dpm_solver_singlestep(
 ) -> Tensor:
     """Solve from t = 1 to t = 1/1000 with DPM-Solver++ (single-step, order 3), as published.
 
-    The grid has `steps` intervals: groups of three, and at the end two and one, one, or two of them
-    where `steps` mod 3 is 0, 1 or 2. See `Solver` for arguments and errors.
+    The grid has `steps` intervals in groups of three. The last group or groups have two and one,
+    one, or two intervals where `steps` mod 3 is 0, 1 or 2. See `Solver` for arguments and errors.
 
     Source: Lu et al. 2022, arXiv 2211.01095 (clipping: its static thresholding), and arXiv
     2206.00927 for the split into orders.
@@ -104,12 +102,13 @@ def dpm_solver_multistep(
     clip: tuple[float, float] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> Tensor:
-    """Solve with multistep DPM-Solver++ of the given order, one evaluation a step.
+    """Solve with multistep DPM-Solver++ of the given order, one evaluation per step.
 
     Order 1 is DDIM without noise (eta 0), 2 is "2M", 3 is "3M". The grid has `steps` intervals.
-    The first steps have the order that the predictions so far allow; of fewer than 15 steps the
-    last two have at most 2 and 1, which is more stable. From 15 steps on, order 3 wants the spacing
-    "log_snr": uniform in time, the last interval is so long in λ that the parabola leads astray.
+    The order of the first steps is limited by the number of predictions so far. With fewer than 15
+    steps the last two have orders of at most 2 and 1, which is more stable. With 15 or more, use
+    order 3 with the spacing "log_snr": uniform in time, the last interval is so long in λ that the
+    parabola is a bad approximation.
     See `Solver` for arguments and errors; ValueError for another `order` too.
 
     Order 3 integrates the parabola through three predictions exactly. diffusers halves its
@@ -144,9 +143,9 @@ def heun(
     clip: tuple[float, float] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> Tensor:
-    """Solve with Heun's method on `x/α` over `σ/α`: order 2, two evaluations an interval.
+    """Solve with Heun's method on `x/α` over `σ/α`: order 2, two evaluations per interval.
 
-    The grid has `⌈steps/2⌉` intervals; where `steps` is odd the last one is an Euler step of one
+    The grid has `⌈steps/2⌉` intervals; where `steps` is odd, the last one is an Euler step with one
     evaluation. See `Solver` for arguments and errors.
 
     Source: Karras et al. 2022, arXiv 2206.00364, algorithm 1.
@@ -168,7 +167,7 @@ SOLVERS: dict[SolverName, Solver] = {
     "ddim": partial(dpm_solver_multistep, order=1),
     "heun": heun,
 }
-"""The solvers by name; "dpm++" is the published one."""
+"""Solvers by name; "dpm++" is the published one."""
 
 
 def _check(x: Tensor, steps: int, spacing: Spacing, clip: tuple[float, float] | None) -> None:
@@ -190,7 +189,7 @@ def _predict(
     sigma: float,
     clip: tuple[float, float] | None,
 ) -> Tensor:
-    """The image x̂0 that the network sees in `x`, clipped; shape and dtype of `x`."""
+    """Predict the image x̂0 from `x`, clipped, in the shape and dtype of `x`."""
     t = torch.full((), time, dtype=torch.promote_types(x.dtype, torch.float32), device="cpu")
     noise = noise_fn(x, t)
     if noise.shape != x.shape:
@@ -240,12 +239,13 @@ def _plan(schedule: DiscreteSchedule, steps: int, spacing: Spacing = "time") -> 
 
 
 def _group(schedule: DiscreteSchedule, times: Sequence[float]) -> list[_Stage]:
-    """One solver step of order `len(times) − 1` from the first time to the last.
+    """Return one solver step of order `len(times) − 1` from the first time to the last.
 
-    With `h` the growth of λ since the first time, the exact solution integrates x̂0 over λ against
-    an exponential. Each state takes x̂0 as the line through the group's first and latest
-    predictions, whose integral is `α·(1 − e⁻ʰ)` for the constant part and `α·(h − 1 + e⁻ʰ)` for
-    the slope. The published inner times are on the time grid, not at thirds of λ.
+    The exact solution integrates x̂0 over λ against an exponential. Each state approximates x̂0 by
+    the line through the group's first and latest predictions. With `h` the increase of λ since the
+    first time, the integral of that line is `α·(1 − e⁻ʰ)` for its constant part and
+    `α·(h − 1 + e⁻ʰ)` for its slope. The published inner times are on the time grid, not at thirds
+    of λ.
     """
     order = len(times) - 1
     lambdas = [schedule.half_log_snr(t) for t in times]
@@ -257,8 +257,8 @@ def _group(schedule: DiscreteSchedule, times: Sequence[float]) -> list[_Stage]:
         constant = -math.expm1(-h[i + 1])
         slope = 0.0
         if i > 0:
-            # Order 2 takes h/2·(1 − e⁻ʰ) for the slope's integral: equal to leading order, and
-            # what the published samples were drawn with.
+            # Order 2 uses h/2·(1 − e⁻ʰ) for the slope's integral, as the published sampler does:
+            # equal to leading order.
             integral = h[i + 1] * constant / 2 if order == 2 else h[i + 1] - constant
             slope = integral / h[i]
         stages.append(
@@ -275,11 +275,11 @@ def _group(schedule: DiscreteSchedule, times: Sequence[float]) -> list[_Stage]:
 
 
 def _heun_group(schedule: DiscreteSchedule, begin: float, end: float) -> list[_Stage]:
-    """An Euler step from one time to the other, and the same with the mean of both ends' slopes.
+    """Return an Euler step from `begin` to `end`, and its correction by the mean of both slopes.
 
     The slope of `x/α` over `σ/α` is `(x/α − x̂0)/(σ/α)`. With `r` the ratio of `σ/α` at the end to
-    that at the beginning, the Euler step is `x/α ← r·x/α + (1 − r)·x̂0`, and putting it into the
-    mean of slopes leaves `r·x/α + (1 − r)·((2 − 1/r)·x̂0 + 1/r·x̂0′)/2`.
+    that at the beginning, the Euler step is `x/α ← r·x/α + (1 − r)·x̂0`. Inserted into the mean of
+    the slopes it gives `r·x/α + (1 − r)·((2 − 1/r)·x̂0 + 1/r·x̂0′)/2`.
     """
     (alpha, sigma), (end_alpha, end_sigma) = schedule.alpha_sigma(begin), schedule.alpha_sigma(end)
     log_ratio = schedule.half_log_snr(begin) - schedule.half_log_snr(end)
@@ -301,7 +301,7 @@ def _heun_group(schedule: DiscreteSchedule, begin: float, end: float) -> list[_S
 
 @dataclass(frozen=True)
 class _Step:
-    """One evaluation, at `time`, to the state `keep·x + Σ weights·x̂0`, latest prediction first."""
+    """One evaluation at `time`; next state `keep·x + Σ weights·x̂0`, latest prediction first."""
 
     time: float
     alpha: float
@@ -334,18 +334,19 @@ def _multistep_plan(
 
 
 def _multistep_weights(growth: Sequence[float]) -> tuple[float, ...]:
-    """What each prediction, latest first, adds to the next image per unit of `α`.
+    """Return the weight of each prediction, latest first, in the next image divided by `α`.
 
-    `growth` is that of λ in this step, then in those before it, one for each order. The solution
-    integrates the polynomial through the predictions over λ against an exponential; with `s` the
-    growth since this step began, the integrals of 1, s and s² are those below.
+    `growth` is the increase of λ in this step, then in the steps before it, one for each order. The
+    solution integrates the polynomial through the predictions over λ against an exponential.
+    `constant`, `linear` and `square` are the integrals of 1, s and s², where `s` is the increase of
+    λ since this step began.
     """
     h, *earlier = growth
     constant = -math.expm1(-h)
     if not earlier:
         return (constant,)
     if len(earlier) == 1:
-        # For the slope's integral h/2·(1 − e⁻ʰ), as published: equal to leading order.
+        # h/2·(1 − e⁻ʰ) for the slope's integral, as published: equal to leading order.
         slope = h * constant / 2 / earlier[0]
         return constant + slope, -slope
     linear = h - constant

@@ -29,7 +29,7 @@ _MOST_TOKENS_MEASURED = 257
 def _bmm_is_faster(qkv: Tensor) -> bool:
     # PyTorch's fused CPU kernel is made for long sequences. In bfloat16 plain matrix products are
     # faster on the sequences measured: several times at 65 tokens and, because of the backward
-    # pass, at 257 (benchmarks/bench_attention.py).
+    # pass, at 257 (benchmarks/ops/bench_attention.py).
     few = qkv.shape[1] <= _MOST_TOKENS_MEASURED
     return qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and few
 

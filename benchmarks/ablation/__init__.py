@@ -1,0 +1,1 @@
+"""Train the steps from a plain transformer to DiMR for equal time and compare them."""

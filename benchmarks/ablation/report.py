@@ -1,0 +1,141 @@
+"""Collect the results of the ablation, and make a table and a plot of them."""
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.ablation.models import ARMS, CHANNELS, SIDE
+from benchmarks.utils import machine
+from benchmarks.utils.files import RESULTS
+from benchmarks.utils.markdown import table
+from benchmarks.utils.spread import figure
+
+RESULT = RESULTS / "ablation.json"
+CODE = ("dimr_fast", "csrc", "benchmarks/ablation")
+"""Code that a result depends on: changes to it are marked beside the commit."""
+OUR_COLOR, PAPER_COLOR = "#2f6fb0", "#9a9a9a"
+
+
+def collect(state: Path, commit: str) -> dict[str, Any]:
+    """Return all scores in a state folder, with the arms, the machine and the settings.
+
+    `commit` names the code, as `machine.commit(*CODE)` returned it when the process started.
+    """
+    recipe = json.loads((state / "recipe.json").read_text())
+    scores = [json.loads(path.read_text()) for path in sorted(state.glob("seed*_*.json"))]
+    return {
+        **machine.description(),
+        "commit": commit,
+        "settings": recipe,
+        "arms": {key: describe(key) for key in ARMS},
+        "runs": scores,
+    }
+
+
+def describe(key: str, num_classes: int = 7) -> dict[str, Any]:
+    """Return title, parameters and FLOP (one image forward) of an arm."""
+    arm = ARMS[key]
+    with torch.device("meta"):
+        model = arm.build(num_classes).set_implementation("reference")
+        x = torch.empty(1, CHANNELS, SIDE, SIDE)
+        log_snr, y = torch.empty(1), torch.empty(1, dtype=torch.int64)
+        counting = {torch.ops.aten.addmm_: _in_place_product}
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=counting) as counted:
+            model(x, log_snr=log_snr, y=y)
+    return {
+        "title": arm.title,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops": counted.get_total_flops(),
+        "paper_fid": arm.paper_fid,
+    }
+
+
+def _in_place_product(out: list[int], a: list[int], b: list[int], *, out_shape: Any) -> int:
+    """Count the in-place product of a skip, which torch's counter does not know."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+def ablation_table(report: Mapping[str, Any]) -> str:
+    """Return a table of the arms: means over the seeds, with the range of the distance."""
+    settings, runs = report["settings"], report["runs"]
+    seeds = sorted({run["seed"] for run in runs})
+    rows = []
+    for key, arm in report["arms"].items():
+        found = [run for run in runs if run["arm"] == key]
+        if not found:
+            continue
+        mean = {
+            name: statistics.fmean(run[name] for run in found)
+            for name in ("images_per_cpu_second", "steps", "held_out_loss")
+        }
+        rows.append(
+            {
+                "arm": f"{key}. {arm['title']}",
+                "parameters": f"{arm['parameters'] / 1e6:.2f}M",
+                "GFLOP/image": f"{arm['flops'] / 1e9:.2f}",
+                "images per CPU second": figure(mean["images_per_cpu_second"]),
+                "steps": f"{mean['steps']:,.0f}",
+                "held-out loss": f"{mean['held_out_loss']:.4f}",
+                "Fréchet distance": _range([run["frechet"] for run in found]),
+                "FID, paper": arm["paper_fid"],
+            }
+        )
+    return (
+        f"32×32 satellite tiles, {settings['minutes']:g} minutes of CPU time for each arm "
+        f"({machine_line(report)}, {settings['precision']}), "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. "
+        f"Fréchet distance on {runs[0]['frechet_recipe']} (as many training tiles: "
+        f"{runs[0]['frechet_training']:.0f}), {settings['sampling_steps']} steps, guidance "
+        f"{settings['guidance']:g}. The paper's FID is for 64×64 ImageNet.\n\n{table(rows)}"
+    )
+
+
+def machine_line(report: Mapping[str, Any]) -> str:
+    """Return the machine in one line; older files name the device "machine"."""
+    return machine.summary({"device": report.get("machine"), **report})
+
+
+def draw_ablation(report: Mapping[str, Any], target: Path) -> None:
+    """Plot the Fréchet distance of each arm, with a dot for each seed, and the paper's FID."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    arms = report["arms"]
+    figure, (ours, papers) = plt.subplots(
+        1, 2, figsize=(9, 3.6), layout="constrained", sharey=True, width_ratios=(3, 2)
+    )
+    for place, (key, arm) in enumerate(arms.items()):
+        found = [run["frechet"] for run in report["runs"] if run["arm"] == key]
+        if found:
+            mean = statistics.fmean(found)
+            ours.barh(place, mean, 0.6, color=OUR_COLOR)
+            ours.scatter(found, [place] * len(found), color="black", s=14, zorder=3)
+            _label(ours, place, f"{mean:.0f}")
+        papers.barh(place, arm["paper_fid"], 0.6, color=PAPER_COLOR)
+        _label(papers, place, f"{arm['paper_fid']:.2f}")
+    ours.set_yticks(range(len(arms)), [f"{key}. {arm['title']}" for key, arm in arms.items()])
+    ours.invert_yaxis()
+    minutes = report["settings"]["minutes"]
+    ours.set_xlabel(f"Fréchet distance, {minutes:g} CPU minutes for each arm (dots: seeds)")
+    papers.set_xlabel("FID, paper (64×64 ImageNet)")
+    figure.suptitle(f"32×32 satellite tiles. {machine_line(report)}", fontsize=9)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def _label(axes: Any, place: int, text: str) -> None:
+    axes.annotate(
+        text, (0, place), (4, 0), textcoords="offset points", va="center", color="white", fontsize=8
+    )
+
+
+def _range(values: list[float]) -> str:
+    mean = f"{statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f}–{max(values):.1f})"

@@ -1,0 +1,1 @@
+"""Measure and tune on a GPU; predict kernel times without one."""

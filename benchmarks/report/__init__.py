@@ -1,0 +1,1 @@
+"""Turn the files in `benchmarks/results/` into tables, plots and pages."""

@@ -1,0 +1,178 @@
+"""Save models to folders and the Hugging Face Hub, and load them: configuration, weights, card."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
+from torch import Tensor, nn
+
+from dimr_fast.config import DiMRConfig
+from dimr_fast.errors import CheckpointError
+from dimr_fast.hub.card import model_card
+from dimr_fast.utils.tensors import read_tensors, write_tensors
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+NOTES = ("classes", "scale", "recipe", "scores", "license")
+"""Entries that `config.json` may have beside the model's configuration."""
+
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Name components that torch.compile, DDP, FSDP and checkpoint wrappers add to parameters."""
+
+
+class HubModel(nn.Module, PyTorchModelHubMixin):
+    """Base class of a model with a `DiMRConfig` that folders and the Hub can hold."""
+
+    config: DiMRConfig
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        map_location: str | torch.device = "cpu",
+        **download: Any,
+    ) -> Self:
+        """Load a model from a folder of `save_pretrained` or a repository of the Hub.
+
+        It is in evaluation mode and has the weights' dtype. `download` are options of
+        `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`, `local_files_only`
+        and others. No code of the repository is run. Raises CheckpointError where there is no such
+        model, or where its files are damaged or do not fit together.
+        """
+        folder = _local_folder(str(pretrained_model_name_or_path), download)
+        model, _ = cls.from_folder(folder)
+        return model.to(map_location)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> tuple[Self, dict[str, Any]]:
+        """Load the model in `folder`, on the CPU, and the other entries of its `config.json`.
+
+        These are listed in `NOTES`. Raises CheckpointError as `from_pretrained` does.
+        """
+        config, notes = read_config(folder / CONFIG)
+        weights, _ = read_tensors(folder / WEIGHTS)
+        # Tensors are copied into memory: a memory-mapped file could change while it is in use.
+        copies = {name: tensor.clone() for name, tensor in weights.items()}
+        return cls.from_weights(config, copies, folder / WEIGHTS), notes
+
+    @classmethod
+    def from_weights(cls, config: DiMRConfig, weights: Mapping[str, Tensor], source: Path) -> Self:
+        """Return a model in evaluation mode whose parameters are these tensors, not copies.
+
+        Raises CheckpointError naming `source` where they do not fit the configuration.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        misfits = _misfits(model.state_dict(), weights)
+        if misfits:
+            raise CheckpointError(
+                f"{source}: {len(misfits)} weights do not fit the configuration, first {misfits[0]}"
+            )
+        model.load_state_dict(dict(weights), strict=True, assign=True)
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        config: Any = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Write `config.json`, `model.safetensors` and, unless there is one, `README.md`.
+
+        `config` has further facts about the model for `config.json` and the card, as JSON values:
+        `classes`, `scale`, `recipe`, `scores`, `license`. `push_to_hub` takes it likewise. Other
+        options are those of huggingface_hub's mixin. Raises ValueError for an entry of another
+        name.
+        """
+        folder, notes = Path(save_directory), dict(config or {})
+        own = self.config.to_dict()
+        notes = {name: value for name, value in notes.items() if name not in own}
+        for name in notes:
+            if name not in NOTES:
+                raise ValueError(f"config: got {name!r}, expected only {', '.join(NOTES)}")
+        card = {"name": folder.resolve().name, **notes, **(model_card_kwargs or {})}
+        return super().save_pretrained(
+            folder, config={**own, **notes}, model_card_kwargs=card, **options
+        )
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """Return the model card with the facts that were given to `save_pretrained`."""
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return model_card(config=self.config, parameters=parameters, **kwargs)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        weights, _ = canonical(self.state_dict())
+        # transformers and others require this entry.
+        write_tensors(save_directory / WEIGHTS, weights, {"format": "pt"})
+
+
+def canonical(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+    """Return the weights under the names of an unwrapped model, and the removed name components.
+
+    Raises ValueError where two names become equal.
+    """
+    renamed: dict[str, Tensor] = {}
+    removed: set[str] = set()
+    for name, tensor in weights.items():
+        parts = name.split(".")
+        removed.update(part for part in parts if part in WRAPPERS)
+        bare = ".".join(part for part in parts if part not in WRAPPERS)
+        if bare in renamed:
+            raise ValueError(f"weights: got two of the name {bare!r}, expected one")
+        renamed[bare] = tensor
+    return renamed, removed
+
+
+def read_config(path: Path) -> tuple[DiMRConfig, dict[str, Any]]:
+    """Read the model's configuration in a `config.json`, and its other entries: see `NOTES`.
+
+    Raises CheckpointError where the file is missing, damaged or of another kind of model.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"holds {type(values).__name__}, expected an object")
+        notes = {name: values.pop(name) for name in NOTES if name in values}
+        return DiMRConfig.from_dict(values), notes
+    except OSError as error:
+        raise CheckpointError(f"{path.parent}: not a readable checkpoint ({error})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not the configuration of a DiMR model ({error})") from error
+
+
+def _local_folder(name: str, download: dict[str, Any]) -> Path:
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(
+            f"{name}: a file, expected a folder; dimr_fast.checkpoint.load_model reads files"
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], **download))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{name}: no such folder, and the Hub gave no model of that name ({reason})"
+        ) from error
+
+
+def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Describe where names, shapes or number kinds differ."""
+
+    def describe(tensor: Tensor | None) -> str:
+        if tensor is None:
+            return "nothing"
+        kind = "" if tensor.is_floating_point() else f"{tensor.dtype} "
+        return f"{kind}{list(tensor.shape)}"
+
+    pairs = {
+        name: (describe(found.get(name)), describe(expected.get(name)))
+        for name in [*expected, *(name for name in found if name not in expected)]
+    }
+    return [f"{name}: got {a}, expected {b}" for name, (a, b) in pairs.items() if a != b]

@@ -1,0 +1,351 @@
+"""Draw images from a checkpoint as files: `dimr-fast sample`.
+
+The images are split into shards of one batch each (see `utils.sharded`). A shard is always drawn as
+the same batch, whichever worker draws it, so neither the number of processes nor an interruption
+changes an image.
+"""
+
+import importlib.metadata
+import json
+import shutil
+import time
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dimr_fast.checkpoint import TrainedModel, demo_model, load_model
+from dimr_fast.data.autoencoder import Decode, load_decoder
+from dimr_fast.errors import CheckpointError
+from dimr_fast.model import DiMR
+from dimr_fast.sampling.sampler import ImageSampler, SamplerConfig, balanced_labels
+from dimr_fast.sampling.writers import SAMPLE_REPORT, write_array, write_npz, write_png
+from dimr_fast.utils.device import keep_freed_memory, resolve_device
+from dimr_fast.utils.distributed import Worker, exit_with_launcher
+from dimr_fast.utils.files import lock_folder, prepare_output, remove_unfinished, write_json
+from dimr_fast.utils.plots import image_grid
+from dimr_fast.utils.sharded import (
+    Progress,
+    Shard,
+    choose_process_count,
+    run_sharded,
+    split_into_shards,
+)
+from dimr_fast.utils.tensors import sha256_of_named
+from dimr_fast.utils.validation import require_fields
+
+Format = Literal["grid", "png", "npz"]
+
+OUTPUTS: dict[Format, str] = {"grid": "grid.png", "png": "images", "npz": "samples.npz"}
+FILES = (OUTPUTS["grid"], SAMPLE_REPORT)
+"""Files that `sample` writes by default."""
+
+SHARDS = "parts"
+GRID_ROWS, GRID_COLUMNS = 32, 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Settings of a sampling job."""
+
+    checkpoint: Path | None = None
+    """A training checkpoint, whose EMA weights are used, or the folder of a saved model. None is
+    the model that comes with the package."""
+    output: Path
+    """Output folder. It also gets `sample.json`, which holds all settings. The same command resumes
+    an unfinished job in it and refuses a finished one."""
+    per_class: int = 10
+    """Images of each class."""
+    count: int | None = None
+    """Total number of images, instead of `per_class`; the classes are balanced as far as it
+    allows."""
+    classes: tuple[str, ...] = ()
+    """Classes to draw, by name or number; all classes by default."""
+    formats: tuple[Format, ...] = ("grid",)
+    """grid: `grid.png`, one row for each of at most 32 classes; if it is the only format, further
+    classes are not drawn. png: `images/000000.png` and so on. npz: `samples.npz` as the ADM
+    evaluation suite reads it, `arr_0` uint8 [N, H, W, 3], with labels as `arr_1`."""
+    autoencoder: str | None = None
+    """Folder or name of the AutoencoderKL that decodes the latents of a latent model."""
+    processes: int | None = None
+    """Processes to start. None starts one for each GPU, one on a CPU, and one where a launcher such
+    as torchrun has started several. They import the calling Python script anew, so it must call
+    `sample` under `if __name__ == "__main__":`."""
+    device: str = "auto"
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def validate(self) -> None:
+        """Raise ValueError naming a setting that is out of range."""
+        self.sampler.validate()
+        require_fields(
+            self,
+            per_class=(self.per_class > 0, "1 or more"),
+            count=(self.count is None or self.count > 0, "1 or more, or None"),
+            formats=(
+                len(self.formats) > 0 and set(self.formats) <= set(OUTPUTS),
+                f"one or more of {', '.join(OUTPUTS)}",
+            ),
+            processes=(self.processes is None or self.processes > 0, "1 or more, or None"),
+        )
+
+
+def sample(config: SampleConfig, *, start_timeout: float = 600.0) -> list[Path]:
+    """Draw images, with a progress bar; return the paths of the files that were written.
+
+    Shards that an earlier run finished are kept. Under torchrun or `accelerate launch` each process
+    draws its share; rank 0 waits for the others, writes the files and returns them, and the others
+    return an empty list. They wait up to `start_timeout` seconds for rank 0 to begin. Raises,
+    before any work, ValueError for an unusable setting and where the output holds another
+    unfinished job; CheckpointError for an unusable checkpoint; DataUnavailableError where the
+    autoencoder's package is missing; FileExistsError where a file exists already; OSError where
+    nothing can be written or a process fails; TimeoutError where rank 0 does not begin.
+    """
+    config.validate()
+    exit_with_launcher()
+    worker = Worker.from_environment()
+    if worker.world_size > 1 and config.processes not in (None, 1):
+        raise ValueError(
+            f"processes: got {config.processes}, expected None or 1 where a launcher has "
+            f"started {worker.world_size}"
+        )
+    device = resolve_device(config.device)
+    processes = choose_process_count(config.processes, worker, device, on_cpu=1)
+    stored = _read_unfinished(config.output) if worker.is_main else None
+    own_device = torch.device("cpu") if processes > 1 else worker.device(device)
+    trained, decode = _load(config, own_device)
+    if not worker.is_main:
+        stored = _wait_for_report(config.output, start_timeout)
+    job = _job(config, trained, device, stored)
+    if stored is not None:
+        _check_same_job(job, stored)
+    else:
+        outputs = [SHARDS, SAMPLE_REPORT, *(OUTPUTS[format] for format in config.formats)]
+        prepare_output(config.output, outputs)
+        write_json(config.output / SAMPLE_REPORT, job.record | {"finished": False})
+    sampler = None if processes > 1 else ImageSampler(trained, job.sampler, decode)
+    if not worker.is_main:
+        run_sharded(job, sampler, worker, device, processes, "sampling")
+        return []
+    (config.output / SHARDS).mkdir(exist_ok=True)
+    with lock_folder(config.output / SHARDS):
+        # Another process may have finished the job while this one waited for the lock.
+        _read_unfinished(config.output)
+        run_sharded(job, sampler, worker, device, processes, "sampling")
+        _wait_for_shards(job)
+        return _finish(job)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A sampling job, as every worker process needs it (see `utils.sharded.ShardedJob`)."""
+
+    config: SampleConfig
+    sampler: SamplerConfig
+    """Resolved settings, so that all processes and runs draw alike."""
+    labels: Tensor
+    class_names: tuple[str, ...]
+    record: dict[str, Any]
+    """Everything that decides the images and files."""
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """Shards of one batch, uint8 [n, 3, H, W] each."""
+        folder = self.config.output / SHARDS
+        return split_into_shards(
+            len(self.labels),
+            self.sampler.batch_size,
+            lambda index, start: folder / f"{start:08}.npy",
+        )
+
+    def load(self, device: torch.device) -> ImageSampler:
+        trained, decode = _load(self.config, device)
+        if _weights_digest(trained.model) != self.record["weights"]:
+            raise CheckpointError(f"{self.config.checkpoint}: has changed since the job began")
+        return ImageSampler(trained, self.sampler, decode)
+
+    def is_complete(self, shard: Shard) -> bool:
+        # Rank 0 removes the shards of a finished job, maybe before a late worker has looked.
+        return shard.path.exists() or _is_finished(self.config.output)
+
+    def make(self, shard: Shard, model: ImageSampler, worker: Worker, progress: Progress) -> None:
+        png_folder = self.config.output / OUTPUTS["png"]
+        shard.path.parent.mkdir(exist_ok=True)
+        images = model(self.labels[shard.images], first=shard.images.start)
+        if "png" in self.config.formats:
+            png_folder.mkdir(exist_ok=True)
+            for index, image in enumerate(images.permute(0, 2, 3, 1).numpy(), shard.images.start):
+                write_png(image, png_folder / f"{index:06}.png")
+        write_array(images.numpy(), shard.path)
+        progress(len(shard))
+
+
+def _load(config: SampleConfig, device: torch.device) -> tuple[TrainedModel, Decode | None]:
+    """Load the model on `device` and, for a latent model, its decoder."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    trained = load_model(config.checkpoint or demo_model())
+    trained.model.to(device)
+    decode, _ = load_decoder(config.autoencoder, trained.scale, trained.model.config.shape, device)
+    return trained, decode
+
+
+def _job(
+    config: SampleConfig,
+    trained: TrainedModel,
+    device: torch.device,
+    stored: dict[str, Any] | None,
+) -> _Job:
+    chosen = _select_classes(config.classes, trained.classes)
+    if config.formats == ("grid",):
+        chosen = chosen[:GRID_ROWS]
+    count = config.count or config.per_class * len(chosen)
+    sampler = config.sampler
+    if sampler.precision == "auto" and stored is not None:
+        # A resumed job keeps its precision, also on a machine where "auto" means another one.
+        sampler = replace(sampler, precision=stored["sampler"]["precision"])
+    sampler = sampler.resolved(trained.scale, device)
+    record = {
+        "dimr_fast": importlib.metadata.version("dimr_fast"),
+        "checkpoint": str(config.checkpoint or "the model that comes with the package"),
+        "weights": _weights_digest(trained.model),
+        "count": count,
+        "classes": [trained.classes[i] for i in chosen.tolist()],
+        "labels": "each class equally often, or once more, going round the classes",
+        "autoencoder": config.autoencoder,
+        "formats": list(config.formats),
+        "sampler": sampler.recipe(trained.scale, device),
+    }
+    labels = chosen[balanced_labels(count, len(chosen))]
+    return _Job(config, sampler, labels, trained.classes, record)
+
+
+def _select_classes(wanted: tuple[str, ...], classes: tuple[str, ...]) -> Tensor:
+    """Return the labels of classes given by name or number, in that order, without duplicates."""
+    if not wanted:
+        return torch.arange(len(classes))
+    labels = []
+    for name in wanted:
+        if name in classes:
+            labels.append(classes.index(name))
+        elif name.isdecimal() and int(name) < len(classes):
+            labels.append(int(name))
+        else:
+            known = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
+            raise ValueError(
+                f"classes: got {name!r}, expected a name ({known}) or 0..{len(classes) - 1}"
+            )
+    return torch.tensor(list(dict.fromkeys(labels)))
+
+
+def _weights_digest(model: DiMR) -> str:
+    return sha256_of_named(model.state_dict())
+
+
+def _read_report(output: Path) -> dict[str, Any] | None:
+    """Read the report of a job in `output`, or return None where no job has begun there."""
+    path = output / SAMPLE_REPORT
+    try:
+        stored = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise OSError(f"{path}: not readable ({error}); choose another output") from error
+    if not isinstance(stored, dict) or not {"finished", "sampler"} <= stored.keys():
+        raise FileExistsError(f"{path} exists already; choose another output")
+    return stored
+
+
+def _read_unfinished(output: Path) -> dict[str, Any] | None:
+    """Read the report as `_read_report` does; raise FileExistsError where the job is finished."""
+    stored = _read_report(output)
+    if stored is not None and stored["finished"]:
+        # A kill at the very end leaves the shards behind.
+        shutil.rmtree(output / SHARDS, ignore_errors=True)
+        raise FileExistsError(f"{output / SAMPLE_REPORT} exists already; choose another output")
+    return stored
+
+
+def _is_finished(output: Path) -> bool:
+    stored = _read_report(output)
+    return stored is not None and stored["finished"]
+
+
+def _wait_for_report(output: Path, timeout: float) -> dict[str, Any]:
+    """Wait for the report that rank 0 writes before sampling starts."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        stored = _read_report(output)
+        if stored is not None:
+            return stored
+        time.sleep(0.1)
+    raise TimeoutError(f"{output}: rank 0 has not begun within {timeout:.0f} s")
+
+
+def _wait_for_shards(job: _Job) -> None:
+    """Wait on rank 0 for the shards of the other processes of the launch."""
+
+    def count() -> int:
+        return sum(shard.path.exists() for shard in job.shards)
+
+    done, total = count(), len(job.shards)
+    if done == total:
+        return
+    with tqdm(total=total, initial=done, unit="batch", desc="waiting for other processes") as bar:
+        while done < total:
+            time.sleep(0.5)
+            done = count()
+            bar.update(done - bar.n)
+
+
+def _check_same_job(job: _Job, stored: dict[str, Any]) -> None:
+    """Raise ValueError unless the output was begun with these settings."""
+    begun = {**stored, **stored["sampler"]}
+    for name, value in {**job.record, **job.record["sampler"]}.items():
+        # The same weights may be at another path; the entries of "sampler" are compared singly.
+        if name not in ("checkpoint", "dimr_fast", "sampler") and begun.get(name) != value:
+            what = "of other weights" if name == "weights" else f"with {name} {begun.get(name)!r}"
+            raise ValueError(
+                f"output: got {job.config.output}, where a job {what} is unfinished; expected the "
+                "same settings, to go on with it, or another folder"
+            )
+
+
+def _finish(job: _Job) -> list[Path]:
+    """Write the output files from the shards, then remove the shards."""
+    output = job.config.output
+    if "npz" in job.config.formats:
+        paths = [shard.path for shard in job.shards]
+        write_npz(paths, job.labels.numpy(), output / OUTPUTS["npz"])
+    if "grid" in job.config.formats:
+        _write_grid(job, output / OUTPUTS["grid"])
+    write_json(output / SAMPLE_REPORT, job.record | {"finished": True})
+    shutil.rmtree(output / SHARDS, ignore_errors=True)
+    for name in (SAMPLE_REPORT, *OUTPUTS.values()):
+        remove_unfinished(output, name)
+    remove_unfinished(output / OUTPUTS["png"])
+    return [output / name for name in (*(OUTPUTS[f] for f in job.config.formats), SAMPLE_REPORT)]
+
+
+def _write_grid(job: _Job, path: Path) -> None:
+    """Write one row for each class, with as many columns as every class fills."""
+    # Labels cycle through the classes, so the first of them hold each class once.
+    classes = job.labels[: len(job.record["classes"])][:GRID_ROWS]
+    positions = [(job.labels == label).nonzero().flatten() for label in classes]
+    columns = min(GRID_COLUMNS, *(len(indices) for indices in positions))
+    cells = torch.stack([indices[:columns] for indices in positions])
+    images: dict[int, Tensor] = {}
+    for shard in job.shards:
+        start, stop = shard.images.start, shard.images.stop
+        wanted = cells[(cells >= start) & (cells < stop)].tolist()
+        if wanted:
+            pixels = torch.from_numpy(np.load(shard.path))
+            images.update((index, pixels[index - start]) for index in wanted)
+    drawn = torch.stack([images[index] for index in cells.flatten().tolist()])
+    names = [job.class_names[label] for label in classes.tolist()]
+    scale = max(1, min(3, 128 // drawn.shape[-2]))
+    image_grid(drawn.unflatten(0, cells.shape), names, path, scale=scale)

@@ -1,0 +1,247 @@
+"""Settings of sampling, and drawing images from a trained model in memory."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from dimr_fast.checkpoint import TrainedModel
+from dimr_fast.data.autoencoder import Decode
+from dimr_fast.data.scaling import LatentScale, Scale
+from dimr_fast.diffusion import (
+    SOLVERS,
+    ConstantGuidance,
+    DiscreteSchedule,
+    Guidance,
+    PowerCosineGuidance,
+    SolverName,
+    Spacing,
+    guided,
+)
+from dimr_fast.inference import optimize_for_inference
+from dimr_fast.utils.device import Precision, precision_name, resolve_precision
+from dimr_fast.utils.seeds import derived_seed
+from dimr_fast.utils.validation import require_fields
+
+DECODER_BATCH_SIZE = 8
+"""Latents in one call of the autoencoder, whose activations are far larger than the model's."""
+
+_SOLVER_NAMES: dict[SolverName, str] = {
+    "dpm++": "DPM-Solver++ single-step, order 3",
+    "dpm++2m": "DPM-Solver++ multistep, order 2",
+    "dpm++3m": "DPM-Solver++ multistep, order 3",
+    "ddim": "DDIM, eta 0",
+    "heun": "Heun, order 2",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """Settings of sampling. Times t run from 1, pure noise, to 1/1000."""
+
+    solver: SolverName = "dpm++"
+    """dpm++ is the published solver, single-step DPM-Solver++ of order 3; dpm++2m and dpm++3m are
+    its multistep variants."""
+    steps: int = 25
+    """Network evaluations per image, for every solver."""
+    spacing: Spacing = "time"
+    """Solver times are uniform in `time`, as published, or in `log_snr`."""
+    guidance: float = 1.0
+    """Classifier-free guidance s: ε = ε_c + s·(ε_c − ε_u), where ε_c is conditional and ε_u
+    unconditional. 0 disables it; a guidance scale of 1.4 in other libraries is 0.4 here."""
+    guidance_power: float | None = None
+    """Power p of the schedule s·½(1 − cos(π·(1 − t)^p)), which rises from 0 at t = 1 to s at
+    t = 0. None: constant guidance."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guidance is applied for times in [low, high]. Outside it the unconditional half of the batch
+    is skipped."""
+    noise_limit: float | None = None
+    """Initial noise is clamped to ± this value: a briefly trained model underestimates larger
+    noise, which then remains as bright dots. None means 2.5 for pixel models and inf for latent
+    models."""
+    batch_size: int = 64
+    precision: Precision = "auto"
+    seed: int = 0
+    """Image i starts from its own noise, drawn from this seed and i."""
+
+    def validate(self) -> None:
+        """Raise ValueError naming a setting that is out of range."""
+        power, interval = self.guidance_power, self.guidance_interval
+        require_fields(
+            self,
+            solver=(self.solver in SOLVERS, f"one of {', '.join(SOLVERS)}"),
+            steps=(self.steps > 0, "1 or more"),
+            spacing=(self.spacing in ("time", "log_snr"), "time or log_snr"),
+            guidance=(0 <= self.guidance < math.inf, "a finite number, 0 or more"),
+            guidance_power=(power is None or 0 < power < math.inf, "a positive number, or None"),
+            guidance_interval=(interval[0] <= interval[1], "(low, high) with low <= high"),
+            noise_limit=(self.noise_limit is None or self.noise_limit > 0, "a positive number"),
+            batch_size=(self.batch_size > 0, "1 or more"),
+            precision=(
+                self.precision in get_args(Precision),
+                f"one of {', '.join(get_args(Precision))}",
+            ),
+            seed=(self.seed >= 0, "0 or more"),
+        )
+
+    def resolved(self, scale: Scale, device: torch.device) -> "SamplerConfig":
+        """Return a copy whose automatic settings, precision and noise limit, are decided."""
+        limit = self.noise_limit
+        if limit is None:
+            limit = math.inf if isinstance(scale, LatentScale) else 2.5
+        precision = precision_name(resolve_precision(self.precision, device))
+        return dataclasses.replace(self, noise_limit=limit, precision=precision)
+
+    def recipe(self, scale: Scale, device: torch.device) -> dict[str, Any]:
+        """Return all settings that a score of the images must state, as JSON values."""
+        resolved = self.resolved(scale, device)
+        return {
+            **dataclasses.asdict(resolved),
+            "solver": _SOLVER_NAMES[self.solver],
+            "guidance_interval": list(self.guidance_interval),
+            "noise_limit": resolved.noise_limit if resolved.noise_limit != math.inf else "none",
+            "clip": "none" if scale.range is None else "each predicted image, to the pixels' range",
+            "start": "noise of its own for each image, from seed and index",
+        }
+
+    def guidance_schedule(self) -> Guidance:
+        """Return the guidance at each time, for `diffusion.guided`."""
+        if self.guidance_power is None:
+            return ConstantGuidance(self.guidance)
+        return PowerCosineGuidance(self.guidance + 1, self.guidance_power)
+
+
+Sampler = SamplerConfig
+"""Earlier name of `SamplerConfig`."""
+
+
+class ImageSampler:
+    """Draw images from one model, optimised for inference.
+
+    Construction copies and packs the weights, and on a GPU the first batch of each size captures a
+    CUDA graph: construct it once for many calls. Images are drawn on the device of `trained.model`;
+    later changes to that model have no effect. `decode` turns the latents of a latent model into
+    pixels. Raises ValueError for settings out of range, and where `decode` is missing for a latent
+    model or given for a pixel model.
+    """
+
+    def __init__(
+        self, trained: TrainedModel, sampler: SamplerConfig, decode: Decode | None = None
+    ) -> None:
+        sampler.validate()
+        if isinstance(trained.scale, LatentScale) and decode is None:
+            raise ValueError(
+                "autoencoder: got None, expected one to decode the latents that this model draws"
+            )
+        if not isinstance(trained.scale, LatentScale) and decode is not None:
+            raise ValueError("autoencoder: got one, expected None for a model that draws pixels")
+        self._scale, self._decode = trained.scale, decode
+        self._config = trained.model.config
+        self._device = next(trained.model.parameters()).device
+        self._sampler = sampler.resolved(trained.scale, self._device)
+        dtype = resolve_precision(self._sampler.precision, self._device)
+        self._model = optimize_for_inference(trained.model, dtype)
+        self._schedule = DiscreteSchedule()
+
+    def __call__(
+        self, labels: Tensor, *, first: int = 0, progress: Callable[[int], object] | None = None
+    ) -> Tensor:
+        """Draw one image for each label: int64 `[N]` to uint8 `[N, 3, H, W]` on the CPU.
+
+        Image i starts from its own noise, drawn on the CPU from the seed and `first + i`. The same
+        batch gives the same bits; in another batch size sums are computed in another order, which
+        on a CPU in fp32 changes a pixel by 1 at most. `progress` is called with the number of
+        images of each finished batch. Raises ValueError for labels out of range and
+        FloatingPointError for images that are not finite.
+        """
+        if labels.dim() != 1 or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels: got {labels.dtype} {tuple(labels.shape)}, expected int64 [N]"
+            )
+        largest = self._config.num_classes - 1
+        outside = labels[(labels < 0) | (labels > largest)]
+        if len(outside):
+            raise ValueError(f"labels: got {outside[0].item()}, expected 0..{largest}")
+        images = []
+        # Without labels there is one empty batch, which has the size of an image.
+        for y in labels.split(self._sampler.batch_size):
+            images.append(self._batch(y, first))
+            first += len(y)
+            if progress is not None:
+                progress(len(y))
+        return torch.cat(images)
+
+    @torch.inference_mode()
+    def _batch(self, labels: Tensor, first: int) -> Tensor:
+        shape = self._config.shape
+        noise = torch.empty(len(labels), *shape)
+        for i in range(len(labels)):
+            generator = torch.Generator().manual_seed(derived_seed(self._sampler.seed, first + i))
+            torch.randn(shape, generator=generator, out=noise[i])
+        limit = self._sampler.noise_limit
+        assert limit is not None
+        x = noise.clamp(-limit, limit).to(self._device)
+        if len(labels):
+            predict = guided(
+                self._predict,
+                labels.to(self._device),
+                self._config.null_class,
+                self._sampler.guidance_schedule(),
+                interval=self._sampler.guidance_interval,
+            )
+            x = SOLVERS[self._sampler.solver](
+                predict,
+                x,
+                self._schedule,
+                self._sampler.steps,
+                spacing=self._sampler.spacing,
+                clip=self._scale.range,
+            )
+        if not x.isfinite().all():
+            raise FloatingPointError(
+                f"images {first}..{first + len(labels) - 1}: not finite in "
+                f"{self._sampler.precision}: the weights are not finite, or the range is too small"
+            )
+        if isinstance(self._scale, LatentScale):
+            assert self._decode is not None
+            return torch.cat(
+                [self._decode(z) for z in self._scale.to_latents(x).split(DECODER_BATCH_SIZE)]
+            )
+        return self._scale.to_pixels(x).cpu()
+
+    def _predict(self, x: Tensor, condition: Tensor, y: Tensor) -> Tensor:
+        return self._model(x, log_snr=condition, y=y, last_only=True)[0]
+
+
+def sample_images(
+    trained: TrainedModel,
+    labels: Tensor,
+    sampler: SamplerConfig,
+    *,
+    first: int = 0,
+    decode: Decode | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Draw images of the given classes; for more than one call, `ImageSampler` is faster."""
+    return ImageSampler(trained, sampler, decode)(labels, first=first, progress=progress)
+
+
+def balanced_labels(count: int, num_classes: int) -> Tensor:
+    """Return labels int64 [count] in which class counts differ by at most one.
+
+    Labels cycle through the classes, so that every prefix is nearly balanced; the classes of an
+    incomplete last cycle are evenly spaced. Raises ValueError for numbers below 1.
+    """
+    if count < 1 or num_classes < 1:
+        raise ValueError(f"count, num_classes: got {count}, {num_classes}, expected 1 or more")
+    rounds, rest = divmod(count, num_classes)
+    return torch.cat(
+        [
+            torch.arange(num_classes).repeat(rounds),
+            torch.arange(rest) * num_classes // max(rest, 1),
+        ]
+    )

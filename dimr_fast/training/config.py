@@ -1,0 +1,231 @@
+"""Settings of a training run: one typed dataclass, read from YAML files and KEY=VALUE words."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+
+from dimr_fast.utils.device import Precision
+from dimr_fast.utils.files import write_atomically
+from dimr_fast.utils.validation import load_settings, require, require_fields
+
+RESUME_OVERRIDES = {
+    "output",
+    "data",
+    "minutes",
+    "steps",
+    "accumulation",
+    "checkpointing",
+    "checkpoint_minutes",
+    "milestone_steps",
+    "milestones",
+    "log_steps",
+    "tensorboard",
+    "sample_steps",
+    "score_steps",
+    "score_images",
+    "score_reference",
+    "autoencoder",
+    "workers",
+    "sharding",
+    "nonfinite",
+    "device",
+}
+"""Settings that may change when a run is resumed; the others are its recipe. `data` may be another
+path to the same examples."""
+
+Nonfinite = Literal["stop", "skip"]
+Sharding = Literal["none", "fsdp2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of a training run. The defaults are the demo's recipe."""
+
+    output: Path
+    """Output folder of the run. It may hold a run only if that is resumed."""
+    preset: str = "demo"
+    """Name of a preset; its number of classes, channels and size are adapted to the data."""
+    data: str = "tiles"
+    """"tiles", the satellite tiles of the installed data package; or a folder of images with one
+    sub-folder for each class; or a folder of latents that `dimr-fast extract` wrote."""
+    image_size: int | None = None
+    """Images of a folder are cropped to squares of this many pixels; by default the preset's."""
+    minutes: float | None = 10.0
+    """Stop after this much training time."""
+    steps: int | None = None
+    """Stop after this many steps. The run stops at the first of the two limits."""
+    batch_size: int = 32
+    """Images in one step, over all processes."""
+    accumulation: int = 1
+    """Gradient accumulation: micro-batches into which each process splits its share of a batch."""
+    checkpointing: tuple[int, ...] = ()
+    """Branches (0: lowest resolution) that recompute activations in the backward pass."""
+    learning_rate: float = 4e-3
+    warmup_steps: int = 100
+    """The learning rate rises linearly over these steps."""
+    decay: float = 0.5
+    """The learning rate falls linearly to zero over this last fraction of the run."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.03
+    """Applied to every parameter except the `nodecay_` ones."""
+    max_grad_norm: float | None = 1.0
+    ema_decay: float = 0.9999
+    ema_warmup: bool = True
+    """Limit the decay to (1 + n)/(10 + n) at step n, so that a short run averages over its last
+    tenth."""
+    label_dropout: float = 0.1
+    """Fraction of labels replaced by the null class, for classifier-free guidance."""
+    mirror: bool = True
+    """Mirror half of the images left-right."""
+    nonfinite: Nonfinite = "stop"
+    """What to do when the loss or gradient is not finite: stop before the step, or skip the step
+    and stop after ten in a row. Batch and state are written to `nonfinite.safetensors`."""
+    precision: Precision = "auto"
+    """Precision of matrix products; "auto" is bf16 where that is faster on the device."""
+    sharding: Sharding = "none"
+    """none: every process holds the whole model and optimizer (DDP). fsdp2: each holds a shard."""
+    workers: int = 0
+    """Data loader workers that read ahead; 0 reads in the training process."""
+    checkpoint_minutes: float = 2.0
+    """Write a checkpoint this often, and at the end."""
+    milestone_steps: int | None = None
+    """Keep the checkpoint of every multiple of this as checkpoint-STEP, beside the newest one."""
+    milestones: int | None = None
+    """Keep only this many of them, the newest; by default all."""
+    log_steps: int = 50
+    """Write a line to `log.jsonl` this often: loss, gradient norm, images/s, MFU."""
+    tensorboard: bool = False
+    """Also write the log and the sample grids to `tensorboard/`."""
+    sample_steps: int | None = None
+    """Draw a grid of samples to `samples/` this often."""
+    score_steps: int | None = None
+    """Log the Fréchet distance of samples to `score_reference` this often."""
+    score_images: int = 512
+    score_reference: str = "tiles"
+    """"tiles", those held out of training, or a folder or .npz of images."""
+    autoencoder: str | None = None
+    """Folder or name of the autoencoder that decodes the samples of a model of latents."""
+    device: str = "auto"
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise ValueError naming a setting that is out of range."""
+        choices = {"precision": Precision, "sharding": Sharding, "nonfinite": Nonfinite}
+        for name, choice in choices.items():
+            allowed = get_args(choice)
+            value = getattr(self, name)
+            require(value in allowed, name, value, f"one of {', '.join(allowed)}")
+        minutes, clip = self.minutes, self.max_grad_norm
+        timed = self.steps is not None if minutes is None else minutes > 0
+
+        def often(name: str) -> tuple[bool, str]:
+            return getattr(self, name) is None or getattr(self, name) > 0, "a positive number"
+
+        require_fields(
+            self,
+            minutes=(timed, "a positive number, or none beside steps"),
+            steps=often("steps"),
+            image_size=often("image_size"),
+            batch_size=(self.batch_size > 0, "a positive number"),
+            accumulation=(self.accumulation > 0, "a positive number"),
+            checkpointing=(min(self.checkpointing, default=0) >= 0, "numbers of branches"),
+            learning_rate=(self.learning_rate > 0, "a positive number"),
+            warmup_steps=(self.warmup_steps >= 0, "0 or more"),
+            decay=(0 <= self.decay <= 1, "0..1"),
+            betas=(all(0 <= beta < 1 for beta in self.betas), "two numbers in 0 <= beta < 1"),
+            weight_decay=(self.weight_decay >= 0, "0 or more"),
+            max_grad_norm=(clip is None or clip > 0, "a positive number or none"),
+            ema_decay=(0 <= self.ema_decay < 1, "0 <= decay < 1"),
+            label_dropout=(0 <= self.label_dropout <= 1, "0..1"),
+            sharding=(
+                self.sharding == "none" or self.precision != "fp16",
+                "none with fp16, whose loss scaling does not know shards; or bf16",
+            ),
+            workers=(self.workers >= 0, "0 or more"),
+            checkpoint_minutes=(self.checkpoint_minutes > 0, "a positive number"),
+            milestone_steps=often("milestone_steps"),
+            milestones=often("milestones"),
+            log_steps=often("log_steps"),
+            sample_steps=often("sample_steps"),
+            score_steps=often("score_steps"),
+            score_images=(self.score_images > 1, "2 or more"),
+            seed=(self.seed >= 0, "0 or more"),
+        )
+
+    @classmethod
+    def read(
+        cls, source: str | Path | None, changes: Sequence[str] = (), output: Path | None = None
+    ) -> Self:
+        """Read the settings of a YAML file, or of the shipped recipe of that name.
+
+        `changes` are words like "batch_size=64" whose values are YAML; `output` replaces the
+        file's. Other settings keep their defaults. Raises ValueError naming a setting that is
+        unknown or of another type, and FileNotFoundError where the file is missing.
+        """
+        values = {} if source is None else _read_yaml(source)
+        for word in changes:
+            key, equals, text = word.partition("=")
+            require(bool(equals), "set", word, "KEY=VALUE")
+            values[key] = _parse(text, key)
+        if output is not None:
+            values["output"] = str(output)
+        require("output" in values, "output", None, "the folder of the run")
+        return load_settings(cls, values)
+
+    def write(self, path: Path) -> None:
+        """Write all settings as YAML, which `read` reads."""
+        write_atomically(
+            path, lambda part: part.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values (YAML, JSON)."""
+        values = dataclasses.asdict(self)
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return plain | {"output": str(self.output)}
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The settings that must not change when the run is resumed."""
+        values = self.to_dict().items()
+        return {name: value for name, value in values if name not in RESUME_OVERRIDES}
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the paths of the package's YAML recipes, by the name that `read` takes."""
+    folder = Path(str(resources.files("dimr_fast") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _read_yaml(source: str | Path) -> dict[str, Any]:
+    path = shipped_recipes().get(str(source), Path(source))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"config: got {str(source)!r}, expected a YAML file or one of "
+            f"{', '.join(shipped_recipes())}"
+        )
+    values = _parse(path.read_text(encoding="utf-8"), str(path))
+    require(isinstance(values, dict), str(path), type(values).__name__, "settings as KEY: VALUE")
+    return dict(values)
+
+
+class _Loader(yaml.SafeLoader):
+    """Load plain YAML in which 1e-4 is a number, as YAML 1.2 says; PyYAML takes it for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), "-+0123456789"
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: got no YAML ({' '.join(str(error).split())})") from error

@@ -1,0 +1,274 @@
+"""A training run from settings to summary: build, run, summarise."""
+
+import dataclasses
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dimr_fast.config import preset
+from dimr_fast.data.examples import Examples
+from dimr_fast.data.loader import Loader
+from dimr_fast.data.sources import open_examples
+from dimr_fast.model import DiMR
+from dimr_fast.optim import EMA, adamw
+from dimr_fast.training.config import TrainConfig
+from dimr_fast.training.log import LOG, require_tensorboard
+from dimr_fast.training.loop import TrainLoop
+from dimr_fast.training.parallel import check_batch_split, parallelize
+from dimr_fast.training.previews import Previews
+from dimr_fast.training.state import CHECKPOINT, TrainState, read_state
+from dimr_fast.utils.device import (
+    DTYPES,
+    Precision,
+    device_name,
+    keep_freed_memory,
+    precision_name,
+    resolve_precision,
+)
+from dimr_fast.utils.distributed import Communicator, init_communicator
+from dimr_fast.utils.files import lock_folder, prepare_output, remove_unfinished, write_json
+from dimr_fast.utils.plots import loss_curve, require_matplotlib
+
+CONFIG = "config.yaml"
+FILES = (CHECKPOINT, CONFIG, LOG, "loss.png", "train.json")
+"""Files that a run writes to its folder."""
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """Summarise a run; losses are means over its first 20 and last 100 finite steps."""
+
+    steps: int
+    seconds: float
+    images_per_second: float
+    first_loss: float
+    last_loss: float
+    parameters: int
+    processes: int
+    device: str
+    precision: str
+    torch: str
+    interrupted: bool
+
+    def sentence(self, config: TrainConfig) -> str:
+        """Return the summary in words; after an interruption, with the command that resumes."""
+        verb = "stopped" if self.interrupted else "trained"
+        several = f", {self.processes} processes" if self.processes > 1 else ""
+        text = (
+            f"{verb} at step {self.steps:,} after {self.seconds / 60:.1f} minutes "
+            f"({self.images_per_second:.0f} images/s, {self.parameters:,} parameters, "
+            f"{self.precision}, {self.device}{several}); "
+            f"loss {self.first_loss:.3f} -> {self.last_loss:.3f}; "
+            f"wrote {config.output / CHECKPOINT}"
+        )
+        if self.interrupted:
+            text += f"\ngo on with: dimr-fast train --output {config.output} --resume"
+        return text
+
+
+def train(
+    config: TrainConfig, *, resume: bool = False, examples: Examples | None = None
+) -> TrainSummary:
+    """Train as `config` says, with a progress bar.
+
+    Writes to `config.output`: `checkpoint.safetensors` (model, EMA, optimizer, position), every
+    `checkpoint_minutes` and at the end; the settings, `config.yaml`; figures on the way,
+    `log.jsonl`; at the end `loss.png` and `train.json`. The first Ctrl-C ends the run after the
+    current step, with all of them written; the second ends it at once. A checkpoint that cannot be
+    written on the way is reported, the previous one stays, and the run continues.
+
+    `examples` replace what `config.data` names. With `resume` the run in `config.output` continues.
+    All randomness of step n comes from the seed and n, so a run of a given number of steps that was
+    interrupted or killed ends like one that was not; on a CPU bit for bit. Started by torchrun or
+    `accelerate launch`, the processes share each batch.
+
+    Raises, before any work, ValueError for an unusable setting, FileExistsError where `output`
+    holds a run, OSError where it cannot be written or another process trains there, CheckpointError
+    where there is none to resume and DataUnavailableError without the data; FloatingPointError
+    where the loss or its gradient is no longer finite, as `nonfinite` says.
+    """
+    config.validate()
+    path = config.output / CHECKPOINT
+    if path.exists() and not resume:
+        raise FileExistsError(f"{path} exists already; --resume it or choose another output")
+    require_matplotlib()
+    if config.tensorboard:
+        require_tensorboard()
+    communicator = init_communicator(config.device)
+    with ExitStack() as locks:
+        if resume and path.exists():
+            if communicator.is_main:
+                # Before the checkpoint is read: a run that is ending may write another one.
+                locks.enter_context(lock_folder(config.output))
+            communicator.barrier()
+        run = _build(config, resume, examples, communicator)
+        if communicator.is_main:
+            if not resume:
+                prepare_output(config.output, FILES)
+                locks.enter_context(lock_folder(config.output))
+            remove_unfinished(config.output)
+        communicator.barrier()
+        interrupted = _run(run, resume)
+        return _summarize(run, interrupted)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The parts of a run; `config.precision` is decided, and `loop` holds all of them."""
+
+    config: TrainConfig
+    state: TrainState
+    communicator: Communicator
+    loop: TrainLoop
+
+
+def _build(
+    config: TrainConfig, resume: bool, examples: Examples | None, communicator: Communicator
+) -> _Run:
+    """Load the examples, make model, optimizer and loop, and restore the state to resume."""
+    path, device = config.output / CHECKPOINT, communicator.device
+    if device.type == "cpu":
+        keep_freed_memory()
+    if examples is None:
+        default_size = preset(config.preset).image_size[0]
+        examples = open_examples(config.data, config.image_size, default_size)
+    check_batch_split(config, communicator)
+    loader = Loader(
+        examples,
+        config.batch_size,
+        seed=config.seed,
+        rank=communicator.rank,
+        world_size=communicator.world_size,
+        mirror=config.mirror,
+        workers=config.workers,
+        pin_memory=device.type == "cuda",
+    )
+    stored = read_state(path) if resume else None
+    config = dataclasses.replace(config, precision=_precision(config, stored, communicator))
+    torch.manual_seed(config.seed)
+    model = _new_model(config, examples).to(device)
+    parallel = parallelize(model, config, communicator)
+    state = TrainState(
+        model=model,
+        optimizer=adamw(
+            model, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        ),
+        ema=EMA(model),
+        scaler=torch.amp.GradScaler(device.type, enabled=DTYPES[config.precision] == torch.float16),
+        classes=examples.classes,
+        scale=examples.scale,
+        recipe=config.recipe | {"data": _describe(examples, communicator)},
+    )
+    if stored is not None:
+        # Its tensors are memory-mapped, and the file stays on disk as long as they exist.
+        state.load(path, *stored)
+    previews = Previews(config, state, communicator, examples.labels)
+    loop = TrainLoop(config, state, parallel, loader, communicator, previews)
+    return _Run(config, state, communicator, loop)
+
+
+def _run(run: _Run, resume: bool) -> bool:
+    """Take the steps, between a first and a last checkpoint; return whether a signal ended it."""
+    config, state, is_main = run.config, run.state, run.communicator.is_main
+    path = config.output / CHECKPOINT
+    with _stop_on_signal() as stop_requested:
+        if not resume:
+            state.save(path, write=is_main)
+        if is_main:
+            # After the checkpoint: a run that was killed before it can be started again.
+            config.write(config.output / CONFIG)
+        interrupted = run.loop.run(stop_requested)
+        state.save(path, write=is_main)
+    return interrupted
+
+
+def _summarize(run: _Run, interrupted: bool) -> TrainSummary:
+    """Return the summary; write it and the loss curve on rank 0."""
+    config, state, communicator = run.config, run.state, run.communicator
+    losses = [loss for loss in state.losses if math.isfinite(loss)]
+    summary = TrainSummary(
+        steps=state.step,
+        seconds=state.seconds,
+        images_per_second=state.step * config.batch_size / state.seconds if state.seconds else 0.0,
+        first_loss=_mean(losses[:20]),
+        last_loss=_mean(losses[-100:]),
+        parameters=sum(p.numel() for p in state.model.parameters()),
+        processes=communicator.world_size,
+        device=device_name(communicator.device),
+        precision=config.precision,
+        torch=torch.__version__,
+        interrupted=interrupted,
+    )
+    if communicator.is_main:
+        if losses:
+            loss_curve(losses, config.output / "loss.png")
+        write_json(
+            config.output / "train.json",
+            {"config": config.to_dict(), "result": dataclasses.asdict(summary)},
+        )
+    return summary
+
+
+def _precision(
+    config: TrainConfig,
+    stored: tuple[dict[str, Tensor], dict[str, Any]] | None,
+    communicator: Communicator,
+) -> Precision:
+    """Decide the precision once for all processes, and keep that of a run that is resumed."""
+    precision = config.precision
+    if stored is not None and precision == "auto":
+        precision = stored[1].get("recipe", {}).get("precision", precision)
+    # "auto" times the device: close calls could differ between processes.
+    return communicator.broadcast(precision_name(resolve_precision(precision, communicator.device)))
+
+
+def _describe(examples: Examples, communicator: Communicator) -> str | None:
+    """Return a description that identifies the examples; only rank 0 reads the files for it."""
+    text = None
+    if communicator.is_main:
+        text = f"{len(examples.labels)} examples, SHA-256 {examples.fingerprint()}"
+    return communicator.broadcast(text)
+
+
+def _new_model(config: TrainConfig, examples: Examples) -> DiMR:
+    """Create the preset's model, adapted to the examples."""
+    channels, height, width = examples.shape
+    adapted = preset(config.preset).fitted(channels, (height, width), len(examples.classes) + 1)
+    branches = list(adapted.stage_configs)
+    for number in config.checkpointing:
+        if number >= len(branches):
+            raise ValueError(f"checkpointing: got branch {number}, expected 0..{len(branches) - 1}")
+        branches[number] = dataclasses.replace(branches[number], checkpointing=True)
+    return DiMR(dataclasses.replace(adapted, stage_configs=tuple(branches)))
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a flag, which the yielded function returns."""
+    received: list[int] = []
+    previous: dict[signal.Signals, Any] = {}
+
+    def receive(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, previous[signal.Signals(number)])
+
+    # Only the main thread may set handlers; in other threads signals keep their handlers.
+    if threading.current_thread() is threading.main_thread():
+        for name in (signal.SIGINT, signal.SIGTERM):
+            previous[name] = signal.signal(name, receive)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for name, handler in previous.items():
+            signal.signal(name, handler)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,1 @@
+"""Device, process, file and number helpers that every part of the package may use."""

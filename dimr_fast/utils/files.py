@@ -1,0 +1,108 @@
+"""Write files and folders so that each appears complete or not at all; lock and digest them."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"
+LOCK_TIMEOUT = 10.0
+"""Seconds to wait for a lock: after a kill, data loader workers notice it within five seconds."""
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary path beside `path`, then rename that file to `path`.
+
+    The old file at `path` stays until then, also if the machine stops. Raises whatever `write`
+    raises, an OSError with `path` in its message, and removes the temporary file. Only a killed
+    process leaves one behind; see `remove_unfinished`.
+    """
+    target = Path(path)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
+        write(unfinished)
+        # safetensors makes files that only their owner can read, whatever the umask.
+        unfinished.chmod(mode)
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(target)
+    except OSError as error:
+        # Most of these exceptions do not name the file.
+        raise OSError(f"{path}: could not be written ({error})") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON."""
+    write_atomically(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], object]) -> None:
+    """Call `fill` with a temporary folder beside `path`, then rename that folder to `path`.
+
+    Raises FileExistsError where `path` exists already, and whatever `fill` raises; then nothing is
+    left behind.
+    """
+    target = Path(path).absolute()
+    if target.exists():
+        raise FileExistsError(f"{path} exists already; choose another output")
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
+    unfinished.mkdir(parents=True)
+    try:
+        fill(unfinished)
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files that killed processes left in `folder` for files called `name`.
+
+    No other process may be writing these files.
+    """
+    for path in folder.glob(f".{name}.*.part"):
+        if path.is_file():
+            path.unlink()
+
+
+def prepare_output(folder: Path, names: Sequence[str]) -> None:
+    """Create `folder` and check that files of these names can be written, before any work.
+
+    Raises FileExistsError where one of them exists, and OSError where nothing can be written.
+    """
+    for name in names:
+        if (folder / name).exists():
+            raise FileExistsError(f"{folder / name} exists already; choose another output")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def lock_folder(folder: Path, timeout: float = LOCK_TIMEOUT) -> AbstractContextManager[object]:
+    """Lock `folder` against other processes until the block of the returned context ends.
+
+    The operating system releases the lock when the process dies. Raises OSError where another
+    process still holds it after `timeout` seconds. A file system without locks locks nothing.
+    """
+    try:
+        return FileLock(folder / LOCK).acquire(timeout=timeout)
+    except Timeout as error:
+        raise OSError(f"{folder}: another process is writing there") from error
+    except NotImplementedError:
+        return nullcontext()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

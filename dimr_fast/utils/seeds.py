@@ -1,0 +1,11 @@
+"""Independent random streams from one seed."""
+
+import numpy as np
+
+
+def derived_seed(*keys: int) -> int:
+    """Return a seed for `torch.manual_seed`; different keys (0 or more) give different seeds.
+
+    Adding to a seed is not enough: the CPU's generator uses only the lowest 32 bits.
+    """
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])

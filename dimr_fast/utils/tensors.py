@@ -1,0 +1,71 @@
+"""Read, write and digest tensors: safetensors files, SHA-256 and CRC-32."""
+
+import hashlib
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dimr_fast.errors import CheckpointError
+from dimr_fast.utils.files import write_atomically
+
+
+def read_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors whose names start with `prefix`, and the metadata, of a safetensors file.
+
+    Tensors are memory-mapped: their pages are read from the file when they are used. Raises
+    CheckpointError where the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file atomically. Raises OSError where it cannot be written."""
+    stored = to_storable(tensors)
+    try:
+        write_atomically(path, lambda part: save_file(stored, part, metadata=metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def to_storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors detached, on the CPU and contiguous, as files hold them."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def crc32(tensor: Tensor) -> int:
+    """Return the CRC-32 of a contiguous CPU tensor's bytes."""
+    return zlib.crc32(_bytes(tensor))
+
+
+def sha256(*tensors: Tensor) -> str:
+    """Return the SHA-256 of the tensors' bytes, one after another, in hexadecimal."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def sha256_of_named(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names and bytes, in the order of the names, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
