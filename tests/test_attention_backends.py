@@ -168,7 +168,7 @@ def test_auto_leaves_the_packages_alone() -> None:
     implementations = ops.OPERATORS["attention"]
     for name in STAND_INS:
         assert implementations.why_not_auto(name, torch.zeros(1, 2, 6)) is not None
-    names = ("triton", "bmm", "sdpa", "flash_attn", "xformers", "reference")
+    names = ("triton", "cpu", "bmm", "sdpa", "flash_attn", "xformers", "reference")
     assert implementations.names == names
 
 

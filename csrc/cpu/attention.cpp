@@ -52,8 +52,6 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, int64_t heads) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dimr_fast, CPU, m) {
-    m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
-}
+STABLE_TORCH_LIBRARY_IMPL(dimr_fast, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&attention_fwd)); }
 
 }  // namespace dimr_fast

@@ -23,6 +23,19 @@ def _triton_why_not(qkv: Tensor) -> str | None:
     return TRITON.why_not(qkv)
 
 
+@torch.compiler.assume_constant_result
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
+
+
+def _cpu_slower(qkv: Tensor) -> str | None:
+    # Matrix tiles (AMX) multiply bf16 faster than this kernel's vectors do, and the two have not
+    # been compared on such a processor; for few tokens the batched products' overhead dominates.
+    if qkv.dtype == torch.bfloat16 and qkv.shape[1] > 128 and _has_amx():
+        return "not measured on a processor with AMX for more than 128 tokens"
+    return None
+
+
 _MOST_TOKENS_MEASURED = 257
 
 
@@ -41,10 +54,6 @@ def _bmm_slower(qkv: Tensor) -> str | None:
 def _sdpa_slower(qkv: Tensor) -> str | None:
     if _bmm_is_faster(qkv):
         return f"slower on a CPU in bfloat16 up to {_MOST_TOKENS_MEASURED} tokens"
-    return None
-
-
-def _cpu_slower(qkv: Tensor) -> str | None:
     return None
 
 
@@ -77,9 +86,10 @@ def attention(qkv: Tensor, num_heads: int, *, implementation: str = "auto") -> T
     """Compute the attention of every token to every token, with scale `head_dim^-½`.
 
     `qkv` is `[B, N, 3·heads·head_dim]`, packed as `[3, heads, head_dim]`; the result is
-    `[B, N, heads·head_dim]`. Implementations: "triton", "bmm" (PyTorch's batched matrix products),
-    "sdpa" (PyTorch's scaled_dot_product_attention), "flash_attn" and "xformers" (these packages,
-    if installed) and "reference".
+    `[B, N, heads·head_dim]`. Implementations: "triton", "cpu" (the compiled
+    library), "bmm" (PyTorch's batched matrix products), "sdpa" (PyTorch's
+    scaled_dot_product_attention), "flash_attn" and "xformers" (these packages, if installed) and
+    "reference".
     Raises ValueError if the width does not fit the heads or the implementation cannot run.
     """
     if qkv.dim() != 3 or num_heads < 1 or qkv.shape[-1] % (3 * num_heads) or not qkv.shape[-1]:
@@ -92,6 +102,8 @@ def attention(qkv: Tensor, num_heads: int, *, implementation: str = "auto") -> T
     chosen = operator.select(implementation, packed)
     if chosen == "triton":
         return _run(qkv, num_heads)
+    if chosen == "cpu":
+        return _run_cpu(qkv, num_heads)
     if chosen == "reference":
         return reference.attention(qkv, num_heads)
     return _BACKENDS[chosen](packed).flatten(2)
@@ -125,3 +137,19 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
 
 
 _run = differentiable(_forward, _backward)
+
+
+def _forward_cpu(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
+    ctx.save_for_backward(qkv)
+    ctx.heads = heads
+    return _fwd["cpu"](qkv, heads)[0]
+
+
+def _backward_cpu(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+    (qkv,) = ctx.saved_tensors
+    packed = qkv.unflatten(-1, (3, ctx.heads, -1))
+    dpacked = backends.bmm_gradient(dout.unflatten(-1, (ctx.heads, -1)), packed)
+    return dpacked.flatten(2), None
+
+
+_run_cpu = differentiable(_forward_cpu, _backward_cpu)

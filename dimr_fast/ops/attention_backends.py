@@ -34,17 +34,31 @@ def bmm(packed: Tensor) -> Tensor:
 
 
 def _bmm_forward(ctx: Any, packed: Tensor) -> Tensor:
-    images, count, _, heads, width = packed.shape
-    q, k, v = packed.permute(2, 0, 3, 1, 4).reshape(3, images * heads, count, width)
-    # Scaled within the product: in half precision the scores are rounded once.
-    scores = torch.baddbmm(q.new_empty((1, 1, 1)), q, k.mT, beta=0, alpha=width**-0.5)
-    weights = scores.softmax(-1)
+    images, _, _, heads, _ = packed.shape
+    q, k, v, weights = _split_with_weights(packed)
     ctx.save_for_backward(q, k, v, weights)
     return weights.bmm(v).unflatten(0, (images, heads)).transpose(1, 2)
 
 
 def _bmm_backward(ctx: Any, dout: Tensor) -> tuple[Tensor]:
-    q, k, v, weights = ctx.saved_tensors
+    return (_bmm_gradient(dout, *ctx.saved_tensors),)
+
+
+def bmm_gradient(dout: Tensor, packed: Tensor) -> Tensor:
+    """Return the gradient of `packed`; the attention weights are computed again by `torch.bmm`."""
+    return _bmm_gradient(dout, *_split_with_weights(packed))
+
+
+def _split_with_weights(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return q, k, v `[B·heads, N, head_dim]` and the attention weights `[B·heads, N, N]`."""
+    images, count, _, heads, width = packed.shape
+    q, k, v = packed.permute(2, 0, 3, 1, 4).reshape(3, images * heads, count, width)
+    # Scaled within the product: in half precision the scores are rounded once.
+    scores = torch.baddbmm(q.new_empty((1, 1, 1)), q, k.mT, beta=0, alpha=width**-0.5)
+    return q, k, v, scores.softmax(-1)
+
+
+def _bmm_gradient(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
     images, count, heads, width = dout.shape
     dout = dout.transpose(1, 2).reshape(images * heads, count, width)
     dweights = dout.bmm(v.mT)
@@ -58,7 +72,7 @@ def _bmm_backward(ctx: Any, dout: Tensor) -> tuple[Tensor]:
     dpacked = q.new_empty((images, count, 3, heads, width))
     for i, grad in enumerate(grads):
         dpacked[:, :, i] = grad.unflatten(0, (images, heads)).transpose(1, 2)
-    return (dpacked,)
+    return dpacked
 
 
 _run_bmm = differentiable(_bmm_forward, _bmm_backward)

@@ -73,7 +73,8 @@ struct Pairs {
 
   private:
     static Bits numbers(const BFloat16* from, int64_t count) {
-        return (Bits)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), (const void*)from));
+        return (Bits)_mm512_cvtepu16_epi32(
+            _mm256_maskz_loadu_epi16(first(count), (const void*)from));
     }
     static void write(uint32_t* to, Bits pairs) { _mm512_storeu_si512(to, (__m512i)pairs); }
 };
@@ -133,8 +134,8 @@ inline void product_rows(const typename P::Element* left, int64_t left_stride,
 // The product of `rows` rows, rows <= ROWS; `columns` is a multiple of LANES.
 template <typename P>
 void product(int64_t rows, const typename P::Element* left, int64_t left_stride,
-             const typename P::Element* right, int64_t right_stride, int64_t depth,
-             int64_t columns, float* to, int64_t to_stride) {
+             const typename P::Element* right, int64_t right_stride, int64_t depth, int64_t columns,
+             float* to, int64_t to_stride) {
     if (rows == ROWS)
         return product_rows<P, ROWS>(left, left_stride, right, right_stride, depth, columns, to,
                                      to_stride);
@@ -227,13 +228,15 @@ class Task {
     void copy_keys_and_values(int64_t image, int64_t head) {
         const int64_t count = p_.tokens, width = p_.head_dim;
         const int64_t stride = p_.qkv.row_stride;
-        const T* key = vector(image, head, 0, 1);
-        for (int64_t k = 0; k < size_.head_depth; ++k) {
-            Element* to = keys_ + k * size_.tokens;
-            for (int64_t token = 0; token < count; ++token)
-                to[token] = element(key + token * stride, k, width);
-            for (int64_t token = count; token < size_.tokens; ++token) to[token] = Element{};
+        // Token by token: the rows of `keys_` that it writes to stay in the L1 cache.
+        for (int64_t token = 0; token < count; ++token) {
+            const T* key = vector(image, head, token, 1);
+            for (int64_t k = 0; k < size_.head_depth; ++k)
+                keys_[k * size_.tokens + token] = element(key, k, width);
         }
+        for (int64_t k = 0; k < size_.head_depth; ++k)
+            for (int64_t token = count; token < size_.tokens; ++token)
+                keys_[k * size_.tokens + token] = Element{};
         for (int64_t k = 0; k < size_.token_depth; ++k) {
             const T* value = vector(image, head, P::DEPTH * k, 2);
             const T* next = P::DEPTH * k + 1 < count ? value + stride : nullptr;
@@ -281,8 +284,8 @@ class Task {
         }
         const float sum_of_row = sum(total[0]);
         float* statistics = p_.statistics + ((image * p_.heads + head) * 2) * p_.tokens + query;
-        statistics[0] = most * scale;
-        statistics[p_.tokens] = sum_of_row;
+        statistics[0] = most * scale * LOG2_E;
+        statistics[p_.tokens] = 1 / sum_of_row;
         return sum_of_row;
     }
 

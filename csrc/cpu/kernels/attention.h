@@ -6,10 +6,12 @@ namespace dimr_fast {
 
 struct Attention {
     int64_t images, tokens, heads, head_dim;
-    Rows qkv;          // [images, tokens, 3 * heads * head_dim]
-    Rows y;            // [images, tokens, heads * head_dim], in the dtype of qkv
-    float* statistics;  // [images, heads, 2, tokens]: maximum of the scores, sum of exponentials
-    int64_t splits;    // tasks of one head; each has an equal share of the queries
+    Rows qkv;  // [images, tokens, 3 * heads * head_dim]
+    Rows y;    // [images, tokens, heads * head_dim], in the dtype of qkv
+    // [images, heads, 2, tokens]: top = max s and 1 / Σ 2^(s - top), with scores s in units of
+    // ln 2.
+    float* statistics;
+    int64_t splits;  // tasks of one head; each has an equal share of the queries
 };
 
 // Bytes of one thread's scratch, which is aligned to 64.
