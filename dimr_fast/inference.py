@@ -1,6 +1,7 @@
 """Optimise a trained model for sampling: same call and predictions, no gradients."""
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -17,7 +18,9 @@ from dimr_fast.layers import (
     DepthwiseConv2d,
     GatedMLP,
     Linear,
+    Operation,
     RMSNorm,
+    TDLayerNorm,
     TDParameter,
     TDRMSNorm,
     TDValues,
@@ -193,6 +196,53 @@ class _Branch(nn.Module):
             _Linear.of(cast(Linear, dense), dtype) for dense in branch.skip_denses
         )
         self.output_layer = _copy(branch.output_layer, dtype)
+        self.in_one_call = _run_by_cpu_library(branch, next(self.parameters()))
+
+    @functools.cached_property
+    def _norms(self) -> list[nn.Module]:
+        """The norms of the blocks, in the order of use."""
+        return [
+            cast(nn.Module, part.norm)
+            for block in self.blocks
+            for part in (block.block1, block.block2)
+            if not isinstance(part, DepthwiseConv2d)
+        ]
+
+    @functools.cached_property
+    def _block_parameters(self) -> list[Tensor]:
+        """The other parameters of the blocks, in the order that `ops.branch_blocks` expects."""
+        found: list[Any] = []
+        for j, module in enumerate(self.blocks):
+            block = cast(_Block, module)
+            linears = [block.block2.w01, block.block2.w2]
+            if j > self.depth:
+                skip = self.skip_denses[j - self.depth - 1]
+                found += (skip.weight, skip.bias)
+            if isinstance(block.block1, Attention):
+                found.append(block.block1.query_key_value.weight)
+                linears.insert(0, cast(_Linear, block.block1.dense))
+            else:
+                found += block.block1.parameters()
+            for linear in linears:
+                found += (linear.weight, linear.bias)
+        return found
+
+    def _run_in_one_call(self, x: Tensor, td: TDValues, buffers: _Buffers) -> list[Tensor]:
+        """Return the outputs of all blocks."""
+        first = cast(_Block, self.blocks[0])
+        mixer = first.block1
+        last = ops.branch_blocks(
+            x,
+            buffers.pairs,
+            [value for norm in self._norms for value in _time_values(norm, td)],
+            self._block_parameters,
+            heads=mixer.num_heads if isinstance(mixer, Attention) else 0,
+            height=mixer.size[0] if isinstance(mixer, DepthwiseConv2d) else 0,
+            layer_norm=isinstance(first.block2.norm, TDLayerNorm),
+            packed=first.block2.w2.uses_onednn,
+        )
+        slots = (buffers.slot(j) for j in range(2 * self.depth))
+        return [*(slot for slot in slots if slot is not None), last]
 
     def allocate(self, batch: int) -> _Buffers:
         positions = self.input_layer.get_parameter("3.position_embeddings.weight")
@@ -219,13 +269,36 @@ class _Branch(nn.Module):
             buffers.tokens[:, 1:] = x
             x = buffers.tokens
         outputs = [x]
-        for j, block in enumerate(self.blocks):
-            if j > self.depth:
-                pair = j - self.depth - 1
-                x = self.skip_denses[pair](buffers.pairs[pair].flatten(-2))
-            x = block(x, td, buffers.slot(j))
-            outputs.append(x)
+        if self.in_one_call:
+            outputs += self._run_in_one_call(x, td, buffers)
+        else:
+            for j, block in enumerate(self.blocks):
+                if j > self.depth:
+                    pair = j - self.depth - 1
+                    x = self.skip_denses[pair](buffers.pairs[pair].flatten(-2))
+                x = block(x, td, buffers.slot(j))
+                outputs.append(x)
         return [output[:, 1:] for output in outputs] if self.is_transformer else outputs
+
+
+def _run_by_cpu_library(branch: Branch, weight: Tensor) -> bool:
+    """Return whether the CPU library runs every operator of the branch's blocks.
+
+    `weight` has the device and dtype of the computation.
+    """
+    if weight.device.type != "cpu":
+        return False
+    positions = branch.input_layer.get_parameter("3.position_embeddings.weight")
+    count, width = positions.shape
+    for module in branch.blocks.modules():
+        if isinstance(module, Operation):
+            shape: tuple[int, ...] = (1, count, width)
+            if isinstance(module, Attention):
+                shape = (1, count + 1, 3, module.num_heads, width // module.num_heads)
+            x = torch.empty(shape, dtype=weight.dtype)
+            if ops.OPERATORS[module.operator].select(module.implementation, x) != "cpu":
+                return False
+    return True
 
 
 class _Block(nn.Module):
@@ -281,6 +354,13 @@ class _GatedMLP(nn.Module):
             return False
         operator = ops.OPERATORS[self.norm.operator]
         return operator.select(self.norm.implementation, x) == "triton"
+
+
+def _time_values(norm: nn.Module, td: TDValues) -> tuple[Tensor, ...]:
+    """Return the values of a norm's time-dependent parameters, or its scale `[1, D]`."""
+    if isinstance(norm, TDLayerNorm):
+        return norm.values(td)
+    return (cast(TDRMSNorm | RMSNorm, norm).value(td),)
 
 
 def _attention(attention: Attention, dtype: torch.dtype) -> Attention:

@@ -16,7 +16,8 @@ import torch
 from oracle import assert_as_accurate, with_gradients
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dimr_fast import _extension
+from dimr_fast import DiMR, _extension, optimize_for_inference
+from dimr_fast.config import NORM_TYPES
 from dimr_fast.ops import OPERATORS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,6 +53,18 @@ def check(call: calls.Call, dtype: torch.dtype) -> None:
     assert_as_accurate(gradients(ours), gradients(reference), *tensors, dtype=dtype)
 
 
+def run_model(norm_type: str, dtype: torch.dtype) -> None:
+    """Run the blocks of a small model in one call; they equal the same blocks one by one."""
+    torch.manual_seed(0)
+    model = DiMR.from_preset("tiny", norm_type=norm_type)
+    together, singly = (optimize_for_inference(model, dtype) for _ in range(2))
+    for branch in singly.stages:
+        branch.in_one_call = False
+    x, y = torch.randn(2, 3, 16, 16), torch.tensor([0, 6])
+    for a, b in zip(*(m(x, log_snr=torch.zeros(1), y=y) for m in (together, singly)), strict=True):
+        assert torch.equal(a, b)
+
+
 def edges() -> None:
     """Every operator at its edges, in every instruction set of this processor."""
     before = calls.registered()
@@ -74,6 +87,12 @@ def edges() -> None:
                     with recorder:
                         check(call, dtype)
                     count += 1
+        for norm_type in NORM_TYPES:
+            for dtype in DTYPES:
+                print(instruction_set, "branch_blocks", norm_type, dtype, flush=True)
+                with recorder:
+                    run_model(norm_type, dtype)
+                count += 1
     untried = calls.registered() - before - set(recorder.calls)
     assert not untried, f"never called: {untried}"
     print(f"edges: {count} calls by {', '.join(sets)}")

@@ -6,10 +6,11 @@
 
 #include <tuple>
 
-#include "attention.h"
+#include "operators.h"
 #include "rows.h"
 
 namespace dimr_fast {
+namespace {
 
 void run_attention(const Attention& given) {
     Attention p = given;
@@ -27,7 +28,7 @@ void run_attention(const Attention& given) {
     });
 }
 
-namespace {
+}  // namespace
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, int64_t heads) {
     STD_TORCH_CHECK(qkv.dim() == 3 && heads > 0 && qkv.size(2) % (3 * heads) == 0,
@@ -49,8 +50,6 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, int64_t heads) {
     run_attention(p);
     return {y, statistics};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dimr_fast, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&attention_fwd)); }
 

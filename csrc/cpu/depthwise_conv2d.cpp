@@ -75,6 +75,8 @@ void convolve(DepthwiseConv2d p) {
     });
 }
 
+}  // namespace
+
 Tensor depthwise_conv2d_fwd(const Tensor& x, const Tensor& weight,
                             const std::optional<Tensor>& bias, bool residual) {
     const DepthwiseConv2dShape shape = check_depthwise_conv2d(x, weight, bias);
@@ -86,6 +88,8 @@ Tensor depthwise_conv2d_fwd(const Tensor& x, const Tensor& weight,
     convolve(p);
     return y;
 }
+
+namespace {
 
 void weight_gradients(DepthwiseConv2d p, const Tensor& dweight, const Tensor& dbias) {
     const int64_t lanes = CHOOSE(depthwise_conv2d_lanes)();

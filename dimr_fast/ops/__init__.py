@@ -2,6 +2,7 @@
 
 from dimr_fast.ops._checks import autocast_enabled, compute_dtype
 from dimr_fast.ops.attention import attention
+from dimr_fast.ops.branch_blocks import branch_blocks
 from dimr_fast.ops.depthwise_conv2d import depthwise_conv2d
 from dimr_fast.ops.gated_gelu import gated_gelu
 from dimr_fast.ops.implementations import OPERATORS, Implementations
@@ -18,6 +19,7 @@ __all__ = [
     "Vectors",
     "attention",
     "autocast_enabled",
+    "branch_blocks",
     "compute_dtype",
     "depthwise_conv2d",
     "gated_gelu",

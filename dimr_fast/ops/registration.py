@@ -120,3 +120,9 @@ def differentiable(
     name = forward.__module__.rpartition(".")[2]
     function: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), members)
     return function.apply
+
+
+def compiled_operator(name: str, schema: str) -> Kernel:
+    """Define `dimr_fast::<name>`, which only a compiled library implements, and return it."""
+    torch.library.define(f"dimr_fast::{name}", schema)
+    return getattr(torch.ops.dimr_fast, name).default

@@ -32,6 +32,9 @@ constexpr int64_t SUM_COLUMNS = 64;
 // total[t, c] = Σ_i partial[t, i, c], i < count, in order; a task is SUM_COLUMNS columns of one t.
 DIMR_FAST_DECLARE(void sum_partials(const float* partial, float* total, int64_t count,
                                     int64_t width, int64_t begin, int64_t end))
+// out = a + b, all of one dtype.
+DIMR_FAST_DECLARE(void add(const Rows& a, const Rows& b, const Rows& out, const Chunks& chunks,
+                           int64_t width, int64_t begin, int64_t end))
 // Converts one row to fp32.
 DIMR_FAST_DECLARE(void widen(DType dtype, const void* from, float* to, int64_t width))
 
