@@ -257,6 +257,19 @@ def test_compiles_without_a_graph_break_without_gradients() -> None:
         assert relative_error(actual, expected) < TOLERANCE
 
 
+@pytest.mark.versions
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_compiled_it_takes_batches_of_any_size(implementation: str) -> None:
+    """From the second size on Dynamo knows sizes as symbols, not numbers."""
+    model = randomised(DiMR(PRESETS["tiny"])).set_implementation(implementation)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for batch, times in ((2, 2), (3, 3), (4, 1)):
+        inputs = tiny_inputs(batch)
+        inputs["log_snr"] = inputs["log_snr"][:times]
+        for actual, expected in zip(compiled(**inputs), model(**inputs), strict=True):
+            assert relative_error(actual, expected) < TOLERANCE, batch
+
+
 def test_checkpointing_is_per_branch_and_only_with_grad(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(b.checkpointing for c in PRESETS.values() for b in c.stage_configs)
     config = PRESETS["tiny"]
