@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from golden import CASES, Golden, relative_error
 
 from dimr_fast import reference
 from dimr_fast.diffusion import multi_scale_loss
+from tests.support.golden import CASES, Golden, relative_error
 
 TOLERANCE = 1e-5
 MODES = [("mixed_time", "time"), ("uniform_time", "time_uniform")]

@@ -1,13 +1,13 @@
 """The published model's own numbers: its parameters, inputs, outputs, loss and gradients."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 from safetensors import safe_open
 from torch import Tensor
 
-DATA = Path(__file__).parent / "data"
+from tests.support.paths import FILES
+
 CASES = ("two_branch_tdrms", "two_branch_tdln", "two_branch_rms", "three_branch_tdrms")
 
 
@@ -15,7 +15,7 @@ class Golden:
     """One model file: its configuration as a published object, inputs, outputs, gradients."""
 
     def __init__(self, case: str) -> None:
-        with safe_open(DATA / f"{case}.safetensors", "pt") as file:
+        with safe_open(FILES / f"{case}.safetensors", "pt") as file:
             values = json.loads(file.metadata()["config"])
             self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         self.loss_coeffs = values.pop("loss_coeffs")

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from dimr_fast import _extension
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 INCLUDE = Path(torch.__file__).parent / "include" / "torch" / "csrc"
 HEADERS = ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h")
 SINCE = r"#if TORCH_FEATURE_VERSION >= TORCH_VERSION_(\d+)_(\d+)_0\n(.*?)#endif // TORCH_FEATURE"

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from photographs import photographs
 from PIL import Image
 
 from dimr_fast.data import images as images_module
@@ -17,6 +16,7 @@ from dimr_fast.data.images import (
     read_image,
 )
 from dimr_fast.data.scaling import PixelScale
+from tests.support.photographs import photographs
 
 
 def noise(width: int, height: int, seed: int = 0) -> np.ndarray:

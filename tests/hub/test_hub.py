@@ -10,15 +10,15 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from golden import Golden
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from saved import inputs, randomised
 from torch import nn
 
 from dimr_fast import DiMR, DiMRConfig, optimize_for_inference
 from dimr_fast.checkpoint import CheckpointError, load_model
 from dimr_fast.hub import mixin as hub
+from tests.support.golden import Golden
+from tests.support.models import inputs, randomised
 
 NOTES = {
     "classes": ["a", "b", "c", "d", "e", "f"],

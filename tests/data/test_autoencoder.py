@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from photographs import save_autoencoder
 from safetensors.torch import load_file, save_file
 
 from dimr_fast.data.autoencoder import Autoencoder
 from dimr_fast.data.scaling import LatentScale
 from dimr_fast.errors import DataUnavailableError
+from tests.support.photographs import save_autoencoder
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from saved import Doubling, trained_model, write_checkpoint
 
 from dimr_fast import DiMR
 from dimr_fast.checkpoint import (
@@ -31,6 +30,7 @@ from dimr_fast.sampling import (
     sample_images,
 )
 from dimr_fast.sampling import job as job_module
+from tests.support.models import Doubling, trained_model, write_checkpoint
 
 
 @pytest.fixture

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pictured import drawn, read, write_folder, write_npz
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from saved import Doubling, trained_model, write_checkpoint
 from torch import Tensor
 
 from dimr_fast import cli
@@ -29,6 +27,8 @@ from dimr_fast.evaluation.real_images import cached_statistics, user_cache
 from dimr_fast.evaluation.statistics import compute_statistics
 from dimr_fast.sampling import Sampler, balanced_labels, sample_images
 from dimr_fast.utils.files import file_sha256
+from tests.support.image_files import drawn, read, write_folder, write_npz
+from tests.support.models import Doubling, trained_model, write_checkpoint
 
 
 class Colours(torch.nn.Module):

@@ -1,6 +1,6 @@
 """Files that an earlier version wrote are read: a checkpoint, latents, an unfinished sampling job.
 
-`data/before_packages` was written when all jobs were modules of the package's root: a run of three
+`files/before_packages` was written when all jobs were modules of the package's root: a run of three
 steps on six images, their latents, and a sampling job that was killed after two of three batches.
 """
 
@@ -15,8 +15,9 @@ from dimr_fast.checkpoint import load_checkpoint, load_model
 from dimr_fast.data.latents import LatentShards
 from dimr_fast.sampling import SampleConfig, SamplerConfig, sample
 from dimr_fast.training import CHECKPOINT, TrainConfig, train
+from tests.support.paths import FILES
 
-DATA = Path(__file__).parent / "data" / "before_packages"
+DATA = FILES / "before_packages"
 
 
 @pytest.fixture

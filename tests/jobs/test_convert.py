@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from golden import CASES, Golden, relative_error
-from saved import inputs, randomised
 
 from dimr_fast import PRESETS, DiMR, DiMRConfig, cli, convert
 from dimr_fast.checkpoint import CheckpointError, load_model, load_published, save_checkpoint
@@ -16,6 +14,8 @@ from dimr_fast.config import preset_of
 from dimr_fast.convert import ConvertConfig
 from dimr_fast.data.scaling import LatentScale, PixelScale
 from dimr_fast.hub.mixin import read_tensors
+from tests.support.golden import CASES, Golden, relative_error
+from tests.support.models import inputs, randomised
 
 
 @pytest.fixture(scope="module")

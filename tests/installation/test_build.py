@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dimr_fast import _extension
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 _spec = importlib.util.spec_from_file_location(
     "toolchain", ROOT / "csrc/build_support/toolchain.py"
 )

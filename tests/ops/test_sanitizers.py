@@ -1,19 +1,22 @@
 """The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer.
 
 It is built once more with them, and every operator run over its edge shapes in every instruction
-set, then over random bad inputs; `sanitized.py` says how.
+set, then over random bad inputs; see `tests/support/sanitized.py`.
 """
 
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+from tests.support.package_copy import copy_package
+from tests.support.paths import ROOT
+
 FLAGS = [
     "-O1",
     "-g1",
@@ -56,17 +59,20 @@ pytestmark = [
 ]
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Python with the sanitizers preloaded."""
+def run(
+    *arguments: object, folder: Path = ROOT, environment: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in `folder` with the sanitizers preloaded."""
     options = {
         # Python leaks on purpose; a size that no memory serves is an error, as without sanitizers.
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=1024",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "LD_PRELOAD": " ".join(map(str, runtimes())),
     }
-    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environ = {name: value for name, value in environment.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
+        cwd=folder,
         env=environ | options,
         capture_output=True,
         text=True,
@@ -117,7 +123,9 @@ def test_cpu_library_runs_clean(tmp_path):
         assert made.returncode == 0, (made.stdout + made.stderr)[-3000:]
     assert b"__asan_report_load" in (build / "libdimr_fast_cpu.so").read_bytes()
 
-    done = run(ROOT / "tests" / "sanitized.py", build, BAD_CALLS)
+    environment = copy_package(tmp_path / "package", libraries=build)
+    words = ["-m", "tests.support.sanitized", BAD_CALLS]
+    done = run(*words, folder=tmp_path / "package", environment=environment)
     last = done.stdout[-2000:].splitlines()[-1:]
     assert done.returncode == 0, f"exit {done.returncode} at {last}:\n{done.stderr[-6000:]}"
     assert last[0].startswith("bad inputs: ")

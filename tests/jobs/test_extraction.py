@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from photographs import copy_photographs, save_autoencoder
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
@@ -20,6 +19,7 @@ from dimr_fast.data.images import ImageFolder
 from dimr_fast.data.latents import DamagedShardError, LatentShards, open_shard
 from dimr_fast.data.scaling import LatentScale
 from dimr_fast.extraction import ExtractConfig, extract
+from tests.support.photographs import copy_photographs, save_autoencoder
 
 PLAIN, MIRRORED = torch.tensor([False]), torch.tensor([True])
 

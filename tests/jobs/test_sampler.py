@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from saved import trained_model
 
 from dimr_fast import DiMR
 from dimr_fast.checkpoint import (
@@ -22,6 +21,7 @@ from dimr_fast.sampling import (
     balanced_labels,
     sample_images,
 )
+from tests.support.models import trained_model
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,9 +24,9 @@ from dimr_fast.diffusion import (
     time_condition,
 )
 from dimr_fast.diffusion.solvers import _group, _plan
+from tests.support.paths import FILES
 
-DATA = Path(__file__).parent / "data"
-GOLDEN = load_file(DATA / "diffusion.safetensors")
+GOLDEN = load_file(FILES / "diffusion.safetensors")
 MODEL_CASES = ["two_branch_tdrms", "two_branch_tdln", "two_branch_rms", "three_branch_tdrms"]
 SCHEDULE = DiscreteSchedule()
 
@@ -132,7 +131,7 @@ def test_an_empty_batch_passes_through() -> None:
 
 @pytest.mark.parametrize("case", MODEL_CASES)
 def test_loss_has_the_published_values(case: str) -> None:
-    with safe_open(DATA / f"{case}.safetensors", "pt") as file:
+    with safe_open(FILES / f"{case}.safetensors", "pt") as file:
         coefficients = json.loads(file.metadata()["config"])["loss_coeffs"]
         predictions = [file.get_tensor(f"mixed_time/out/{i}") for i in range(len(coefficients))]
         noise, expected = file.get_tensor("in/noise"), file.get_tensor("loss/per_image")

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictured import drawn, read, write_folder, write_npz
 from PIL import Image
 
 from dimr_fast.data.images import list_images
 from dimr_fast.evaluation.image_sets import FolderImages, NpzImages, TensorImages, open_images
+from tests.support.image_files import drawn, read, write_folder, write_npz
 
 
 def test_images_come_back_as_they_were(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from saved import inputs, randomised, write_checkpoint
 
 from dimr_fast import DiMR, checkpoint, cli
 from dimr_fast.checkpoint import (
@@ -25,6 +24,7 @@ from dimr_fast.data.scaling import LatentScale, PixelScale, Scale, scale_to_dict
 from dimr_fast.data.tiles import load_tiles
 from dimr_fast.diffusion import DiscreteSchedule
 from dimr_fast.export import ExportConfig, export
+from tests.support.models import inputs, randomised, write_checkpoint
 
 CLASSES = ("sea", "coast", "ice", "sand", "wood", "town")
 RECIPE = {"config": {"learning_rate": 0.004, "data": "tiles"}, "result": {"steps": 3520}}

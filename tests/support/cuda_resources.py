@@ -1,6 +1,6 @@
 """What the CUDA kernels compile to: registers, memory and instructions.
 
-    python tests/cuda_resources.py
+    python -m tests.support.cuda_resources
 
 records the built library's in `RECORD` and rewrites the table of csrc/cuda/depthwise_conv2d.md
 from a fresh compilation of the designs that it compares.
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from emulation import Emulation, build
 
 from dimr_fast import _extension
+from tests.emulation import Emulation, build
+from tests.support.paths import FILES, ROOT
 
-ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "dimr_fast" / "libdimr_fast_cuda.so"
-RECORD = ROOT / "tests" / "data" / "depthwise_conv2d_cuda.json"
+RECORD = FILES / "depthwise_conv2d_cuda.json"
 NOTE = ROOT / "csrc" / "cuda" / "depthwise_conv2d.md"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 REGISTERS = 64 * 1024  # of a multiprocessor, in each of these architectures

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from saved import Doubling
 
 from dimr_fast.checkpoint import load_checkpoint, load_model
 from dimr_fast.data.latents import FORMAT, MANIFEST, open_shard, write_shard
@@ -25,6 +24,7 @@ from dimr_fast.data.scaling import LatentScale, scale_to_dict
 from dimr_fast.training import TrainConfig, train
 from dimr_fast.training.loop import NONFINITE
 from dimr_fast.training.state import CHECKPOINT
+from tests.support.models import Doubling
 
 pytest.importorskip("accelerate", reason="needs the accelerate package")
 

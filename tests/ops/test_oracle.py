@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from oracle import SAMPLES, assert_as_accurate, largest_error, neighbour, seeded
+
+from tests.oracle import SAMPLES, assert_as_accurate, largest_error, neighbour, seeded
 
 
 def exceeds_twice(numbers: int, samples: int) -> float:

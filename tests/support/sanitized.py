@@ -1,23 +1,22 @@
-"""Every operator of a CPU library built with sanitizers: edge shapes, then random bad inputs.
+"""Run every operator of a CPU library built with sanitizers: edge shapes, then random bad inputs.
 
-Run by `test_sanitizers.py` as `python sanitized.py FOLDER CALLS`, with the sanitizers preloaded;
-`FOLDER` holds the library. A tensor of torch's own making is an allocation of its own to them, so
-a step beyond either end of it is fatal.
+`tests/ops/test_sanitizers.py` runs `python -m tests.support.sanitized CALLS` with the sanitizers
+preloaded, in a copy of the package that has this library. Each tensor of torch is an allocation of
+its own, so that an access beyond either end of it is fatal.
 """
 
 import functools
 import sys
-from pathlib import Path
 from typing import Any
 
-import bad_inputs
-import calls
 import torch
-from oracle import assert_as_accurate, with_gradients
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dimr_fast import _extension
 from dimr_fast.ops import OPERATORS
+from tests.oracle import assert_as_accurate, with_gradients
+from tests.support import bad_inputs
+from tests.support import operator_calls as calls
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -80,6 +79,5 @@ def edges() -> None:
 
 
 if __name__ == "__main__":
-    _extension._FOLDER = Path(sys.argv[1])
     edges()
-    bad_inputs.run(int(sys.argv[2]))
+    bad_inputs.run(int(sys.argv[1]))
