@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from dimr_fast.data.autoencoder import Autoencoder
 from dimr_fast.data.scaling import LatentScale
 from dimr_fast.errors import DataUnavailableError
-from tests.support.photographs import save_autoencoder
+from tests.support.autoencoder import save_autoencoder
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

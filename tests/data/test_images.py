@@ -1,3 +1,5 @@
+"""Folders of images: which files they hold, how an image is cropped, and what is refused."""
+
 import pickle
 from pathlib import Path
 
@@ -7,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dimr_fast.data import images as images_module
 from dimr_fast.data.images import (
     ImageFolder,
     UnreadableImageError,
@@ -179,14 +180,23 @@ def test_examples_in_any_order_and_mirrored(folder: Path) -> None:
     assert torch.equal(read[2], read[0].flip(2))
 
 
-def test_the_scale_is_that_of_evenly_spaced_images(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_scale_is_that_of_all_images(folder: Path) -> None:
     images = ImageFolder(folder, 8)
     every = images.read(torch.arange(5), torch.zeros(5, dtype=torch.bool))
     assert images.scale == PixelScale.of(every)
-    monkeypatch.setattr(images_module, "_SCALE_SAMPLE", 2)
-    assert ImageFolder(folder, 8).scale == PixelScale.of(every[[0, 2]])
+
+
+def test_the_scale_of_many_images_is_that_of_512_evenly_spaced_ones(tmp_path: Path) -> None:
+    """The others are not even decoded."""
+    many = tmp_path / "many"
+    for number in range(1024):
+        if number % 2 == 0:
+            save(many / f"{number:04}.png", noise(4, 4, number))
+        else:
+            (many / f"{number:04}.png").write_text("no image")
+    images = ImageFolder(many, 4)
+    read = images.read(torch.arange(0, 1024, 2), torch.zeros(512, dtype=torch.bool))
+    assert images.scale == PixelScale.of(read)
 
 
 def test_images_of_one_colour_have_no_scale(tmp_path: Path) -> None:

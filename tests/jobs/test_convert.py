@@ -1,11 +1,13 @@
-"""Published files to safetensors and back: the same model, or nothing."""
+"""Converting published files to safetensors and back: the same model, or an error."""
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from dimr_fast import PRESETS, DiMR, DiMRConfig, cli, convert
@@ -13,7 +15,7 @@ from dimr_fast.checkpoint import CheckpointError, load_model, load_published, sa
 from dimr_fast.config import preset_of
 from dimr_fast.convert import ConvertConfig
 from dimr_fast.data.scaling import LatentScale, PixelScale
-from dimr_fast.hub.mixin import read_tensors
+from dimr_fast.utils.tensors import read_tensors
 from tests.support.golden import CASES, Golden, relative_error
 from tests.support.models import inputs, randomised
 
@@ -84,7 +86,7 @@ def test_golden_published_models_keep_their_numbers(case: str, tmp_path: Path) -
         assert relative_error(output, golden[f"mixed_time/out/{i}"]) < 1e-5
 
 
-def test_prefixes_are_removed_with_a_word(model: DiMR, tmp_path: Path) -> None:
+def test_prefixes_are_removed_and_reported(model: DiMR, tmp_path: Path) -> None:
     state = {f"module._orig_mod.{name}": value for name, value in model.state_dict().items()}
     torch.save(state, tmp_path / "nnet.pth")
     said = run(tmp_path / "nnet.pth", tmp_path / "out.safetensors")
@@ -92,7 +94,7 @@ def test_prefixes_are_removed_with_a_word(model: DiMR, tmp_path: Path) -> None:
     assert same(read_tensors(tmp_path / "out.safetensors")[0], model)
 
 
-def test_a_training_checkpoint_gives_its_averaged_weights(model: DiMR, tmp_path: Path) -> None:
+def test_a_training_checkpoint_gives_its_ema_weights(model: DiMR, tmp_path: Path) -> None:
     state = model.state_dict()
     tensors = {f"model.{name}": torch.zeros_like(value) for name, value in state.items()}
     tensors |= {f"ema.{name}": value for name, value in state.items()}
@@ -124,14 +126,13 @@ def test_the_number_of_classes_follows_the_weights(tmp_path: Path) -> None:
 def test_published_sizes_are_recognised(name: str) -> None:
     with torch.device("meta"):
         weights = DiMR.from_preset(name).state_dict()
-    source = ConvertConfig(input=Path("nnet.pth"), output=Path("out"))
-    found, _ = convert._model(convert._Source(weights), source)
+    found = convert.model_of_preset(weights, Path("nnet.pth"))
     assert found.config == PRESETS[name]
     assert preset_of(found.config) == name
 
 
 class Payload:
-    """Unpickled, it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -140,7 +141,7 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-def test_a_malicious_file_is_refused_and_not_run(
+def test_a_malicious_file_is_refused_and_its_code_not_run(
     model: DiMR, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     touched = tmp_path / "touched"
@@ -165,19 +166,20 @@ def test_files_of_the_format_before_torch_1_6_are_read(model: DiMR, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["out", "out.pth", "out.safetensors"])
-def test_what_does_not_load_as_it_was_is_not_kept(
+def test_a_file_that_differs_from_its_source_is_not_kept(
     name: str, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = convert._read
+    """The libraries that write the files are made to write another value."""
 
-    def disturbing(path: Path, kind: str) -> Any:
-        source = original(path, kind)
-        if path != published:
-            value = source.weights["stages.1.blocks.0.block2.w0.bias"]
-            source.weights["stages.1.blocks.0.block2.w0.bias"] = value + 1e-3
-        return source
+    def disturbing(write: Callable[..., None]) -> Callable[..., None]:
+        def disturbed(weights: dict[str, torch.Tensor], *args: Any, **options: Any) -> None:
+            bias = "stages.1.blocks.0.block2.w0.bias"
+            write({**weights, bias: weights[bias] + 1e-3}, *args, **options)
 
-    monkeypatch.setattr(convert, "_read", disturbing)
+        return disturbed
+
+    monkeypatch.setattr(torch, "save", disturbing(torch.save))
+    monkeypatch.setattr(safetensors.torch, "save_file", disturbing(safetensors.torch.save_file))
     with pytest.raises(CheckpointError, match=f"{name}: loaded again, it differs from"):
         run(published, tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [published.name]
@@ -216,7 +218,7 @@ def test_bad_settings_and_inputs_are_named(published: Path, model: DiMR, tmp_pat
         assert not (tmp_path / "out").exists()
 
 
-def test_the_file_that_stands_there_is_not_touched(published: Path, tmp_path: Path) -> None:
+def test_an_existing_file_is_not_overwritten(published: Path, tmp_path: Path) -> None:
     (tmp_path / "out.pth").write_text("precious")
     with pytest.raises(FileExistsError):
         run(published, tmp_path / "out.pth")

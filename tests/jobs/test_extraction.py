@@ -1,25 +1,29 @@
+"""Encoding images as latents: the same files from any number of processes and runs."""
+
 import dataclasses
 import json
 import os
 import pickle
-import signal
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 from dimr_fast.cli import main
 from dimr_fast.data.autoencoder import Autoencoder
-from dimr_fast.data.images import ImageFolder
+from dimr_fast.data.images import ImageFolder, list_images
 from dimr_fast.data.latents import DamagedShardError, LatentShards, open_shard
 from dimr_fast.data.scaling import LatentScale
 from dimr_fast.extraction import ExtractConfig, extract
-from tests.support.photographs import copy_photographs, save_autoencoder
+from tests.support.autoencoder import save_autoencoder
+from tests.support.files import file_size_limit
+from tests.support.photographs import copy_photographs
 
 PLAIN, MIRRORED = torch.tensor([False]), torch.tensor([True])
 
@@ -53,7 +57,7 @@ def config(inputs: Path) -> ExtractConfig:
 
 @pytest.fixture(scope="module")
 def latents(config: ExtractConfig) -> Path:
-    """What one process makes in one run."""
+    """Return the output of one process in one run."""
     summary = extract(config)
     assert summary.finished
     return config.output
@@ -61,7 +65,7 @@ def latents(config: ExtractConfig) -> Path:
 
 @pytest.fixture
 def again(config: ExtractConfig, latents: Path, tmp_path: Path) -> ExtractConfig:
-    """The same extraction into a copy of what it has made."""
+    """Return the same extraction with a copy of its output."""
     output = tmp_path / "copy"
     output.mkdir()
     for path in latents.iterdir():
@@ -73,11 +77,27 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def command_words(config: ExtractConfig) -> list[str]:
+    """Return the words of an extraction on the command line."""
+    options = {
+        "--images": config.images,
+        "--autoencoder": config.autoencoder,
+        "--output": config.output,
+        "--image-size": config.image_size,
+        "--shard-size": config.shard_size,
+        "--batch-size": config.batch_size,
+        "--processes": config.processes,
+        "--device": config.device,
+    }
+    return ["extract", *(str(word) for option in options.items() for word in option)]
+
+
 def shard(config: ExtractConfig, number: int) -> Path:
+    """Return the path of a shard."""
     return config.output / f"shard-{number:05}.safetensors"
 
 
-def test_the_manifest_says_what_is_there(config: ExtractConfig, latents: Path) -> None:
+def test_the_manifest_describes_the_output(config: ExtractConfig, latents: Path) -> None:
     manifest = json.loads((latents / "manifest.json").read_text())
     assert manifest["count"] == 11
     assert manifest["classes"] == {"cats": 3, "dogs": 6, "eels": 2}
@@ -93,7 +113,7 @@ def test_the_manifest_says_what_is_there(config: ExtractConfig, latents: Path) -
     }
 
 
-def test_values_are_those_of_diffusers(config: ExtractConfig, latents: Path) -> None:
+def test_moments_equal_those_of_diffusers(config: ExtractConfig, latents: Path) -> None:
     from diffusers import AutoencoderKL
 
     theirs = AutoencoderKL.from_pretrained(config.autoencoder, low_cpu_mem_usage=False)
@@ -116,7 +136,7 @@ def test_values_are_those_of_diffusers(config: ExtractConfig, latents: Path) -> 
     assert not torch.equal(examples.read(order[:1], PLAIN), examples.read(order[:1], MIRRORED))
 
 
-def test_two_processes_leave_the_same_files(
+def test_two_processes_write_the_same_files(
     config: ExtractConfig, latents: Path, tmp_path: Path
 ) -> None:
     summary = extract(dataclasses.replace(config, output=tmp_path / "out", processes=2))
@@ -124,10 +144,10 @@ def test_two_processes_leave_the_same_files(
     assert contents(tmp_path / "out") == contents(latents)
 
 
-def test_processes_of_a_launcher_leave_the_same_files(
+def test_processes_of_a_launcher_write_the_same_files(
     config: ExtractConfig, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As torchrun sets them, in any order; the last one to finish writes the manifest."""
+    """They finish in any order; the last one writes the manifest."""
     config = dataclasses.replace(config, output=tmp_path / "out", processes=None)
     for name, value in (("WORLD_SIZE", 3), ("LOCAL_WORLD_SIZE", 3)):
         monkeypatch.setenv(name, str(value))
@@ -141,47 +161,43 @@ def test_processes_of_a_launcher_leave_the_same_files(
     assert contents(config.output) == contents(latents)
 
 
-KILLED_IN_THE_THIRD_SHARD = """
-import os, pickle, signal, sys
-from dimr_fast import extraction
-from dimr_fast.utils import tensors as files
-
-def save_half(tensors, path, metadata):
-    if "shard-00002" in path.name:
-        path.write_bytes(b"half of it")
-        os.kill(os.getpid(), signal.SIGKILL)
-    save_file(tensors, path, metadata)
-
-save_file, files.save_file = files.save_file, save_half
-extraction.extract(pickle.load(sys.stdin.buffer))
-"""
-
-
-def test_a_killed_extraction_goes_on(
-    config: ExtractConfig, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_and_resumed_extraction_equals_an_undisturbed_one(
+    config: ExtractConfig, tmp_path: Path
 ) -> None:
-    config = dataclasses.replace(config, output=tmp_path / "out")
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_IN_THE_THIRD_SHARD],
-        input=pickle.dumps(config),
-        capture_output=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    first, second, unfinished = shard(config, 0), shard(config, 1), config.output.glob(".*.part")
-    assert {path.name for path in config.output.iterdir()} == {
-        *(first.name, second.name),
-        *(path.name for path in unfinished),
-    }
-    assert len(list(config.output.iterdir())) == 3
+    """A named pipe in place of an image of the third shard: reading it takes for ever."""
+    photos = tmp_path / "photos"
+    shutil.copytree(config.images, photos)
+    (photos / "dogs" / "cut.jpg").unlink()
+    blocking = photos / "dogs" / "imagenet_05_z.jpg"  # the seventh image
+    # Empty, as a pipe is, so that both are the same set of images.
+    blocking.write_bytes(b"")
+    assert list_images(photos).names.index("dogs/imagenet_05_z.jpg") == 6
+    whole = dataclasses.replace(config, images=photos, output=tmp_path / "whole")
+    extract(whole)
+
+    blocking.unlink()
+    os.mkfifo(blocking)
+    parts = dataclasses.replace(whole, output=tmp_path / "parts")
+    first, second = shard(parts, 0), shard(parts, 1)
+    with subprocess.Popen([sys.executable, "-m", "dimr_fast", *command_words(parts)]) as process:
+        while not second.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert {path.name for path in parts.output.iterdir()} == {first.name, second.name}
+    # A kill while a shard is written leaves an unfinished file.
+    (parts.output / f".{shard(parts, 2).name}.1.part").write_bytes(b"half of it")
     with pytest.raises(ValueError, match="expected a folder that dimr-fast extract has finished"):
-        LatentShards(config.output)
+        LatentShards(parts.output)
     kept = [os.stat(path).st_mtime_ns for path in (first, second)]
-    extract(config)
-    assert contents(config.output) == contents(latents)
+    blocking.unlink()
+    blocking.write_bytes(b"")
+    extract(parts)
+    assert contents(parts.output) == contents(whole.output)
     assert [os.stat(path).st_mtime_ns for path in (first, second)] == kept
 
 
-def test_a_finished_extraction_is_left_alone(again: ExtractConfig, latents: Path) -> None:
+def test_a_finished_extraction_is_not_changed(again: ExtractConfig, latents: Path) -> None:
     before = {path: os.stat(path).st_mtime_ns for path in again.output.glob("shard*")}
     assert extract(again).images == 11
     assert {path: os.stat(path).st_mtime_ns for path in again.output.glob("shard*")} == before
@@ -216,7 +232,7 @@ def test_another_set_of_images_is_refused(again: ExtractConfig, tmp_path: Path) 
         extract(dataclasses.replace(again, images=tmp_path / "photos"))
 
 
-def test_latents_are_told_apart_wherever_they_lie(again: ExtractConfig, latents: Path) -> None:
+def test_fingerprints_identify_latents_in_any_folder(again: ExtractConfig, latents: Path) -> None:
     assert LatentShards(again.output).fingerprint() == LatentShards(latents).fingerprint()
     manifest = json.loads((again.output / "manifest.json").read_text())
     manifest["shards"].pop()
@@ -224,7 +240,7 @@ def test_latents_are_told_apart_wherever_they_lie(again: ExtractConfig, latents:
     assert LatentShards(again.output).fingerprint() != LatentShards(latents).fingerprint()
 
 
-def test_a_shard_that_is_not_whole_is_found_on_opening(again: ExtractConfig, latents: Path) -> None:
+def test_an_incomplete_shard_is_detected_on_opening(again: ExtractConfig, latents: Path) -> None:
     path = shard(again, 2)
     whole = path.read_bytes()
     for damage in (whole[:-1], whole[:100], b"", whole + b"x", shard(again, 0).read_bytes(), None):
@@ -235,7 +251,7 @@ def test_a_shard_that_is_not_whole_is_found_on_opening(again: ExtractConfig, lat
         assert contents(again.output) == contents(latents), damage
 
 
-def test_a_shard_cut_after_opening_is_found_on_reading(again: ExtractConfig) -> None:
+def test_a_shard_that_is_cut_after_opening_is_detected_on_reading(again: ExtractConfig) -> None:
     examples = LatentShards(again.output)
     path = shard(again, 4)
     path.write_bytes(path.read_bytes()[:-1])
@@ -244,7 +260,7 @@ def test_a_shard_cut_after_opening_is_found_on_reading(again: ExtractConfig) -> 
     assert len(examples.read(torch.tensor([0, 9]), torch.tensor([True, False]))) == 2
 
 
-def test_an_altered_shard_is_found_by_its_checksum(again: ExtractConfig, latents: Path) -> None:
+def test_an_altered_shard_is_detected_by_its_checksum(again: ExtractConfig, latents: Path) -> None:
     path = shard(again, 1)
     altered = bytearray(path.read_bytes())
     altered[-1] ^= 1
@@ -299,7 +315,7 @@ def test_half_precision_halves_the_files(
     assert full == 2 * half
 
 
-def test_moments_that_are_not_finite_stop_the_work(
+def test_moments_that_are_not_finite_are_an_error(
     config: ExtractConfig, inputs: Path, tmp_path: Path
 ) -> None:
     save_autoencoder(tmp_path / "vae")
@@ -313,23 +329,15 @@ def test_moments_that_are_not_finite_stop_the_work(
     assert not list(large.output.iterdir())
 
 
-def test_a_full_disk_keeps_what_is_there(
-    config: ExtractConfig, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def save_until_full(tensors: dict[str, torch.Tensor], path: Path, **metadata: object) -> None:
-        if "shard-00002" in path.name:
-            path.write_bytes(b"half of it")
-            raise SafetensorError("No space left on device")
-        save_file(tensors, path, **metadata)
-
-    config = dataclasses.replace(config, output=tmp_path / "out")
-    with monkeypatch.context() as full:
-        full.setattr("dimr_fast.utils.tensors.save_file", save_until_full)
-        with pytest.raises(OSError, match=r"shard-00002\.safetensors: No space left"):
-            extract(config)
-    assert contents(config.output).keys() == {"shard-00000.safetensors", "shard-00001.safetensors"}
-    extract(config)
-    assert contents(config.output) == contents(latents)
+def test_a_full_disk_keeps_the_shards_that_exist(again: ExtractConfig, latents: Path) -> None:
+    (again.output / "manifest.json").unlink()
+    shard(again, 2).unlink()
+    before = contents(again.output)
+    with file_size_limit(4500), pytest.raises(OSError, match=r"shard-00002\.safetensors: "):
+        extract(again)
+    assert contents(again.output) == before
+    extract(again)
+    assert contents(again.output) == contents(latents)
 
 
 def test_nothing_readable_is_an_error(config: ExtractConfig, tmp_path: Path) -> None:
@@ -368,15 +376,11 @@ def test_mirrored_moments_are_those_of_the_mirrored_image(latents: Path, inputs:
     torch.testing.assert_close(examples.read(first, MIRRORED), autoencoder.moments(image.flip(3)))
 
 
-def test_the_command(
-    again: ExtractConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    command = ["extract", "--images", str(again.images), "--autoencoder", again.autoencoder]
-    command += ["--image-size", "48", "--shard-size", "3", "--processes", "1"]
-    assert main([*command, "--output", str(again.output)]) == 0
+def test_the_command(again: ExtractConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command_words(again)) == 0
     assert (
         "11 images of 3 classes in 5 shards; skipped 2 unreadable\n  dogs/cut.jpg: "
         in capsys.readouterr().out
     )
-    assert main([*command, "--output", str(again.images / "x")]) == 2
+    assert main(command_words(dataclasses.replace(again, output=again.images / "x"))) == 2
     assert "outside the images'" in capsys.readouterr().err

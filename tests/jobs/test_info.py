@@ -1,3 +1,6 @@
+"""The report of what is installed and which implementations would run."""
+
+import shutil
 import subprocess
 import sys
 
@@ -6,9 +9,10 @@ import torch
 
 from dimr_fast import _extension, info
 from dimr_fast.ops.implementations import OPERATORS, Implementations
+from tests.support.package_copy import copy_package
 
 
-def test_report_tells_versions_libraries_and_operators(capsys):
+def test_report_lists_versions_libraries_and_operators(capsys):
     info.main()
     text = capsys.readouterr().out
     for line in ("torch", torch.__version__, "triton", "xformers", "compiled libraries"):
@@ -24,14 +28,14 @@ def test_report_tells_versions_libraries_and_operators(capsys):
 @pytest.mark.skipif(
     _extension.why_not("cpu") is not None, reason=f"cpu library: {_extension.why_not('cpu')}"
 )
-def test_instructions_that_the_processor_lacks_are_not_used():
+def test_an_unknown_instruction_set_is_not_used():
     before = _extension.instruction_set()
     assert before in _extension.INSTRUCTION_SETS
     assert not _extension.use_instruction_set("AVX-1024")
     assert _extension.instruction_set() == before
 
 
-def test_report_agrees_with_the_choice_at_its_example():
+def test_report_agrees_with_the_selection_on_the_example():
     text = info.report()
     for name, implementations in OPERATORS.items():
         x = torch.empty(implementations.example, dtype=torch.bfloat16)
@@ -42,17 +46,16 @@ def test_report_agrees_with_the_choice_at_its_example():
         assert any(row.split()[0] == chosen and "bfloat16" in row for row in rows)
 
 
-def test_report_explains_each_choice(monkeypatch):
-    monkeypatch.setattr(info, "OPERATORS", {})
-    monkeypatch.setattr("dimr_fast.ops.implementations.OPERATORS", {})
-    info.OPERATORS["probe"] = Implementations(
+def test_report_explains_each_choice():
+    probe = Implementations(
         "probe",
         never=lambda x: "no such device",
         slow=lambda x: None,
         half=lambda x: None if x.dtype == torch.float16 else "float16 only",
         slower={"slow": lambda x: "slower than plain torch"},
     )
-    lines = [line.strip() for line in info.report().splitlines()]
+    del OPERATORS["probe"]  # where every new operator registers itself
+    lines = [line.strip() for line in info.report({"probe": probe}).splitlines()]
     assert "probe [2, 256, 64]  reference (float32, bfloat16)" in lines
     assert "probe [2, 256, 64]  half (float16)" in lines
     assert lines.count("not never: no such device") == 2
@@ -61,17 +64,40 @@ def test_report_explains_each_choice(monkeypatch):
     assert lines.count("not reference: half comes first") == 1
 
 
-def test_report_where_nothing_was_compiled(monkeypatch):
-    monkeypatch.setattr(_extension, "why_not", lambda library: f"not built: no {library} compiler")
-    monkeypatch.setattr(_extension, "build_facts", dict)
-    text = info.report()
-    assert "nothing compiled" in text
-    assert "no: not built: no cuda compiler" in text
+REPORT_OF_INCOMPLETE_INSTALLATION = """
+import sys
+from pathlib import Path
+
+# An editable installation would find the modules that the copy of the package lacks.
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+
+import dimr_fast
+from dimr_fast.checkpoint import demo_model
+from dimr_fast.errors import CheckpointError
+from dimr_fast.info import main
+
+main()
+try:
+    demo_model()
+except CheckpointError as error:
+    print(error)
+folder = Path(dimr_fast.__file__).parent / "pretrained" / "demo"
+folder.mkdir(parents=True)
+(folder / "config.json").write_text("{}")
+print("found", demo_model() == folder)
+"""
 
 
-def test_runs_as_a_module():
-    command = [sys.executable, "-m", "dimr_fast.info"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_an_installation_without_libraries_and_demo_model_says_so(tmp_path):
+    reasons = {name: f"no {name} compiler" for name in _extension.LIBRARIES}
+    environment = copy_package(tmp_path, not_built=reasons)
+    shutil.rmtree(tmp_path / "dimr_fast" / "pretrained")
+    command = [sys.executable, "-c", REPORT_OF_INCOMPLETE_INSTALLATION]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "nothing compiled" in done.stdout
+    assert "no: not built: no cuda compiler" in done.stdout
     assert "depthwise_conv2d" in done.stdout
+    assert "this installation has no demo model" in done.stdout
+    assert done.stdout.endswith("found True\n")
     assert done.stderr == ""

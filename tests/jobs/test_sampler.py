@@ -1,4 +1,4 @@
-"""How images are drawn from a trained model."""
+"""Drawing images from a trained model in memory."""
 
 import dataclasses
 import json
@@ -8,19 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from dimr_fast import DiMR
-from dimr_fast.checkpoint import (
-    TrainedModel,
-)
+from dimr_fast.checkpoint import TrainedModel
 from dimr_fast.data.scaling import LatentScale, PixelScale
 from dimr_fast.diffusion import SOLVERS
-from dimr_fast.inference import InferenceDiMR, optimize_for_inference
-from dimr_fast.sampling import (
-    ImageSampler,
-    Sampler,
-    balanced_labels,
-    sample_images,
-)
+from dimr_fast.sampling import ImageSampler, SamplerConfig, balanced_labels, sample_images
 from tests.support.models import trained_model
 
 
@@ -31,7 +22,7 @@ def trained() -> TrainedModel:
 
 def test_an_image_does_not_depend_on_its_batch(trained: TrainedModel) -> None:
     labels = torch.arange(5)
-    sampler = Sampler(steps=4, precision="fp32")
+    sampler = SamplerConfig(steps=4, precision="fp32")
     together = sample_images(trained, labels, sampler)
     apart = sample_images(trained, labels, dataclasses.replace(sampler, batch_size=2))
     last = sample_images(trained, labels[3:], sampler, first=3)
@@ -44,40 +35,38 @@ def test_an_image_does_not_depend_on_its_batch(trained: TrainedModel) -> None:
     assert (together.int() - other.int()).abs().float().mean() > 1
 
 
-def test_sampling_takes_the_stated_number_of_evaluations(
-    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
+def watch_inputs(draw: ImageSampler) -> list[torch.Tensor]:
+    """Return a list to which each call of the network appends its input."""
+    seen: list[torch.Tensor] = []
+    draw.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    return seen
+
+
+@pytest.mark.parametrize(("guidance", "batch"), [(0.4, 6), (0.0, 3)])
+def test_each_step_is_one_network_evaluation(
+    trained: TrainedModel, guidance: float, batch: int
 ) -> None:
-    batches: list[int] = []
-
-    def watched(model: DiMR, dtype: torch.dtype) -> InferenceDiMR:
-        optimised = optimize_for_inference(model, dtype)
-        optimised.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
-        return optimised
-
-    monkeypatch.setattr("dimr_fast.sampling.sampler.optimize_for_inference", watched)
-    sample_images(trained, torch.arange(3), Sampler(steps=5, guidance=0.4))
-    assert batches == [6] * 5
-    batches.clear()
-    sample_images(trained, torch.arange(3), Sampler(steps=5, guidance=0.0))
-    assert batches == [3] * 5
+    draw = ImageSampler(trained, SamplerConfig(steps=5, guidance=guidance))
+    seen = watch_inputs(draw)
+    draw(torch.arange(3))
+    assert [len(x) for x in seen] == [batch] * 5
 
 
-def test_start_noise_stays_within_its_limit(
-    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    starts: list[torch.Tensor] = []
+def initial_noise(trained: TrainedModel, **settings: Any) -> torch.Tensor:
+    """Return the input of the network's first evaluation."""
+    decode = (lambda z: z) if isinstance(trained.scale, LatentScale) else None
+    sampler = SamplerConfig(steps=1, guidance=0.0, precision="fp32", **settings)
+    draw = ImageSampler(trained, sampler, decode)
+    seen = watch_inputs(draw)
+    draw(torch.arange(6))
+    return seen[0]
 
-    def solver(noise_fn: object, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        starts.append(x)
-        return x
 
-    monkeypatch.setitem(SOLVERS, "dpm++", solver)
-    sample_images(trained, torch.arange(6), Sampler())
-    sample_images(trained, torch.arange(6), Sampler(noise_limit=math.inf))
+def test_initial_noise_is_limited_for_pixels_only(trained: TrainedModel) -> None:
+    limited = initial_noise(trained)
+    drawn = initial_noise(trained, noise_limit=math.inf)
     latents = dataclasses.replace(trained, scale=LatentScale())
-    sample_images(latents, torch.arange(6), Sampler(), decode=lambda z: z)
-    assert torch.equal(starts[1], starts.pop())
-    limited, drawn = starts
+    assert torch.equal(drawn, initial_noise(latents))
     assert limited.abs().max() == 2.5
     assert drawn.abs().max() > 3
     assert torch.equal(limited, drawn.clamp(-2.5, 2.5))
@@ -86,7 +75,7 @@ def test_start_noise_stays_within_its_limit(
 
 
 def test_no_images_for_no_labels(trained: TrainedModel) -> None:
-    assert sample_images(trained, torch.empty(0, dtype=torch.int64), Sampler()).shape == (
+    assert sample_images(trained, torch.empty(0, dtype=torch.int64), SamplerConfig()).shape == (
         0,
         3,
         16,
@@ -97,9 +86,9 @@ def test_no_images_for_no_labels(trained: TrainedModel) -> None:
 def test_labels_out_of_range_are_named(trained: TrainedModel) -> None:
     for label in (7, -1):
         with pytest.raises(ValueError, match=rf"labels: got {label}, expected 0\.\.6"):
-            sample_images(trained, torch.tensor([0, label]), Sampler())
+            sample_images(trained, torch.tensor([0, label]), SamplerConfig())
     with pytest.raises(ValueError, match=r"labels: got torch\.float32"):
-        sample_images(trained, torch.zeros(2), Sampler())
+        sample_images(trained, torch.zeros(2), SamplerConfig())
 
 
 def test_pixel_scale_inverts_itself() -> None:
@@ -114,27 +103,19 @@ def test_pixel_scale_inverts_itself() -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_every_solver_draws_images_of_its_own(trained: TrainedModel, solver: Any) -> None:
+def test_every_solver_draws_different_images(trained: TrainedModel, solver: Any) -> None:
     labels = torch.arange(2)
-    drawn = sample_images(trained, labels, Sampler(solver=solver, steps=6, precision="fp32"))
+    drawn = sample_images(trained, labels, SamplerConfig(solver=solver, steps=6, precision="fp32"))
     other = "heun" if solver == "ddim" else "ddim"
-    differing = sample_images(trained, labels, Sampler(solver=other, steps=6, precision="fp32"))
+    differing = sample_images(
+        trained, labels, SamplerConfig(solver=other, steps=6, precision="fp32")
+    )
     assert drawn.shape == (2, 3, 16, 16)
     assert not torch.equal(drawn, differing)
 
 
-def test_guidance_settings_reach_the_model(
-    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches: list[int] = []
+def test_guidance_settings_reach_the_model(trained: TrainedModel) -> None:
     images: dict[str, torch.Tensor] = {}
-
-    def watched(model: DiMR, dtype: torch.dtype) -> InferenceDiMR:
-        optimised = optimize_for_inference(model, dtype)
-        optimised.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
-        return optimised
-
-    monkeypatch.setattr("dimr_fast.sampling.sampler.optimize_for_inference", watched)
     for name, settings in {
         "none": {"guidance": 0.0},
         "constant": {"guidance": 4.0},
@@ -142,50 +123,44 @@ def test_guidance_settings_reach_the_model(
         "never": {"guidance": 4.0, "guidance_interval": (1.5, 2.0)},
         "late": {"guidance": 4.0, "guidance_interval": (0.0, 0.6)},
     }.items():
-        batches.clear()
-        sampler = Sampler(steps=4, precision="fp32", **settings)  # type: ignore[arg-type]
-        images[name] = sample_images(trained, torch.arange(3), sampler)
+        sampler = SamplerConfig(steps=4, precision="fp32", **settings)  # type: ignore[arg-type]
+        draw = ImageSampler(trained, sampler)
+        seen = watch_inputs(draw)
+        images[name] = draw(torch.arange(3))
         # four times: 1, 0.75, 0.5 and 0.25
         expected = {"none": [3] * 4, "never": [3] * 4, "late": [3, 3, 6, 6]}
-        assert batches == expected.get(name, [6] * 4)
+        assert [len(x) for x in seen] == expected.get(name, [6] * 4)
     assert torch.equal(images["none"], images["never"])
     distinct = [images[name] for name in ("none", "constant", "power", "late")]
     assert len({image.numpy().tobytes() for image in distinct}) == 4
 
 
 def test_power_guidance_grows_to_the_constant_one() -> None:
-    constant = Sampler(guidance=0.4).guidance_schedule()
-    power = Sampler(guidance=0.4, guidance_power=2.0).guidance_schedule()
+    constant = SamplerConfig(guidance=0.4).guidance_schedule()
+    power = SamplerConfig(guidance=0.4, guidance_power=2.0).guidance_schedule()
     t = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
     assert constant.extra(t).tolist() == pytest.approx([0.4] * 3)
     middle = 0.2 * (1 - math.cos(math.pi / 4))
     assert power.extra(t).tolist() == pytest.approx([0.0, middle, 0.4])
 
 
-def test_an_image_sampler_prepares_its_model_once(
-    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    built: list[torch.dtype] = []
-
-    def counted(model: DiMR, dtype: torch.dtype) -> InferenceDiMR:
-        built.append(dtype)
-        return optimize_for_inference(model, dtype)
-
-    monkeypatch.setattr("dimr_fast.sampling.sampler.optimize_for_inference", counted)
-    sampler = Sampler(steps=2, precision="fp32", batch_size=2)
+def test_an_image_sampler_uses_one_network_for_all_calls(trained: TrainedModel) -> None:
+    sampler = SamplerConfig(steps=2, precision="fp32", batch_size=2)
     draw = ImageSampler(trained, sampler)
+    seen = watch_inputs(draw)
     apart = torch.cat([draw(torch.arange(2)), draw(torch.arange(2, 4), first=2)])
-    assert built == [torch.float32]
+    assert len(seen) == 4
+    assert all(p.dtype == torch.float32 for p in draw.network.parameters())
     assert torch.equal(apart, sample_images(trained, torch.arange(4), sampler))
 
 
-def test_the_recipe_says_what_was_left_open(trained: TrainedModel) -> None:
+def test_the_recipe_states_automatic_settings(trained: TrainedModel) -> None:
     cpu = torch.device("cpu")
-    pixels = Sampler(solver="dpm++2m").recipe(trained.scale, cpu)
+    pixels = SamplerConfig(solver="dpm++2m").recipe(trained.scale, cpu)
     assert pixels["solver"] == "DPM-Solver++ multistep, order 2"
     assert pixels["precision"] in ("fp32", "bf16")
     assert (pixels["noise_limit"], pixels["steps"], pixels["seed"]) == (2.5, 25, 0)
-    latents = Sampler().recipe(LatentScale(), cpu)
+    latents = SamplerConfig().recipe(LatentScale(), cpu)
     assert (latents["noise_limit"], latents["clip"]) == ("none", "none")
     assert json.loads(json.dumps(pixels, allow_nan=False)) == pixels
 
@@ -204,6 +179,6 @@ def test_labels_are_balanced(count: int, classes: int) -> None:
         assert 0 < classes - rest[-1] <= gaps.max() + 1
 
 
-def test_labels_of_nothing_are_an_error() -> None:
+def test_labels_need_a_count_and_classes() -> None:
     with pytest.raises(ValueError, match="got 0, 5, expected 1 or more"):
         balanced_labels(0, 5)

@@ -69,16 +69,20 @@ def test_a_step_is_that_of_plain_adamw() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_the_average_follows_its_formula_and_loads() -> None:
+def test_the_ema_follows_its_formula_keeps_no_graph_and_loads() -> None:
     dimr = model()
     ema = EMA(dimr)
     before = {name: p.detach().clone() for name, p in dimr.named_parameters()}
     with torch.no_grad():
         for p in dimr.parameters():
             p.add_(1)
+    assert torch.is_grad_enabled()
     ema.update(0.75)
     for name, value in ema.tensors.items():
         torch.testing.assert_close(value, before[name] + 0.25)
+        # With a graph every step of a run would stay in memory.
+        assert not value.requires_grad
+        assert value.grad_fn is None
     other = model()
     other.load_state_dict(ema.tensors, strict=True)
     with pytest.raises(ValueError, match=r"decay: got 1"):

@@ -1,4 +1,4 @@
-"""What tests of saved models share."""
+"""Small models whose parameters all matter, and files that hold them."""
 
 from pathlib import Path
 
@@ -7,42 +7,37 @@ from torch import Tensor
 
 from dimr_fast import DiMR
 from dimr_fast.checkpoint import TrainedModel, save_checkpoint
-from dimr_fast.data.scaling import LatentScale, PixelScale, scale_to_dict
+from dimr_fast.data.scaling import PixelScale, scale_to_dict
 
 
-def randomised(model: DiMR) -> DiMR:
-    """Every parameter away from its initial value, so that all of them matter."""
+def randomised(model: DiMR, size: float = 0.1) -> DiMR:
+    """Add noise of standard deviation `size` to every parameter; return the model for inference.
+
+    Many parameters are initialised to 0 or 1, where mistakes would not show.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
 def inputs() -> dict[str, Tensor]:
-    """Two images, times and classes for the `tiny` preset."""
+    """Return two images, times and classes for the `tiny` preset."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 16, 16, generator=generator)
     return {"x": x, "log_snr": torch.tensor([-3.0, 2.0]), "y": torch.tensor([1, 6])}
 
 
-class Doubling:
-    """Stands in for an autoencoder: each latent becomes 2×2 pixels, three of its channels RGB."""
-
-    downsampling, channels, scale = 2, 3, LatentScale()
-
-    @classmethod
-    def load(cls, name: str, device: torch.device) -> "Doubling":
-        assert (name, device.type) == ("the autoencoder", "cpu")
-        return cls()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        pixels = (latents[:, :3] * 20 + 128).round().clamp(0, 255).to(torch.uint8)
-        return pixels.repeat_interleave(2, -1).repeat_interleave(2, -2)
+def trained_model() -> TrainedModel:
+    """Return a tiny model of 16×16 pixels in the six classes a to f."""
+    torch.manual_seed(0)
+    model = randomised(DiMR.from_preset("tiny"), 0.05)
+    return TrainedModel(model, tuple("abcdef"), PixelScale(100.0, 50.0))
 
 
 def write_checkpoint(trained: TrainedModel, path: Path) -> Path:
-    """A training checkpoint as far as `load_model` looks at it."""
+    """Write as much of a training checkpoint as `load_model` reads; return its path."""
     tensors = {f"ema.{name}": value for name, value in trained.model.state_dict().items()}
     metadata = {
         "config": trained.model.config.to_dict(),
@@ -51,13 +46,3 @@ def write_checkpoint(trained: TrainedModel, path: Path) -> Path:
     }
     save_checkpoint(path, tensors, metadata)
     return path
-
-
-def trained_model() -> TrainedModel:
-    """A tiny model of pixels and six classes."""
-    torch.manual_seed(0)
-    model = DiMR.from_preset("tiny")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return TrainedModel(model.eval(), tuple("abcdef"), PixelScale(100.0, 50.0))

@@ -24,17 +24,17 @@ def test_an_unusable_device_is_named() -> None:
             device.resolve_device(name)
 
 
-def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_precision_is_bf16_where_it_is_faster() -> None:
     cpu = torch.device("cpu")
     assert device.resolve_precision("fp32", cpu) == torch.float32
     assert device.resolve_precision("bf16", cpu) == torch.bfloat16
     for faster, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(device, "_bf16_is_faster", lambda answer=faster: answer)
-        assert device.resolve_precision("auto", cpu) == dtype
+        measured = device.resolve_precision("auto", cpu, measure_cpu=lambda faster=faster: faster)
+        assert measured == dtype
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_bf16_that_a_gpu_emulates_is_not_taken_for_fast(
+def test_a_gpu_that_emulates_bf16_computes_in_fp32(
     monkeypatch: pytest.MonkeyPatch, native: bool, dtype: torch.dtype
 ) -> None:
     def supported(including_emulation: bool = True) -> bool:
@@ -80,7 +80,7 @@ print(given_back, min(faults() for _ in range(3)))
     or tuple(map(int, platform.libc_ver()[1].split("."))) < (2, 35),
     reason="only glibc 2.35 or later keeps blocks of any size",
 )
-def test_freed_memory_is_kept() -> None:
+def test_freed_memory_is_reused() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
     )

@@ -1,3 +1,5 @@
+"""Grids of images and loss curves as files."""
+
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +8,7 @@ import torch
 from PIL import Image
 
 from dimr_fast.utils.plots import image_grid, loss_curve
+from tests.support.files import file_size_limit
 
 
 def test_grid_repeats_the_pixels_of_each_image(tmp_path: Path) -> None:
@@ -39,17 +42,12 @@ def test_loss_curve(tmp_path: Path, losses: list[float]) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["loss.png"]
 
 
-def test_an_interrupted_picture_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError("disk full")
-
+def test_a_full_disk_keeps_the_previous_picture(tmp_path: Path) -> None:
     path = tmp_path / "grid.png"
     path.write_bytes(b"old")
-    monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        image_grid(torch.zeros(1, 1, 3, 2, 2, dtype=torch.uint8), ["a"], path)
+    noise = torch.randint(0, 256, (1, 1, 3, 64, 64), dtype=torch.uint8)
+    with file_size_limit(5000), pytest.raises(OSError, match=r"grid\.png"):
+        image_grid(noise, ["a"], path)
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["grid.png"]
 

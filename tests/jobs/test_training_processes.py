@@ -24,9 +24,10 @@ from dimr_fast.data.scaling import LatentScale, scale_to_dict
 from dimr_fast.training import TrainConfig, train
 from dimr_fast.training.loop import NONFINITE
 from dimr_fast.training.state import CHECKPOINT
-from tests.support.models import Doubling
+from tests.support.autoencoder import save_autoencoder
 
 pytest.importorskip("accelerate", reason="needs the accelerate package")
+psutil = pytest.importorskip("psutil", reason="needs the psutil package")
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of ten pictures of noise."""
+    """Return a folder of two classes of ten images of noise."""
     folder = tmp_path_factory.mktemp("images")
     generator = torch.Generator().manual_seed(0)
     for name in ("dark", "light"):
@@ -49,7 +50,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(images: Path, output: Path, *changes: str, processes: int = 1) -> list[str]:
-    """What a user types; every step is saved, so that a kill may hit the writing."""
+    """Return the command of a run that writes a checkpoint after every step.
+
+    So a kill may come while one is written.
+    """
     settings = [
         f"data={images}",
         "preset=tiny",
@@ -64,7 +68,7 @@ def command(images: Path, output: Path, *changes: str, processes: int = 1) -> li
     launch = [sys.executable, "-m"]
     if processes > 1:
         launch += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    return [*launch, "dimr_fast.training.run", "--output", str(output), *words]
+    return [*launch, "dimr_fast.training", "--output", str(output), *words]
 
 
 def run(
@@ -87,8 +91,11 @@ def finish(words: list[str]) -> None:
 
 def kill_after(
     words: list[str], checkpoint: Path, step: int, *, launcher_only: bool = False
-) -> None:
-    """SIGKILL to all processes of a run, or their launcher, once its checkpoint is at `step`."""
+) -> list[psutil.Process]:
+    """Kill all processes of a run, or only their launcher, once its checkpoint is at `step`.
+
+    Return the processes below the launcher.
+    """
     process = subprocess.Popen(
         words,
         stdout=subprocess.DEVNULL,
@@ -100,15 +107,17 @@ def kill_after(
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.003)
-    if not launcher_only:
-        # The launcher gives each of its processes a session of its own: no group has them all.
-        subprocess.run(["pkill", "-KILL", "-f", str(checkpoint.parent)], check=True)
+    # The launcher gives each of its processes a session of its own: no group has them all.
+    below = psutil.Process(process.pid).children(recursive=True)
+    for other in [] if launcher_only else below:
+        other.kill()
     process.kill()
     process.wait()
+    return below
 
 
 def reached(checkpoint: Path) -> int:
-    """The step of a checkpoint, from its header alone: the file may be replaced at any moment."""
+    """Read the step from the header of a checkpoint, which may be replaced at any moment."""
     try:
         with checkpoint.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
@@ -130,7 +139,7 @@ def assert_same(a: Path, b: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process that nobody disturbed."""
+    """Return the folder of an undisturbed run on one process."""
     output = tmp_path_factory.mktemp("alone") / "run"
     finish(command(images, output))
     return output
@@ -138,25 +147,27 @@ def alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def together(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run on two processes."""
+    """Return the folder of the same run on two processes."""
     output = tmp_path_factory.mktemp("together") / "run"
     finish(command(images, output, processes=2))
     assert json.loads((output / "train.json").read_text())["result"]["processes"] == 2
     return output
 
 
-def test_a_killed_run_goes_on_bit_for_bit(images: Path, alone: Path, tmp_path: Path) -> None:
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one(
+    images: Path, alone: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     words = command(images, output)
     kill_after(words, output / CHECKPOINT, 3)
     kill_after([*words, "--set", "workers=1", "--resume"], output / CHECKPOINT, 11)
     finish([*words, "--resume"])
     assert_same(output, alone)
-    # What the killed processes had begun to write is gone.
+    # The unfinished files of the killed processes are removed.
     assert not list(output.glob(".*.part"))
 
 
-def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(
+def test_a_killed_and_resumed_run_of_two_processes_equals_an_undisturbed_one(
     images: Path, together: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
@@ -171,11 +182,10 @@ def test_a_run_ends_with_its_launcher(images: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     words = command(images, output, "steps=1000000", "checkpoint_minutes=0.001", processes=2)
     words[words.index("--nproc-per-node=2")] = "--nproc-per-node=1"
-    kill_after(words, output / CHECKPOINT, 1, launcher_only=True)
-    deadline = time.monotonic() + 20
-    while subprocess.run(["pgrep", "-f", str(output)], stdout=subprocess.DEVNULL).returncode == 0:
-        assert time.monotonic() < deadline, "its processes still train"
-        time.sleep(0.1)
+    below = kill_after(words, output / CHECKPOINT, 1, launcher_only=True)
+    assert below
+    _, alive = psutil.wait_procs(below, timeout=20)
+    assert not alive, "its processes still train"
 
 
 @pytest.mark.parametrize("kind", ["none", "fsdp2"])
@@ -197,33 +207,32 @@ def test_two_processes_train_what_one_does(
     assert load_model(run / CHECKPOINT).classes == ("dark", "light")
 
 
-BETWEEN_TWO_MINDS = """
-import os, sys
-from dimr_fast import cli
-from dimr_fast.utils import device
+TRAIN_WITH_A_PRECISION_PER_RANK = """
+import os, pathlib, sys
+from dimr_fast.training import TrainConfig, train
 
-device._bf16_is_faster = lambda: os.environ["RANK"] == "1"
-sys.exit(cli.main(sys.argv[1:]))
+precision = "fp32" if os.environ["RANK"] == "0" else "bf16"
+changes = [*sys.argv[2:], f"precision={precision}"]
+train(TrainConfig.read(None, changes, pathlib.Path(sys.argv[1])))
 """
 
 
-def test_processes_left_to_choose_by_themselves_choose_alike(
+def test_rank_0_decides_the_precision_of_all_processes(
     images: Path, together: Path, tmp_path: Path
 ) -> None:
-    """Without a GPU they share the CPU; which precision is faster there, the first one says."""
+    """Where "auto" measures the device, close calls could differ between processes."""
     script = tmp_path / "script.py"
-    script.write_text(BETWEEN_TWO_MINDS)
-    words = command(images, tmp_path / "run", "precision=auto", "device=auto", processes=2)
-    place = words.index("dimr_fast.training.run")
-    finish([*words[: place - 1], str(script), "train", *words[place + 1 :]])
+    script.write_text(TRAIN_WITH_A_PRECISION_PER_RANK)
+    words = command(images, tmp_path / "run", "device=auto", processes=2)
+    place = words.index("dimr_fast.training")
+    changes = words[words.index("--set") + 1 :: 2]
+    finish([*words[: place - 1], str(script), str(tmp_path / "run"), *changes])
     assert json.loads((tmp_path / "run" / "train.json").read_text())["result"]["processes"] == 2
     assert_same(tmp_path / "run", together)
 
 
-def test_what_is_not_finite_in_one_process_is_left_out_by_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of latents one is spoilt. Each process computes its share of a batch in two parts."""
+def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(tmp_path: Path) -> None:
+    """One latent is NaN. Each process computes its share of a batch in two micro-batches."""
     count, bad = 20, 13
     moments = torch.randn(count, 2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
     moments[bad] = math.nan
@@ -245,7 +254,7 @@ def test_what_is_not_finite_in_one_process_is_left_out_by_all(
     settings = ("nonfinite=skip", "accumulation=2", "steps=6", "milestone_steps=1")
     finish(command(folder, run, *settings, processes=2))
 
-    # One process alone sees the same numbers, the noise in its latents too.
+    # A single process trains on the same numbers, including the noise of the latents.
     words = command(folder, tmp_path / "alone", *settings)
     config = TrainConfig.read(None, words[words.index("--set") + 1 :: 2], tmp_path / "alone")
     train(config)
@@ -257,29 +266,28 @@ def test_what_is_not_finite_in_one_process_is_left_out_by_all(
     drawing = dataclasses.replace(config, output=tmp_path / "drawing", sample_steps=6)
     with pytest.raises(ValueError, match="autoencoder: got None, expected an AutoencoderKL"):
         train(drawing)
-    monkeypatch.setattr("dimr_fast.data.autoencoder.Autoencoder", Doubling)
-    monkeypatch.setattr(Doubling, "channels", 4)
-    train(dataclasses.replace(drawing, autoencoder="the autoencoder"))
+    autoencoder = save_autoencoder(tmp_path / "autoencoder", blocks=2)
+    train(dataclasses.replace(drawing, autoencoder=str(autoencoder)))
     with Image.open(drawing.output / "samples" / "00000006.png") as grid:
         assert len(grid.convert("RGB").getcolors(100_000) or ()) > 100
 
     batches = [batch_indices(count, 8, 0, step) for step in range(6)]
-    spoilt = [step for step, batch in enumerate(batches) if bad in batch]
-    assert 0 < len(spoilt) < 6
-    assert contents(run)["losses"].isnan().nonzero().flatten().tolist() == spoilt
+    skipped = [step for step, batch in enumerate(batches) if bad in batch]
+    assert 0 < len(skipped) < 6
+    assert contents(run)["losses"].isnan().nonzero().flatten().tolist() == skipped
     assert all(p.isfinite().all() for p in load_model(run / CHECKPOINT).model.parameters())
     assert "NaN" not in (run / "train.json").read_text()
-    # What was kept is the batch of all processes, and the state before it.
+    # The file holds the batch of all processes, and the state before it.
     kept, metadata = load_checkpoint(run / NONFINITE)
-    assert metadata["step"] == spoilt[-1]
-    assert kept["input.indices"].tolist() == batches[spoilt[-1]].tolist()
-    of_nan = kept["input.x0"].flatten(1).isnan().all(1)
-    assert kept["input.indices"][of_nan].tolist() == [bad]
-    before, _ = load_checkpoint(run / f"checkpoint-{spoilt[-1]:08d}.safetensors")
+    assert metadata["step"] == skipped[-1]
+    assert kept["input.indices"].tolist() == batches[skipped[-1]].tolist()
+    nan_rows = kept["input.x0"].flatten(1).isnan().all(1)
+    assert kept["input.indices"][nan_rows].tolist() == [bad]
+    before, _ = load_checkpoint(run / f"checkpoint-{skipped[-1]:08d}.safetensors")
     assert all(torch.equal(kept[name], before[name]) for name in before if name != "losses")
 
 
-def test_a_disk_that_is_full_keeps_the_checkpoint_before(
+def test_a_full_disk_keeps_the_previous_checkpoint(
     images: Path, alone: Path, tmp_path: Path
 ) -> None:
     """The first checkpoint, without the optimizer's state, fits; those after it do not."""
@@ -296,13 +304,15 @@ def test_a_disk_that_is_full_keeps_the_checkpoint_before(
     assert "the previous one stays" in done.stderr + done.stdout
     assert "dimr-fast: error: " in done.stderr.splitlines()[-1]
     assert load_checkpoint(output / CHECKPOINT)[1]["step"] == 0
-    # With room again, the run goes on from there.
+    # With room again, the run resumes from there.
     finish([*command(images, output), "--resume"])
     assert_same(output, alone)
 
 
-def test_a_signal_to_all_of_a_job_leaves_it_time_to_save(images: Path, tmp_path: Path) -> None:
-    """Its reading processes get it too, from a launcher, a scheduler or a terminal."""
+def test_a_signal_to_the_whole_process_group_leaves_time_to_save(
+    images: Path, tmp_path: Path
+) -> None:
+    """Launchers, schedulers and terminals send it to the data loader workers too."""
     output = tmp_path / "run"
     process = subprocess.Popen(
         command(images, output, "steps=100000", "workers=2"),
@@ -321,7 +331,7 @@ def test_a_signal_to_all_of_a_job_leaves_it_time_to_save(images: Path, tmp_path:
     assert "stopped at step" in out
 
 
-def test_accelerate_launches_it(images: Path, tmp_path: Path) -> None:
+def test_accelerate_launch_starts_a_run(images: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     _, _, *words = command(images, output, "steps=2")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
@@ -343,10 +353,7 @@ def test_ctrl_c_on_one_of_two_processes_stops_both_with_a_checkpoint(
     while reached(output / CHECKPOINT) < 3:
         assert process.poll() is None
         time.sleep(0.05)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
-    os.kill(int(children[-1]), signal.SIGINT)
+    psutil.Process(process.pid).children()[-1].send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert out.count("stopped at step") == 1
