@@ -33,7 +33,7 @@ def images(*shape: int) -> torch.Tensor:
     return torch.randint(256, shape, dtype=torch.uint8, generator=torch.manual_seed(0))
 
 
-def test_moments_and_images_are_those_of_diffusers(folder: Path) -> None:
+def test_moments_and_images_equal_those_of_diffusers(folder: Path) -> None:
     from diffusers import AutoencoderKL
 
     theirs = AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False)
@@ -64,7 +64,7 @@ def test_an_autoencoder_with_a_shift_gives_latents_without_it(folder: Path, dama
     assert torch.equal(shifted.decode(mean - 0.5), plain.decode(mean - 0.5 + 0.5))
 
 
-def test_bf16(folder: Path) -> None:
+def test_moments_in_bf16_are_close_to_exact_ones(folder: Path) -> None:
     pixels = images(1, 3, 32, 32)
     exact = Autoencoder.load(str(folder), CPU).moments(pixels)
     half = Autoencoder.load(str(folder), CPU, torch.bfloat16).moments(pixels)
@@ -82,7 +82,7 @@ def test_the_fingerprint_is_that_of_the_weights(folder: Path, damaged: Path) -> 
     assert Autoencoder.load(str(damaged), CPU).fingerprint() != before
 
 
-def test_what_is_no_whole_autoencoder_is_refused(damaged: Path, tmp_path: Path) -> None:
+def test_an_incomplete_or_other_model_is_refused(damaged: Path, tmp_path: Path) -> None:
     def refusal(path: Path) -> str:
         with pytest.raises(ValueError, match="expected a folder or name of an") as raised:
             Autoencoder.load(str(path), CPU)
@@ -100,7 +100,7 @@ def test_what_is_no_whole_autoencoder_is_refused(damaged: Path, tmp_path: Path) 
     assert "of class UNet2DModel" in refusal(damaged)
 
 
-def test_without_diffusers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(DataUnavailableError, match=r"diffusers.*dimr_fast\[hub\]"):
         Autoencoder.load(str(folder), CPU)

@@ -1,4 +1,4 @@
-"""The order of training: every example once an epoch, on any number of processes, from any step."""
+"""Batches of training: every example once per epoch, on any number of processes."""
 
 from itertools import islice
 
@@ -14,7 +14,7 @@ COUNT = 53
 
 @pytest.fixture
 def examples() -> ImageArray:
-    """Image i has value i in its left half and 200 in its right one."""
+    """Return images of which image i has value i in its left half and 200 in its right one."""
     images = torch.arange(COUNT, dtype=torch.uint8)[:, None, None, None].repeat(1, 3, 4, 4)
     images[..., 2:] = 200
     return ImageArray(images, torch.arange(COUNT) % 5, ("a", "b", "c", "d", "e"))
@@ -24,7 +24,7 @@ def take(loader: Loader, count: int) -> list[Batch]:
     return list(islice(loader, count))
 
 
-def test_every_example_comes_once_an_epoch_in_an_order_of_its_own(examples: ImageArray) -> None:
+def test_every_example_occurs_once_per_epoch_in_a_new_order(examples: ImageArray) -> None:
     batches = take(Loader(examples, 7), 2 * COUNT // 7 + 1)
     seen = torch.cat([batch.indices for batch in batches])
     first, second = seen[:COUNT], seen[COUNT : 2 * COUNT]
@@ -34,7 +34,7 @@ def test_every_example_comes_once_an_epoch_in_an_order_of_its_own(examples: Imag
     assert not torch.equal(other[:50], first[:50])
 
 
-def test_a_batch_holds_its_images_and_labels_half_of_them_mirrored(examples: ImageArray) -> None:
+def test_half_of_the_images_are_mirrored_and_labels_match(examples: ImageArray) -> None:
     mirrored = 0
     for batch in take(Loader(examples, 10), 40):
         assert torch.equal(batch.labels, batch.indices % 5)
@@ -59,7 +59,7 @@ def test_processes_share_each_batch_without_overlap_or_loss(
         assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
 
 
-def test_its_state_goes_on_in_the_middle_of_an_epoch(examples: ImageArray) -> None:
+def test_the_state_resumes_in_the_middle_of_an_epoch(examples: ImageArray) -> None:
     whole = take(Loader(examples, 7), 12)
     loader = Loader(examples, 7)
     before = take(loader, 5)
@@ -76,14 +76,12 @@ def test_workers_that_read_ahead_change_nothing(examples: ImageArray) -> None:
     loader = Loader(examples, 7, workers=2)
     for one, other in zip(take(Loader(examples, 7), 6), take(loader, 6), strict=True):
         assert torch.equal(one.raw, other.raw)
-    # What was read ahead of the last batch has not been given out.
+    # Batches that workers have read ahead do not count.
     assert loader.state_dict() == {"step": 6}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_example_that_cannot_be_read_is_said_in_one_line(
-    examples: ImageArray, workers: int
-) -> None:
+def test_an_unreadable_example_is_a_one_line_error(examples: ImageArray, workers: int) -> None:
     class Damaged(ImageArray):
         def read(self, indices: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
             raise UnreadableImageError("a.png: not a readable image (cut short)", "cut short")
@@ -108,7 +106,7 @@ def test_a_batch_may_hold_several_epochs() -> None:
         ({"batch_size": 8, "world_size": 2, "rank": 2}, "rank: got 2"),
     ],
 )
-def test_bad_settings_name_the_setting(
+def test_bad_settings_are_named(
     examples: ImageArray, settings: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

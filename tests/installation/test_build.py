@@ -31,7 +31,7 @@ has_headers = pytest.mark.skipif(
 
 @pytest.fixture
 def tools(tmp_path):
-    """A function that makes a folder of stand-in programs; each prints the text given for it."""
+    """Return a function that creates programs which print the text given for each."""
 
     def make(**programs):
         for name, text in programs.items():
@@ -54,7 +54,7 @@ def tools(tmp_path):
         ("8.0;9.0a, 10.0+PTX", NVCC_13, ("8.0", "9.0a", "10.0+PTX")),
     ],
 )
-def test_architectures_chosen(text, supported, chosen):
+def test_chosen_gpu_architectures(text, supported, chosen):
     assert toolchain.choose_architectures(text, supported) == chosen
 
 
@@ -102,7 +102,7 @@ def test_cuda_plan_of_a_machine_without_nvcc(tools):
         toolchain.plan_cuda({"DIMR_FAST_FORCE_CUDA": "1", "DIMR_FAST_SKIP_CUDA": "1"})
 
 
-def test_compiler_is_looked_for_where_the_environment_says(tools):
+def test_the_compiler_is_that_of_the_environment(tools):
     assert "none of c++, g++, clang++" in toolchain.why_no_compiler({"PATH": ""})
     path = tools(**{"clang++": ""})
     assert "no C++ compiler" not in (toolchain.why_no_compiler({"PATH": path}) or "")
@@ -183,7 +183,7 @@ def test_bad_build_settings_stop_the_build(tmp_path, environ, message):
     assert not folder.exists()
 
 
-def test_each_library_is_loaded_or_says_why_not():
+def test_each_library_is_loaded_or_has_a_reason():
     with pytest.raises(ValueError, match="library: got 'tpu'"):
         _extension.why_not("tpu")
     for library in _extension.LIBRARIES:

@@ -1,6 +1,6 @@
-"""The compiled libraries ask of torch only its stable C interface, as of the oldest torch.
+"""The compiled libraries use only torch's stable C interface, that of the oldest torch.
 
-What a library takes from others is in its symbol table. Allowed are the functions that torch's
+The symbols that a library needs are in its symbol table. Allowed are the functions that torch's
 stable headers declare for the oldest torch that the package supports, and the C and C++ runtimes;
 one symbol of a torch C++ class or function would tie the library to the torch it was built with.
 """
@@ -61,7 +61,7 @@ def oldest_torch() -> tuple[int, int]:
 
 
 def declared() -> tuple[set[str], set[str]]:
-    """The C functions of torch's stable headers: those of the oldest torch, and newer ones."""
+    """Return the C functions of torch's stable headers: of the oldest torch, and newer ones."""
     text = "".join((INCLUDE / header).read_text() for header in HEADERS)
     newer = ""
     for major, minor, block in re.findall(SINCE, text, re.DOTALL):
@@ -73,14 +73,14 @@ def declared() -> tuple[set[str], set[str]]:
 
 
 def undefined(library: Path) -> list[str]:
-    """What the library takes from others, with the version of each symbol that has one."""
+    """Return the symbols that the library needs, with their versions."""
     command = [NM, "-D", "--undefined-only", "--with-symbol-versions", library]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [line.split()[-1] for line in listing.splitlines()]
 
 
 def unstable(symbols: list[str]) -> list[str]:
-    """Those that are neither of the stable interface nor of the C and C++ runtimes."""
+    """Return the symbols outside the stable interface and the C and C++ runtimes."""
     stable, _ = declared()
     return [
         symbol
@@ -103,21 +103,21 @@ def test_libraries_use_only_the_stable_interface(name):
 @has_nm
 @pytest.mark.skipif(GXX is None, reason="no g++ to build a wrong library with")
 @pytest.mark.parametrize("named", WRONG)
-def test_a_library_that_uses_more_is_caught(tmp_path, named):
+def test_a_library_that_needs_other_symbols_is_detected(tmp_path, named):
     source, library = tmp_path / "wrong.cpp", tmp_path / "wrong.so"
     source.write_text(WRONG[named])
     subprocess.run([GXX, "-shared", "-fPIC", source, "-o", library], check=True)
     assert unstable(undefined(library)) == [named]
 
 
-def test_functions_of_a_newer_torch_are_caught():
+def test_functions_of_a_newer_torch_are_detected():
     stable, newer = declared()
     assert {"torch_call_dispatcher", "aoti_torch_get_dtype"} <= stable
     assert not stable & newer
     assert unstable([*stable, *newer]) == list(newer)
 
 
-def test_the_build_hides_what_is_newer_than_the_oldest_torch():
+def test_the_build_targets_the_oldest_torch():
     (target,) = re.findall(
         r"TORCH_TARGET_VERSION=0x(\w{16})\b", (ROOT / "CMakeLists.txt").read_text()
     )

@@ -1,3 +1,5 @@
+"""Metrics of image sets: Fréchet distance, Inception score, precision and recall."""
+
 import importlib
 import importlib.util
 import sys
@@ -63,13 +65,13 @@ def test_commuting_covariances_have_a_closed_form() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 20, 64])
-def test_a_gaussian_is_at_no_distance_from_itself(rank: int) -> None:
+def test_the_distance_of_a_gaussian_to_itself_is_zero(rank: int) -> None:
     cov = random_covariance(64, rank, seed=2)
     mean = torch.arange(64.0)
     assert frechet_distance(mean, cov, mean, cov) < 1e-11 * float(cov.trace())
 
 
-def test_agrees_with_the_matrix_square_root() -> None:
+def test_the_distance_equals_the_formula_with_a_matrix_square_root() -> None:
     linalg = pytest.importorskip("scipy.linalg", reason="needs scipy (extra: demo)")
     cov1, cov2 = random_covariance(20, 40, seed=3), random_covariance(20, 30, seed=4)
     mu1, mu2 = torch.zeros(20), torch.ones(20)
@@ -102,7 +104,7 @@ def test_streaming_statistics_are_those_of_all_features() -> None:
     )
 
 
-def test_statistics_refuse_what_they_cannot_tell() -> None:
+def test_statistics_of_too_few_or_unequal_features_are_an_error() -> None:
     statistics = StatisticsAccumulator()
     with pytest.raises(ValueError, match="at least one"):
         _ = statistics.mean
@@ -115,7 +117,7 @@ def test_statistics_refuse_what_they_cannot_tell() -> None:
         statistics.update(torch.zeros(3))
 
 
-def test_agrees_with_torchmetrics() -> None:
+def test_the_distance_equals_that_of_torchmetrics() -> None:
     try:
         if importlib.util.find_spec("torch_fidelity") is None:
             fid = importlib.import_module("torchmetrics.image.fid")
@@ -147,7 +149,7 @@ def test_agrees_with_torchmetrics() -> None:
     )
 
 
-def test_inception_score_of_sure_and_of_unsure_predictions() -> None:
+def test_inception_score_of_certain_and_uncertain_predictions() -> None:
     sure = 1e3 * torch.eye(4).repeat(25, 1)
     assert inception_score(sure, splits=1) == pytest.approx((4, 0))
     assert inception_score(torch.randn(1, 4).expand(50, 4)) == pytest.approx((1, 0))
@@ -183,7 +185,7 @@ def brute_force(of: torch.Tensor, among: torch.Tensor, k: int) -> float:
     return inside / len(of)
 
 
-def test_precision_and_recall_agree_with_brute_force() -> None:
+def test_precision_and_recall_equal_brute_force() -> None:
     generator = torch.Generator().manual_seed(10)
     reference = 100 + torch.randn(40, 5, generator=generator, dtype=torch.float64)
     samples = 100.5 + 0.7 * torch.randn(33, 5, generator=generator, dtype=torch.float64)
@@ -220,7 +222,7 @@ def test_features_do_not_depend_on_the_batch(features: EfficientNetLite0Features
     assert features(images[:0]).shape == (0, 1280)
 
 
-def test_features_take_bytes_only(features: EfficientNetLite0Features) -> None:
+def test_features_need_uint8_images(features: EfficientNetLite0Features) -> None:
     with pytest.raises(ValueError, match=r"images: got torch\.float32"):
         features(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="expected uint8"):

@@ -1,4 +1,4 @@
-"""Images to be scored, as they are found and read."""
+"""Sets of images to score: finding and reading them."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from dimr_fast.evaluation.image_sets import FolderImages, NpzImages, TensorImage
 from tests.support.image_files import random_images, read_all, write_folder, write_npz
 
 
-def test_images_come_back_as_they_were(tmp_path: Path) -> None:
+def test_images_are_read_unchanged(tmp_path: Path) -> None:
     images = random_images(17)
     folder = write_folder(images, tmp_path / "folder")
     npz = write_npz(images, tmp_path / "images.npz", arr_1=np.arange(17) % 4)
@@ -36,7 +36,7 @@ def test_sub_folders_are_classes_and_grey_images_have_three_channels(tmp_path: P
     assert read_all(found)[6].unique().tolist() == [9]
 
 
-def test_a_folder_holds_the_images_that_training_finds_there(tmp_path: Path) -> None:
+def test_a_folder_has_the_same_images_as_for_training(tmp_path: Path) -> None:
     write_folder(random_images(3), tmp_path / "elsewhere")
     write_folder(random_images(4), tmp_path / "images" / "cat" / "deep")
     write_folder(random_images(1), tmp_path / "images" / ".hidden")
@@ -45,7 +45,7 @@ def test_a_folder_holds_the_images_that_training_finds_there(tmp_path: Path) -> 
     assert found.count == len(list_images(tmp_path / "images").names) == 7
 
 
-def test_fingerprints_tell_images_apart(tmp_path: Path) -> None:
+def test_different_images_have_different_fingerprints(tmp_path: Path) -> None:
     images = random_images(4)
     other = images.clone()
     other[3, 2, 15, 15] ^= 1
@@ -61,7 +61,7 @@ def test_fingerprints_tell_images_apart(tmp_path: Path) -> None:
 
 
 def test_scored_images_are_decoded_as_those_for_training(tmp_path: Path) -> None:
-    """Sixteen bits are not clipped to white, and no kind of file is passed over."""
+    """16 bits are not clipped to white, and every kind of file is read."""
     Image.fromarray(np.full((4, 4), 20_000, np.uint16)).save(tmp_path / "a.png")
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "b.png")
     Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "c.tif")
@@ -77,7 +77,7 @@ def test_scored_images_are_decoded_as_those_for_training(tmp_path: Path) -> None
     assert read_all(FolderImages(folder)).shape == (1, 3, 4, 8)
 
 
-def test_a_jpeg_cut_short_is_found_out_and_named(tmp_path: Path) -> None:
+def test_a_truncated_jpeg_is_detected_and_named(tmp_path: Path) -> None:
     Image.fromarray(random_images(1, size=64)[0].permute(1, 2, 0).numpy()).save(tmp_path / "a.jpg")
     data = (tmp_path / "a.jpg").read_bytes()
     (tmp_path / "b.jpg").write_bytes(data[: len(data) // 2])
@@ -85,7 +85,7 @@ def test_a_jpeg_cut_short_is_found_out_and_named(tmp_path: Path) -> None:
         read_all(FolderImages(tmp_path))
 
 
-def test_a_damaged_npz_is_found_out(tmp_path: Path) -> None:
+def test_a_damaged_npz_is_detected(tmp_path: Path) -> None:
     path = write_npz(random_images(12), tmp_path / "fake.npz")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

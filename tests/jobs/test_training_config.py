@@ -1,4 +1,4 @@
-"""One typed configuration: from YAML and words, with errors that name the setting."""
+"""Settings of training, read from YAML and KEY=VALUE words."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ from dimr_fast.extraction import ExtractConfig
 from dimr_fast.training.config import RESUME_OVERRIDES, TrainConfig, shipped_recipes
 
 
-def test_words_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
+def test_words_override_the_file_and_the_file_overrides_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("preset: tiny\nlearning_rate: 1e-4\nbatch_size: 64\nminutes: none\n")
     changes = ["batch_size=128", "steps=1e3", "betas=[0.8, 0.95]", "checkpointing=[0, 1]"]
@@ -24,7 +24,7 @@ def test_words_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> No
     assert found.warmup_steps == TrainConfig(output=tmp_path).warmup_steps
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_written_settings_are_read_back(tmp_path: Path) -> None:
     config = TrainConfig(
         output=tmp_path / "run", minutes=None, steps=5, betas=(0.5, 0.6), autoencoder="vae"
     )
@@ -55,7 +55,7 @@ def test_a_bad_setting_is_named(tmp_path: Path, word: str, message: str) -> None
         TrainConfig.read(None, [word], tmp_path)
 
 
-def test_files_are_checked(tmp_path: Path) -> None:
+def test_missing_or_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config: got 'nowhere', expected .*demo"):
         TrainConfig.read("nowhere")
     path = tmp_path / "list.yaml"
@@ -79,12 +79,12 @@ def test_every_shipped_recipe_is_valid(tmp_path: Path) -> None:
         assert config.preset in PRESETS
 
 
-def test_the_demo_recipe_is_the_defaults(tmp_path: Path) -> None:
+def test_the_demo_recipe_equals_the_defaults(tmp_path: Path) -> None:
     assert TrainConfig.read("demo", output=tmp_path) == TrainConfig(output=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["imagenet256_xl2r", "imagenet256_g2r", "imagenet512_xl3r"])
-def test_the_published_recipes_are_the_published_ones(tmp_path: Path, name: str) -> None:
+def test_the_imagenet_recipes_have_the_published_values(tmp_path: Path, name: str) -> None:
     config = TrainConfig.read(name, output=tmp_path)
     assert (config.batch_size, config.steps, config.minutes) == (1024, 1_000_000, None)
     assert (config.learning_rate, config.warmup_steps, config.decay) == (2e-4, 5000, 0)
@@ -98,7 +98,7 @@ def test_the_published_recipes_are_the_published_ones(tmp_path: Path, name: str)
 
 
 @pytest.mark.parametrize("name", ["imagenet256_xl2r", "imagenet256_g2r", "imagenet512_xl3r"])
-def test_the_extraction_that_a_recipe_names_has_these_options(name: str) -> None:
+def test_the_extraction_command_in_a_recipe_has_existing_options(name: str) -> None:
     text = shipped_recipes()[name].read_text(encoding="utf-8")
     (line,) = (line for line in text.splitlines() if "dimr-fast extract" in line)
     words = re.findall(r"--([a-z-]+)", line)
@@ -106,5 +106,5 @@ def test_the_extraction_that_a_recipe_names_has_these_options(name: str) -> None
     assert {"images", "image-size", "autoencoder", "output"} == set(words) <= fields
 
 
-def test_free_settings_are_settings() -> None:
+def test_settings_that_may_change_on_resuming_exist() -> None:
     assert set(TrainConfig.__dataclass_fields__) >= RESUME_OVERRIDES

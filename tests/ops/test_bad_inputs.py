@@ -1,4 +1,4 @@
-"""Ten thousand random calls with bad inputs, in a process of their own: none may kill it."""
+"""Ten thousand random calls with bad inputs in a separate process, which must survive them."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ CALLS = 10_000
 
 
 @pytest.mark.slow
-def test_bad_inputs_are_refused_or_answered_rightly():
+def test_bad_inputs_are_refused_or_computed_correctly():
     if _extension.why_not("cpu") is not None:
         pytest.skip(f"cpu library: {_extension.why_not('cpu')}")
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

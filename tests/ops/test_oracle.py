@@ -1,4 +1,4 @@
-"""The accuracy rule itself: what it lets pass, and what it does not."""
+"""The accuracy rule of all kernels: what it accepts and what it rejects."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tests.oracle import SAMPLES, assert_as_accurate, largest_error, neighbour, 
 
 
 def exceeds_twice(numbers: int, samples: int) -> float:
-    """How often the largest of `numbers` normal errors is over twice the largest of `samples`."""
+    """Return how often the largest of `numbers` errors exceeds twice that of `samples` errors."""
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (
         torch.randn(40_000, count, generator=generator).abs().amax(1)
@@ -16,7 +16,7 @@ def exceeds_twice(numbers: int, samples: int) -> float:
     return float((ours > 2 * theirs).double().mean())
 
 
-def test_what_the_rule_says_of_few_numbers() -> None:
+def test_frequencies_of_wrong_verdicts_on_few_numbers() -> None:
     """The frequencies that `SAMPLES` states."""
     assert exceeds_twice(4, 4) == pytest.approx(1 / 9, rel=0.1)
     assert exceeds_twice(SAMPLES, SAMPLES) == pytest.approx(1 / 800, rel=0.3)
@@ -50,7 +50,7 @@ def reversed_sums(x: torch.Tensor) -> torch.Tensor:
 X = [torch.randn(400, generator=torch.Generator().manual_seed(seed)) for seed in range(40)]
 
 
-def test_one_lucky_reference_refuses_nobody() -> None:
+def test_an_accurate_kernel_passes_where_the_reference_happens_to_be_exact() -> None:
     refused_by_one_run = 0
     for x in X:
         assert_as_accurate(reversed_sums, sums, x, dtype=torch.bfloat16)
@@ -63,7 +63,7 @@ def test_one_lucky_reference_refuses_nobody() -> None:
 
 
 @pytest.mark.parametrize("x", X[:4])
-def test_few_numbers_that_err_too_much_are_refused(x: torch.Tensor) -> None:
+def test_too_large_errors_of_few_numbers_are_rejected(x: torch.Tensor) -> None:
     quantised = x.bfloat16()
     worst = max(
         float(largest_error(sums(near), sums(near.double())) / sums(near.double()).abs().max())

@@ -48,7 +48,7 @@ def _double(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_derivatives_of_every_operator(times: int) -> None:
+def test_derivatives_of_every_operator_by_finite_differences(times: int) -> None:
     torch.manual_seed(0)
     check = torch.autograd.gradcheck
     x, value, shift = _double(2, 3, 4), _double(times, 4), _double(times, 4)

@@ -1,7 +1,7 @@
 """The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-It is built once more with them, and every operator run over its edge shapes in every instruction
-set, then over random bad inputs; see `tests/support/sanitized.py`.
+It is built again with them. Every operator runs on its edge shapes in every instruction set, then
+on random bad inputs; see `tests/support/sanitized.py`.
 """
 
 import os
@@ -90,7 +90,7 @@ def run(
         ("library.increment(2**31 - 1)", "signed integer overflow"),
     ],
 )
-def test_what_is_wrong_on_purpose_is_caught(tmp_path, wrong, found):
+def test_planted_errors_are_caught(tmp_path, wrong, found):
     source, library = tmp_path / "planted.cpp", tmp_path / "planted.so"
     source.write_text(PLANTED)
     subprocess.run(["g++", *FLAGS, "-shared", "-fPIC", source, "-o", library], check=True)
@@ -106,7 +106,7 @@ x = torch.zeros(5)
     assert found is None or found in done.stderr
 
 
-def test_cpu_library_runs_clean(tmp_path):
+def test_the_cpu_library_has_no_findings(tmp_path):
     definitions = {
         "DIMR_FAST_BINDINGS": "OFF",
         "TORCH_ROOT": Path(torch.__file__).parent,
