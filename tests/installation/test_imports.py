@@ -210,6 +210,14 @@ def test_reference_and_kernels_stand_alone() -> None:
         assert {name for name in found if name.startswith("dimr_fast")} <= SHARED_BY_KERNELS, path
 
 
+def test_neither_package_nor_kernels_import_tests_or_benchmarks() -> None:
+    """The root is on the path of pytest, so that these would be found."""
+    for folder in ("dimr_fast", "kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            names = {name.split(".")[0] for name, _ in imported_names(path)}
+            assert not names & {"tests", "benchmarks"}, path
+
+
 def test_nobody_imports_the_kernels_folder_by_its_bare_name() -> None:
     """`kernels` on the package index is another project."""
     for folder in ("dimr_fast", "tests", "benchmarks"):
