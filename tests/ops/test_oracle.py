@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.oracle import SAMPLES, assert_as_accurate, largest_error, neighbour, seeded
+from tests.support.oracle import SAMPLES, assert_as_accurate, largest_error, neighbour, seeded
 
 
 def exceeds_twice(numbers: int, samples: int) -> float:

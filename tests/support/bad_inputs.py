@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dimr_fast.ops import OPERATORS
-from tests import oracle
 from tests.support import operator_calls as calls
+from tests.support import oracle
 
 REFUSALS = (ValueError, TypeError, RuntimeError, MemoryError)
 """What a refusal is: of ours a ValueError or TypeError, of torch's dispatcher a RuntimeError.

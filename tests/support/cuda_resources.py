@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dimr_fast import _extension
-from tests.emulation import Emulation, build
+from tests.support.emulation import Emulation, build
 from tests.support.paths import FILES, ROOT
 
 LIBRARY = ROOT / "dimr_fast" / "libdimr_fast_cuda.so"

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dimr_fast import _extension
 from dimr_fast.ops import OPERATORS
-from tests.oracle import assert_as_accurate, with_gradients
 from tests.support import bad_inputs
 from tests.support import operator_calls as calls
+from tests.support.oracle import assert_as_accurate, with_gradients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import seeded
 
 from dimr_fast import ops
+from tests.support.oracle import seeded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_as_accurate, seeded, with_gradients
 
 from dimr_fast import ops, reference
+from tests.support.oracle import assert_as_accurate, seeded, with_gradients
 
 
 @pytest.fixture(scope="module", params=["triton", "cpu", "reference"])

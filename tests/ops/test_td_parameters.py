@@ -5,19 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from aot import TARGETS, Launch, compiled
-from cpu_library import each_implementation, needs_cpu, on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import (
+
+from dimr_fast import DiMR, ops
+from tests.support.aot import TARGETS, Launch, compiled
+from tests.support.cpu_library import each_implementation, needs_cpu, on_threads
+from tests.support.oracle import (
     DEVICE,
     assert_as_accurate,
     seeded,
     skip_module_without_triton,
     with_gradients,
 )
-
-from dimr_fast import DiMR, ops
 
 skip_module_without_triton()
 

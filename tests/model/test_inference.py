@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from golden import CASES, Golden, relative_error
-from oracle import DEVICE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +19,8 @@ from dimr_fast.diffusion import (
     guided,
 )
 from dimr_fast.ops import OPERATORS
+from tests.support.golden import CASES, Golden, relative_error
+from tests.support.oracle import DEVICE
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

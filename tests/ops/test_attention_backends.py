@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_as_accurate, seeded, with_gradients
 
 from dimr_fast import ops, reference
 from dimr_fast.ops import attention_backends as backends
+from tests.support.oracle import assert_as_accurate, seeded, with_gradients
 
 CALLS: list[dict[str, Any]] = []
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_library import on_threads
-from oracle import Function, assert_as_accurate, with_gradients
 
 from dimr_fast import _extension, ops
+from tests.support.cpu_library import on_threads
+from tests.support.oracle import Function, assert_as_accurate, with_gradients
 
 NO_LIBRARY = _extension.why_not("cpu")
 pytestmark = pytest.mark.skipif(NO_LIBRARY is not None, reason=f"cpu library: {NO_LIBRARY}")

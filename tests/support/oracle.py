@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dimr_fast.ops import _triton
+from dimr_fast.ops import OPERATORS
 
 Function = Callable[..., Any]
 
@@ -23,7 +23,8 @@ def skip_module_without_triton() -> None:
     `aot` also imports the module, to compile its launches; for that, Triton alone is enough.
     """
     compiles_only = DEVICE == "cpu" and "TRITON_INTERPRET" not in os.environ
-    reason = _triton.why_not(torch.empty(1, device="meta" if compiles_only else DEVICE))
+    x = torch.empty(1, device="meta" if compiles_only else DEVICE)
+    reason = OPERATORS["td_rms_norm"].why_not("triton", x)
     if reason is not None:
         pytest.skip(f"triton: {reason}", allow_module_level=True)
 
@@ -93,10 +94,10 @@ SAMPLES = 64
 
 The largest of 4 errors is a poor estimate: of two equally accurate outputs (with normal errors) the
 second has an error of more than twice the first one's largest in one case of nine; with 64 numbers,
-in one of eight hundred (tests/test_oracle.py). So if an output with few numbers exceeds the allowed
-error, the reference is also run on neighbouring inputs, with each value moved by at most one
-rounding step, and compared with its own truth for these inputs, until there are `SAMPLES` errors.
-The largest of them counts. A kernel that is less accurate than the reference still fails.
+in one of eight hundred (tests/ops/test_oracle.py). So if an output with few numbers exceeds the
+allowed error, the reference is also run on neighbouring inputs, with each value moved by at most
+one rounding step, and compared with its own truth for these inputs, until there are `SAMPLES`
+errors. The largest of them counts. A kernel that is less accurate than the reference still fails.
 """
 
 

@@ -1,9 +1,9 @@
 """Compile the launchers' kernels ahead of time, for GPUs that need not be present.
 
 A test module lists its launches, on meta tensors, in a function `aot_launches() -> list[Launch]`.
-`compiled("test_td_rms_norm")` runs them in a process of its own, because Triton may be interpreting
-in this one. There Triton's driver is replaced by one that claims the target, and every launch by
-its compilation. So what is examined is what a user's call would run: the launcher's
+`compiled("tests.ops.test_td_rms_norm")` runs them in a process of its own, because Triton may be
+interpreting in this one. There Triton's driver is replaced by one that claims the target, and every
+launch by its compilation. So what is examined is what a user's call would run: the launcher's
 own constants, strides and alignments.
 """
 
@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.support.paths import ROOT
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -72,8 +74,8 @@ def compiled(module: str) -> tuple[Compiled, ...]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "compiled.json"
-        command = [sys.executable, __file__, module, str(output)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-m", "tests.support.aot", module, str(output)]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if result.returncode != 0:
             raise RuntimeError(f"compiling ahead of time failed:\n{result.stdout}{result.stderr}")
         return tuple(Compiled(**entry) for entry in json.loads(output.read_text()))

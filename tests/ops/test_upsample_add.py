@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from aot import TARGETS, Launch, compiled, meta
-from cpu_library import each_implementation, needs_cpu, on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import (
+
+from dimr_fast import ops
+from tests.support.aot import TARGETS, Launch, compiled, meta
+from tests.support.cpu_library import each_implementation, needs_cpu, on_threads
+from tests.support.oracle import (
     DEVICE,
     Function,
     assert_as_accurate,
@@ -19,8 +21,6 @@ from oracle import (
     skip_module_without_triton,
     with_gradients,
 )
-
-from dimr_fast import ops
 
 skip_module_without_triton()
 
@@ -488,7 +488,7 @@ def aot_launches() -> list[Launch]:
 @pytest.mark.slow
 @pytest.mark.versions
 def test_compiled_kernels_do_not_spill() -> None:
-    for kernel in compiled("test_upsample_add"):
+    for kernel in compiled("tests.ops.test_upsample_add"):
         if kernel.target == "gfx942" and kernel.kernel.startswith("pieces_"):
             # The pieces' addresses need more scalar registers than there are. Scalar registers
             # spill into lanes of a vector register, not into memory; no vector register spills.
@@ -504,7 +504,7 @@ def test_compiled_kernels_do_not_spill() -> None:
 @pytest.mark.slow
 def test_features_move_in_16_byte_pieces() -> None:
     """All loads and stores do, except those of statistics (one number per row)."""
-    for kernel in compiled("test_upsample_add"):
+    for kernel in compiled("tests.ops.test_upsample_add"):
         if kernel.target == "gfx942" or kernel.kernel == "_sum_partials_kernel":
             continue
         if kernel.launch.startswith("ones"):

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from aot import TARGETS, Launch, compiled, meta
-from oracle import DEVICE, assert_as_accurate, seeded, skip_module_without_triton
 
 from dimr_fast import ops
+from tests.support.aot import TARGETS, Launch, compiled, meta
+from tests.support.oracle import DEVICE, assert_as_accurate, seeded, skip_module_without_triton
 
 skip_module_without_triton()
 
@@ -103,7 +103,7 @@ def aot_launches() -> list[Launch]:
 @pytest.mark.slow
 @pytest.mark.versions
 def test_compiled_kernels_do_not_spill_and_move_rows_in_16_byte_pieces() -> None:
-    kernels = compiled("test_td_rms_norm_into")
+    kernels = compiled("tests.ops.test_td_rms_norm_into")
     assert len(kernels) == 2 * len(TARGETS) + 2
     for kernel in kernels:
         assert kernel.spilled == 0, kernel

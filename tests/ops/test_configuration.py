@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import skip_module_without_triton
 
 from dimr_fast.kernels import configuration
+from tests.support.oracle import skip_module_without_triton
+from tests.support.paths import ROOT
 
 skip_module_without_triton()
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 H100 = 132  # multiprocessors
 
 
@@ -30,7 +31,7 @@ def build(folder: Path) -> Path:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise Unavailable(f"no C++ compiler: {compiler}")
-    here, output = Path(__file__).parent / "cuda_emulation", folder / "depthwise_conv2d"
+    here, output = ROOT / "tests" / "cuda_emulation", folder / "depthwise_conv2d"
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     options = ["-std=c++20", "-O1", "-g1", *sanitizers, *warnings, "-I", here, "-I", ROOT / "csrc"]

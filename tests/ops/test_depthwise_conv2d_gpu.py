@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from oracle import assert_as_accurate, with_gradients
 
 from dimr_fast import _extension, reference
 from dimr_fast.ops import depthwise_conv2d
+from tests.support.oracle import assert_as_accurate, with_gradients
 
 NO_LIBRARY = _extension.why_not("cuda")
 pytestmark = [

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import DEVICE, assert_as_accurate, seeded, with_gradients
 
 from dimr_fast.ops import linear
+from tests.support.oracle import DEVICE, assert_as_accurate, seeded, with_gradients
 
 CASES = {
     "one": ((8,), (12,)),

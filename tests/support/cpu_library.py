@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import DEVICE
 
 from dimr_fast import _extension
+from tests.support.oracle import DEVICE
 
 NO_CPU_LIBRARY = _extension.why_not("cpu") or (
     None if DEVICE == "cpu" else "tensors lie on the GPU"

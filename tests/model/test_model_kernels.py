@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from aot import Launch, compiled
-from cpu_library import needs_cpu
-from golden import CASES, Golden, relative_error
-from oracle import DEVICE, assert_as_accurate, skip_module_without_triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dimr_fast import PRESETS, DiMR
 from dimr_fast.diffusion import multi_scale_loss
+from tests.support.aot import Launch, compiled
+from tests.support.cpu_library import needs_cpu
+from tests.support.golden import CASES, Golden, relative_error
+from tests.support.oracle import DEVICE, assert_as_accurate, skip_module_without_triton
 
 skip_module_without_triton()
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from cpu_library import needs_cpu, on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_as_accurate, with_gradients
 
 from dimr_fast import reference
 from dimr_fast.ops import depthwise_conv2d
+from tests.support.cpu_library import needs_cpu, on_threads
+from tests.support.oracle import assert_as_accurate, with_gradients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IMPLEMENTATIONS = ["reference", pytest.param("cpu", marks=needs_cpu)]

@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from aot import Compiled, Launch, compiled, meta
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import (
+
+from dimr_fast import ops, reference
+from tests.support.aot import Compiled, Launch, compiled, meta
+from tests.support.oracle import (
     DEVICE,
     assert_as_accurate,
     seeded,
     skip_module_without_triton,
     with_gradients,
 )
-
-from dimr_fast import ops, reference
 
 skip_module_without_triton()
 
@@ -364,7 +364,7 @@ def of(target: str, *dtypes: torch.dtype) -> list[Compiled]:
     """Return the kernels compiled for more than one token, which multiply matrices."""
     kernels = [
         kernel
-        for kernel in compiled("test_attention")
+        for kernel in compiled("tests.ops.test_attention")
         if kernel.target == target
         and kernel.launch.endswith(tuple(map(str, dtypes)))
         and ", 1 tokens" not in kernel.launch
@@ -377,7 +377,7 @@ def of(target: str, *dtypes: torch.dtype) -> list[Compiled]:
 @pytest.mark.versions
 def test_compiled_kernels_neither_spill_nor_outgrow_shared_memory() -> None:
     shared = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
-    for kernel in compiled("test_attention"):
+    for kernel in compiled("tests.ops.test_attention"):
         assert kernel.spilled == 0, kernel
         assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
         assert kernel.shared <= 1024 * shared[kernel.target], kernel

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from aot import TARGETS, Launch, compiled, meta
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DEVICE, Function, assert_as_accurate, seeded, with_gradients
 
 from dimr_fast import ops
+from tests.support.aot import TARGETS, Launch, compiled, meta
+from tests.support.oracle import DEVICE, Function, assert_as_accurate, seeded, with_gradients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -286,7 +286,7 @@ def aot_launches() -> list[Launch]:
 @pytest.mark.versions
 @needs_triton
 def test_compiled_kernels_do_not_spill() -> None:
-    for kernel in compiled("test_td_layer_norm"):
+    for kernel in compiled("tests.ops.test_td_layer_norm"):
         assert kernel.spilled == 0, kernel
         assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
 
@@ -295,7 +295,7 @@ def test_compiled_kernels_do_not_spill() -> None:
 @needs_triton
 def test_rows_move_in_16_byte_pieces() -> None:
     """All loads and stores of features do; only statistics, one number per row, are smaller."""
-    for kernel in compiled("test_td_layer_norm"):
+    for kernel in compiled("tests.ops.test_td_layer_norm"):
         if kernel.target == "gfx942" or kernel.kernel == "_sum_partials_kernel":
             continue
         width = int(kernel.launch.split()[-1])

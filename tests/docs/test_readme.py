@@ -1,15 +1,14 @@
 """The README and docs/: commands, snippets, and the files and names that pages mention."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from dimr_fast import DiMR
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("dimr_fast", "kernels", "csrc", "benchmarks", "tests", "docs")

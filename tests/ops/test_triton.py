@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from aot import Launch, compiled, meta
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dimr_fast import DiMR, _extension
 from dimr_fast.ops import OPERATORS, _triton
+from tests.support.aot import Launch, compiled, meta
 
 HAVE_TRITON = [name for name, o in OPERATORS.items() if "triton" in o.names]
 

@@ -5,19 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from aot import TARGETS, Launch, compiled, meta
-from cpu_library import each_implementation, needs_cpu, on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import (
+
+from dimr_fast import ops
+from tests.support.aot import TARGETS, Launch, compiled, meta
+from tests.support.cpu_library import each_implementation, needs_cpu, on_threads
+from tests.support.oracle import (
     DEVICE,
     assert_as_accurate,
     seeded,
     skip_module_without_triton,
     with_gradients,
 )
-
-from dimr_fast import ops
 
 skip_module_without_triton()
 
@@ -290,14 +290,14 @@ def aot_launches() -> list[Launch]:
 @pytest.mark.slow
 @pytest.mark.versions
 def test_compiled_kernels_do_not_spill() -> None:
-    for kernel in compiled("test_gated_gelu"):
+    for kernel in compiled("tests.ops.test_gated_gelu"):
         assert kernel.spilled == 0, kernel
         assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
 
 
 @pytest.mark.slow
 def test_elements_move_in_16_byte_pieces() -> None:
-    for kernel in compiled("test_gated_gelu"):
+    for kernel in compiled("tests.ops.test_gated_gelu"):
         if kernel.target != "gfx942":
             assert kernel.count("LDG") == kernel.opcodes["LDG.E.128"] > 0, kernel
             assert kernel.count("STG") == kernel.opcodes["STG.E.128"] > 0, kernel

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import CASES, Golden, relative_error
 from torch import nn
 
 from dimr_fast import PRESETS, BranchConfig, DiMR, DiMRConfig, ops
 from dimr_fast.diffusion import multi_scale_loss
+from tests.support.golden import CASES, Golden, relative_error
 
 TOLERANCE = 1e-5
 MODES = [("mixed_time", "time"), ("uniform_time", "time_uniform")]

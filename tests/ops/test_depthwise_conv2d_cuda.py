@@ -1,15 +1,15 @@
 """The CUDA kernels of `depthwise_conv2d`, emulated on the host and as compiled."""
 
-import cuda_resources
 import pytest
 import torch
-from cuda_resources import ARCHITECTURES, DTYPES, LIBRARY, TILED, count
-from emulation import H100, Emulation, Unavailable, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_as_accurate
 
 from dimr_fast import _extension, reference
+from tests.support import cuda_resources
+from tests.support.cuda_resources import ARCHITECTURES, DTYPES, LIBRARY, TILED, count
+from tests.support.emulation import H100, Emulation, Unavailable, build
+from tests.support.oracle import assert_as_accurate
 
 
 def reference_fwd(x, weight, bias, residual):
