@@ -1,4 +1,4 @@
-"""Rules for the tests themselves; CONTRIBUTING.md gives the reasons."""
+"""Rules for the tests themselves."""
 
 import ast
 from collections import Counter
