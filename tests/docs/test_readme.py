@@ -1,6 +1,7 @@
 """The README and docs/: commands, snippets, and the files and names that pages mention."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest

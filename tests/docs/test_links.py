@@ -6,7 +6,8 @@ from urllib.parse import unquote
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 PAGES = sorted(
     {
         ROOT / "README.md",
