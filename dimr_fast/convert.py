@@ -161,15 +161,21 @@ def _model(source: _Source, config: ConvertConfig) -> tuple[DiMR, dict[str, Any]
     if config.preset is not None:
         sized = _sized(config.preset, source.weights)
         return DiMR.from_weights(sized, source.weights, config.input), source.notes
-    for name in _candidates(source.weights):
+    return model_of_preset(source.weights, config.input), source.notes
+
+
+def model_of_preset(weights: dict[str, Tensor], path: Path) -> DiMR:
+    """Return the model of the preset that these weights fit, with their number of classes.
+
+    Raises CheckpointError naming `path` where they fit none.
+    """
+    for name in _candidates(weights):
         try:
-            sized = _sized(name, source.weights)
-            return DiMR.from_weights(sized, source.weights, config.input), source.notes
+            return DiMR.from_weights(_sized(name, weights), weights, path)
         except CheckpointError:
             continue
     raise CheckpointError(
-        f"{config.input}: its weights fit none of {', '.join(PRESETS)}; describe the model by "
-        "--config"
+        f"{path}: its weights fit none of {', '.join(PRESETS)}; describe the model by --config"
     )
 
 

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from dimr_fast import sampling, training
 from dimr_fast.checkpoint import TrainedModel, load_model
-from dimr_fast.data.tiles import load_tiles
+from dimr_fast.data.arrays import ImageArray
+from dimr_fast.data.tiles import Tiles, load_tiles
 from dimr_fast.evaluation.features import EfficientNetLite0Features
 from dimr_fast.evaluation.frechet import frechet_scores
 from dimr_fast.sampling import ImageSampler, SampleConfig, SamplerConfig, sample
@@ -36,11 +37,14 @@ class DemoConfig:
     seed: int = 0
 
 
-def demo(config: DemoConfig) -> Path:
+def demo(
+    config: DemoConfig, *, tiles: Tiles | None = None, sampler: SamplerConfig | None = None
+) -> Path:
     """Train the `demo` preset on satellite tiles, draw a grid of each class, and score it.
 
     Returns the output folder, with the files of `train` and `sample` and `demo.json`. Ctrl-C during
-    training ends the demo with the files of `train`. Raises as these two do.
+    training ends the demo with the files of `train`. `tiles` and `sampler` replace the tiles of the
+    installed picture and the default settings of sampling. Raises as `train` and `sample` do.
     """
     output = config.output or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     # Before training, because a missing package should not fail after ten minutes.
@@ -49,17 +53,18 @@ def demo(config: DemoConfig) -> Path:
     recipe = TrainConfig(
         output=output, minutes=config.minutes, device=config.device, seed=config.seed
     )
-    summary = train(recipe)
+    tiles = load_tiles() if tiles is None else tiles
+    examples = ImageArray(tiles.train_images, tiles.train_labels, tiles.classes)
+    summary = train(recipe, examples=examples)
     print(summary.sentence(recipe))
     if summary.interrupted:
         return output
-    sampler = SamplerConfig(seed=config.seed)
+    sampler = SamplerConfig(seed=config.seed) if sampler is None else sampler
     checkpoint = output / training.CHECKPOINT
     sample(
         SampleConfig(checkpoint=checkpoint, output=output, device=config.device, sampler=sampler)
     )
 
-    tiles = load_tiles()
     trained = load_model(checkpoint)
     trained.model.to(resolve_device(config.device))
     # Class frequencies of the training tiles, which the held-out tiles share.

@@ -4,6 +4,7 @@
 """
 
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 
 import torch
@@ -14,13 +15,13 @@ from dimr_fast.ops.implementations import OPERATORS, Implementations
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def report() -> str:
-    """Return the report as plain text."""
+def report(operators: Mapping[str, Implementations] = OPERATORS) -> str:
+    """Return the report as plain text, with the implementations of these operators."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     titles = {
         "versions": _versions(),
         "compiled libraries": _libraries(),
-        f"operators on {device}, for a first input of": _operators(device),
+        f"operators on {device}, for a first input of": _operators(operators, device),
     }
     return "\n\n".join(f"{title}\n{_table(rows)}" for title, rows in titles.items())
 
@@ -59,9 +60,9 @@ def _libraries() -> list[tuple[str, str]]:
     return rows
 
 
-def _operators(device: str) -> list[tuple[str, str]]:
+def _operators(operators: Mapping[str, Implementations], device: str) -> list[tuple[str, str]]:
     rows = []
-    for name, implementations in sorted(OPERATORS.items()):
+    for name, implementations in sorted(operators.items()):
         by_answer: dict[tuple[str, ...], list[str]] = {}
         for dtype in _DTYPES:
             x = torch.empty(implementations.example, dtype=dtype, device=device)

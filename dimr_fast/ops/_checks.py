@@ -75,7 +75,9 @@ def check_times(x: Tensor, value: Tensor, name: str, width: int | None = None) -
     """Raise ValueError if `value` is not `[T, width]`, where T is 1 or the batch size of `x`."""
     batch = x.shape[0]
     wrong_width = width is not None and value.shape[-1:] != (width,)
-    if value.dim() != 2 or value.shape[0] not in (1, batch) or wrong_width:
+    # One by one: Dynamo of torch 2.11 finds no symbolic size in a tuple.
+    wrong_times = value.dim() != 2 or (value.shape[0] != 1 and value.shape[0] != batch)
+    if wrong_times or wrong_width:
         expected = f"[1 or {batch}, {x.shape[-1] if width is None else width}]"
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}")
 

@@ -27,7 +27,13 @@ from dimr_fast.sampling.sampler import ImageSampler, SamplerConfig, balanced_lab
 from dimr_fast.sampling.writers import SAMPLE_REPORT, write_array, write_npz, write_png
 from dimr_fast.utils.device import keep_freed_memory, resolve_device
 from dimr_fast.utils.distributed import Worker, exit_with_launcher
-from dimr_fast.utils.files import lock_folder, prepare_output, remove_unfinished, write_json
+from dimr_fast.utils.files import (
+    LOCK_TIMEOUT,
+    lock_folder,
+    prepare_output,
+    remove_unfinished,
+    write_json,
+)
 from dimr_fast.utils.plots import image_grid
 from dimr_fast.utils.sharded import (
     Progress,
@@ -94,16 +100,19 @@ class SampleConfig:
         )
 
 
-def sample(config: SampleConfig, *, start_timeout: float = 600.0) -> list[Path]:
+def sample(
+    config: SampleConfig, *, start_timeout: float = 600.0, lock_timeout: float = LOCK_TIMEOUT
+) -> list[Path]:
     """Draw images, with a progress bar; return the paths of the files that were written.
 
     Shards that an earlier run finished are kept. Under torchrun or `accelerate launch` each process
     draws its share; rank 0 waits for the others, writes the files and returns them, and the others
-    return an empty list. They wait up to `start_timeout` seconds for rank 0 to begin. Raises,
-    before any work, ValueError for an unusable setting and where the output holds another
-    unfinished job; CheckpointError for an unusable checkpoint; DataUnavailableError where the
-    autoencoder's package is missing; FileExistsError where a file exists already; OSError where
-    nothing can be written or a process fails; TimeoutError where rank 0 does not begin.
+    return an empty list. They wait up to `start_timeout` seconds for rank 0 to begin. Rank 0 waits
+    up to `lock_timeout` seconds for another command that is drawing the same job. Raises, before
+    any work, ValueError for an unusable setting and where the output holds another unfinished job;
+    CheckpointError for an unusable checkpoint; DataUnavailableError where the autoencoder's package
+    is missing; FileExistsError where a file exists already; OSError where nothing can be written,
+    another command is drawing the job or a process fails; TimeoutError where rank 0 does not begin.
     """
     config.validate()
     exit_with_launcher()
@@ -132,7 +141,7 @@ def sample(config: SampleConfig, *, start_timeout: float = 600.0) -> list[Path]:
         run_sharded(job, sampler, worker, device, processes, "sampling")
         return []
     (config.output / SHARDS).mkdir(exist_ok=True)
-    with lock_folder(config.output / SHARDS):
+    with lock_folder(config.output / SHARDS, lock_timeout):
         # Another process may have finished the job while this one waited for the lock.
         _read_unfinished(config.output)
         run_sharded(job, sampler, worker, device, processes, "sampling")

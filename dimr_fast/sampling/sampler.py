@@ -123,10 +123,10 @@ class ImageSampler:
     """Draw images from one model, optimised for inference.
 
     Construction copies and packs the weights, and on a GPU the first batch of each size captures a
-    CUDA graph: construct it once for many calls. Images are drawn on the device of `trained.model`;
-    later changes to that model have no effect. `decode` turns the latents of a latent model into
-    pixels. Raises ValueError for settings out of range, and where `decode` is missing for a latent
-    model or given for a pixel model.
+    CUDA graph: construct it once for many calls. `network` is the optimised model. Images are drawn
+    on the device of `trained.model`; later changes to that model have no effect. `decode` turns the
+    latents of a latent model into pixels. Raises ValueError for settings out of range, and where
+    `decode` is missing for a latent model or given for a pixel model.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class ImageSampler:
         self._device = next(trained.model.parameters()).device
         self._sampler = sampler.resolved(trained.scale, self._device)
         dtype = resolve_precision(self._sampler.precision, self._device)
-        self._model = optimize_for_inference(trained.model, dtype)
+        self.network = optimize_for_inference(trained.model, dtype)
         self._schedule = DiscreteSchedule()
 
     def __call__(
@@ -214,7 +214,7 @@ class ImageSampler:
         return self._scale.to_pixels(x).cpu()
 
     def _predict(self, x: Tensor, condition: Tensor, y: Tensor) -> Tensor:
-        return self._model(x, log_snr=condition, y=y, last_only=True)[0]
+        return self.network(x, log_snr=condition, y=y, last_only=True)[0]
 
 
 def sample_images(

@@ -33,7 +33,13 @@ from dimr_fast.utils.device import (
     resolve_precision,
 )
 from dimr_fast.utils.distributed import Communicator, init_communicator
-from dimr_fast.utils.files import lock_folder, prepare_output, remove_unfinished, write_json
+from dimr_fast.utils.files import (
+    LOCK_TIMEOUT,
+    lock_folder,
+    prepare_output,
+    remove_unfinished,
+    write_json,
+)
 from dimr_fast.utils.plots import loss_curve, require_matplotlib
 
 CONFIG = "config.yaml"
@@ -74,7 +80,11 @@ class TrainSummary:
 
 
 def train(
-    config: TrainConfig, *, resume: bool = False, examples: Examples | None = None
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    examples: Examples | None = None,
+    lock_timeout: float = LOCK_TIMEOUT,
 ) -> TrainSummary:
     """Train as `config` says, with a progress bar.
 
@@ -87,7 +97,8 @@ def train(
     `examples` replace what `config.data` names. With `resume` the run in `config.output` continues.
     All randomness of step n comes from the seed and n, so a run of a given number of steps that was
     interrupted or killed ends like one that was not; on a CPU bit for bit. Started by torchrun or
-    `accelerate launch`, the processes share each batch.
+    `accelerate launch`, the processes share each batch. Another process that trains in the folder
+    is waited for up to `lock_timeout` seconds.
 
     Raises, before any work, ValueError for an unusable setting, FileExistsError where `output`
     holds a run, OSError where it cannot be written or another process trains there, CheckpointError
@@ -106,13 +117,13 @@ def train(
         if resume and path.exists():
             if communicator.is_main:
                 # Before the checkpoint is read: a run that is ending may write another one.
-                locks.enter_context(lock_folder(config.output))
+                locks.enter_context(lock_folder(config.output, lock_timeout))
             communicator.barrier()
         run = _build(config, resume, examples, communicator)
         if communicator.is_main:
             if not resume:
                 prepare_output(config.output, FILES)
-                locks.enter_context(lock_folder(config.output))
+                locks.enter_context(lock_folder(config.output, lock_timeout))
             remove_unfinished(config.output)
         communicator.barrier()
         interrupted = _run(run, resume)

@@ -3,6 +3,7 @@
 import ctypes
 import sys
 import time
+from collections.abc import Callable
 from functools import cache
 from typing import Literal
 
@@ -29,14 +30,39 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products; "auto" is bf16 where it is faster on the device."""
+@cache
+def bf16_is_faster_on_cpu() -> bool:
+    """Time one linear layer in each dtype: a CPU may have bf16 instructions or emulate them."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2048, 256).to(dtype)
+        weight = torch.randn(512, 256).to(dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            F.linear(x, weight)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    # The factor allows for the casts that autocast adds.
+    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
+
+
+def resolve_precision(
+    precision: Precision,
+    device: torch.device,
+    *,
+    measure_cpu: Callable[[], bool] = bf16_is_faster_on_cpu,
+) -> torch.dtype:
+    """Return the dtype of matrix products; "auto" is bf16 where it is faster on the device.
+
+    On a CPU `measure_cpu` returns whether it is.
+    """
     if precision != "auto":
         return DTYPES[precision]
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if _bf16_is_faster() else torch.float32
+    return torch.bfloat16 if measure_cpu() else torch.float32
 
 
 def precision_name(dtype: torch.dtype) -> Precision:
@@ -69,20 +95,3 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-@cache
-def _bf16_is_faster() -> bool:
-    """Time one linear layer in each dtype: a CPU may have bf16 instructions or emulate them."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(2048, 256).to(dtype)
-        weight = torch.randn(512, 256).to(dtype)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            F.linear(x, weight)
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    # The factor allows for the casts that autocast adds.
-    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]

@@ -6,9 +6,9 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dimr_fast.errors import CheckpointError
@@ -34,8 +34,12 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file atomically. Raises OSError where it cannot be written."""
     stored = to_storable(tensors)
+
+    def write(part: Path) -> None:
+        safetensors.torch.save_file(stored, part, metadata=metadata)
+
     try:
-        write_atomically(path, lambda part: save_file(stored, part, metadata=metadata))
+        write_atomically(path, write)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
 

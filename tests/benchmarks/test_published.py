@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from golden import CASES, Golden, relative_error
 
 from benchmarks.model import published as baseline
 from benchmarks.model.published import PublishedDiMR
 from dimr_fast import DiMR
 from dimr_fast.diffusion import ConstantGuidance, multi_scale_loss
 from dimr_fast.diffusion.guidance import guided
+from tests.support.golden import CASES, Golden, relative_error
 
 TOLERANCE = 1e-5
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import skip_module_without_triton
 
 from benchmarks.gpu import search_space
 from benchmarks.gpu.tune import tune
 from benchmarks.utils.files import ROOT
 from dimr_fast.kernels import configuration
+from tests.support.oracle import skip_module_without_triton
 
 skip_module_without_triton()
 

@@ -1,0 +1,106 @@
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dimr_fast.data.autoencoder import Autoencoder
+from dimr_fast.data.scaling import LatentScale
+from dimr_fast.errors import DataUnavailableError
+from tests.support.autoencoder import save_autoencoder
+
+CPU = torch.device("cpu")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("autoencoder")
+    save_autoencoder(path, scaling_factor=0.25)
+    return path
+
+
+@pytest.fixture
+def damaged(folder: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(folder, tmp_path / "damaged"))
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.manual_seed(0))
+
+
+def test_moments_and_images_equal_those_of_diffusers(folder: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    theirs = AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False)
+    ours = Autoencoder.load(str(folder), CPU)
+    assert (ours.channels, ours.downsampling, ours.scale) == (4, 8, LatentScale(0.25))
+    pixels = images(2, 3, 32, 48)
+    with torch.no_grad():
+        posterior = theirs.encode(pixels / 127.5 - 1).latent_dist
+        decoded = theirs.decode(posterior.mean).sample
+    moments = ours.moments(pixels)
+    assert moments.shape == (2, 8, 4, 6)
+    assert moments.dtype == torch.float32
+    torch.testing.assert_close(moments, torch.cat([posterior.mean, posterior.logvar], 1))
+    drawn = ours.decode(posterior.mean)
+    assert drawn.dtype == torch.uint8
+    expected = (decoded.clamp(-1, 1) + 1) * 127.5
+    assert (drawn - expected).abs().max() <= 0.5 + 1e-3
+    assert expected.std() > 1
+
+
+def test_an_autoencoder_with_a_shift_gives_latents_without_it(folder: Path, damaged: Path) -> None:
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"shift_factor": 0.5}))
+    plain, shifted = (Autoencoder.load(str(path), CPU) for path in (folder, damaged))
+    pixels = images(1, 3, 16, 16)
+    mean, log_variance = plain.moments(pixels).chunk(2, 1)
+    torch.testing.assert_close(shifted.moments(pixels), torch.cat([mean - 0.5, log_variance], 1))
+    assert torch.equal(shifted.decode(mean - 0.5), plain.decode(mean - 0.5 + 0.5))
+
+
+def test_moments_in_bf16_are_close_to_exact_ones(folder: Path) -> None:
+    pixels = images(1, 3, 32, 32)
+    exact = Autoencoder.load(str(folder), CPU).moments(pixels)
+    half = Autoencoder.load(str(folder), CPU, torch.bfloat16).moments(pixels)
+    assert half.dtype == torch.float32
+    error = (half - exact).abs().max() / exact.abs().max()
+    assert 0 < error < 0.05
+
+
+def test_the_fingerprint_is_that_of_the_weights(folder: Path, damaged: Path) -> None:
+    before = Autoencoder.load(str(folder), CPU).fingerprint()
+    assert Autoencoder.load(str(damaged), CPU).fingerprint() == before
+    weights = load_file(damaged / WEIGHTS)
+    weights["quant_conv.bias"] += 1e-3
+    save_file(weights, damaged / WEIGHTS, {"format": "pt"})
+    assert Autoencoder.load(str(damaged), CPU).fingerprint() != before
+
+
+def test_an_incomplete_or_other_model_is_refused(damaged: Path, tmp_path: Path) -> None:
+    def refusal(path: Path) -> str:
+        with pytest.raises(ValueError, match="expected a folder or name of an") as raised:
+            Autoencoder.load(str(path), CPU)
+        assert str(path) in str(raised.value)
+        return str(raised.value)
+
+    assert "config.json" in refusal(tmp_path)
+    weights = load_file(damaged / WEIGHTS)
+    del weights["decoder.conv_in.weight"]
+    save_file(weights, damaged / WEIGHTS, {"format": "pt"})
+    assert "decoder.conv_in.weight is missing" in refusal(damaged)
+    (damaged / WEIGHTS).write_bytes((damaged / WEIGHTS).read_bytes()[:1000])
+    refusal(damaged)
+    (damaged / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    assert "of class UNet2DModel" in refusal(damaged)
+
+
+def test_a_missing_package_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(DataUnavailableError, match=r"diffusers.*dimr_fast\[hub\]"):
+        Autoencoder.load(str(folder), CPU)

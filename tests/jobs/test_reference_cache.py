@@ -1,0 +1,80 @@
+"""The cache of feature statistics of real images."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dimr_fast.evaluation import frechet_to_reference
+from dimr_fast.evaluation.image_sets import FolderImages, TensorImages
+from dimr_fast.evaluation.real_images import cached_statistics, user_cache
+from tests.support.evaluation import Colours
+from tests.support.image_files import random_images, read_all, write_folder
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    return write_folder(random_images(20, seed=1), tmp_path / "real")
+
+
+def test_a_reference_is_computed_once(tmp_path: Path, reference: Path) -> None:
+    network: Any = Colours()
+    images, cache = FolderImages(reference), tmp_path / "cache"
+    first = cached_statistics(network, images, cache)
+    calls = network.calls
+    second = cached_statistics(network, FolderImages(reference), cache)
+    assert (first.cached, second.cached, network.calls) == (False, True, calls)
+    for name in ("mean", "factor", "features"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert first.features.shape == (20, 6)
+    assert frechet_to_reference(network, read_all(images), second) < 1e-9
+
+    other: Any = Colours()
+    other.weights_hash = "1"
+    assert not cached_statistics(other, images, cache).cached
+    assert len(list(cache.iterdir())) == 2
+
+
+def damaged(path: Path) -> Iterator[None]:
+    """Damage an entry of the cache in one way after the other."""
+    whole, tensors = path.read_bytes(), load_file(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    yield
+    flipped = bytearray(whole)
+    flipped[-5] ^= 64
+    path.write_bytes(flipped)
+    yield
+    path.write_text("something else")
+    yield
+    save_file(tensors, path, metadata={"key": "foreign", "hash": "0"})
+    yield
+
+
+def test_a_damaged_or_foreign_entry_is_computed_anew(tmp_path: Path) -> None:
+    network: Any = Colours()
+    images, cache = TensorImages(random_images(12), ""), tmp_path / "cache"
+    first = cached_statistics(network, images, cache)
+    (entry,) = cache.iterdir()
+    damages = 0
+    for _ in damaged(entry):
+        damages += 1
+        again = cached_statistics(network, images, cache)
+        assert not again.cached
+        assert torch.equal(again.factor, first.factor)
+        assert cached_statistics(network, images, cache).cached
+    assert damages == 4
+    assert list(cache.iterdir()) == [entry]
+
+
+def test_the_cache_is_in_the_users_cache_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert user_cache() == tmp_path / "dimr_fast"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_cache().is_relative_to(tmp_path)
+    assert user_cache().name == "dimr_fast"

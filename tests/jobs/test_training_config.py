@@ -1,0 +1,110 @@
+"""Settings of training, read from YAML and KEY=VALUE words."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from dimr_fast.config import PRESETS
+from dimr_fast.extraction import ExtractConfig
+from dimr_fast.training.config import RESUME_OVERRIDES, TrainConfig, shipped_recipes
+
+
+def test_words_override_the_file_and_the_file_overrides_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("preset: tiny\nlearning_rate: 1e-4\nbatch_size: 64\nminutes: none\n")
+    changes = ["batch_size=128", "steps=1e3", "betas=[0.8, 0.95]", "checkpointing=[0, 1]"]
+    found = TrainConfig.read(path, changes, tmp_path / "run")
+    assert (found.preset, found.learning_rate, found.batch_size) == ("tiny", 1e-4, 128)
+    assert (found.steps, found.minutes, found.betas) == (1000, None, (0.8, 0.95))
+    assert isinstance(found.steps, int)
+    assert found.checkpointing == (0, 1)
+    assert found.output == tmp_path / "run"
+    assert found.warmup_steps == TrainConfig(output=tmp_path).warmup_steps
+
+
+def test_written_settings_are_read_back(tmp_path: Path) -> None:
+    config = TrainConfig(
+        output=tmp_path / "run", minutes=None, steps=5, betas=(0.5, 0.6), autoencoder="vae"
+    )
+    config.write(tmp_path / "config.yaml")
+    assert TrainConfig.read(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("bath_size=3", r"bath_size: got an unknown setting, .*batch_size\?"),
+        ("batch_size=many", "batch_size: got 'many', expected a whole number"),
+        ("batch_size=1.5", "batch_size: got 1.5, expected a whole number"),
+        ("batch_size=true", "batch_size: got True"),
+        ("learning_rate=.inf", "learning_rate: got inf"),
+        ("learning_rate=fast", "learning_rate: got 'fast', expected a finite number"),
+        ("betas=0.9", "betas: got 0.9, expected a list of 2"),
+        ("betas=[0.9]", r"betas: got \[0.9\], expected a list of 2"),
+        ("precision=fp8", "precision: got 'fp8', expected one of auto"),
+        ("tensorboard=1", "tensorboard: got 1, expected true or false"),
+        ("data=[a]", "data: got"),
+        ("steps", "set: got 'steps', expected KEY=VALUE"),
+        ("betas=[", "betas: got no YAML"),
+    ],
+)
+def test_a_bad_setting_is_named(tmp_path: Path, word: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.read(None, [word], tmp_path)
+
+
+def test_missing_or_bad_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config: got 'nowhere', expected .*demo"):
+        TrainConfig.read("nowhere")
+    path = tmp_path / "list.yaml"
+    path.write_text("- 1\n")
+    with pytest.raises(ValueError, match="expected settings as KEY: VALUE"):
+        TrainConfig.read(path, output=tmp_path)
+    with pytest.raises(ValueError, match="output: got None"):
+        TrainConfig.read("demo")
+
+
+def test_every_shipped_recipe_is_valid(tmp_path: Path) -> None:
+    assert set(shipped_recipes()) == {
+        "demo",
+        "imagenet256_xl2r",
+        "imagenet256_g2r",
+        "imagenet512_xl3r",
+    }
+    for name in shipped_recipes():
+        config = TrainConfig.read(name, output=tmp_path)
+        config.validate()
+        assert config.preset in PRESETS
+
+
+def test_the_demo_recipe_equals_the_defaults(tmp_path: Path) -> None:
+    assert TrainConfig.read("demo", output=tmp_path) == TrainConfig(output=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["imagenet256_xl2r", "imagenet256_g2r", "imagenet512_xl3r"])
+def test_the_imagenet_recipes_have_the_published_values(tmp_path: Path, name: str) -> None:
+    config = TrainConfig.read(name, output=tmp_path)
+    assert (config.batch_size, config.steps, config.minutes) == (1024, 1_000_000, None)
+    assert (config.learning_rate, config.warmup_steps, config.decay) == (2e-4, 5000, 0)
+    assert (config.betas, config.weight_decay) == ((0.99, 0.99), 0.03)
+    assert config.max_grad_norm is None
+    assert (config.ema_decay, config.ema_warmup, config.label_dropout) == (0.9999, False, 0.1)
+    latent = 32 if "256" in name else 64
+    assert PRESETS[config.preset].image_size == (latent, latent)
+    # No sampling of latents is asked for without what decodes them: the recipe runs as it is.
+    assert config.autoencoder is not None or config.sample_steps is config.score_steps is None
+
+
+@pytest.mark.parametrize("name", ["imagenet256_xl2r", "imagenet256_g2r", "imagenet512_xl3r"])
+def test_the_extraction_command_in_a_recipe_has_existing_options(name: str) -> None:
+    text = shipped_recipes()[name].read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if "dimr-fast extract" in line)
+    words = re.findall(r"--([a-z-]+)", line)
+    fields = {field.name.replace("_", "-") for field in dataclasses.fields(ExtractConfig)}
+    assert {"images", "image-size", "autoencoder", "output"} == set(words) <= fields
+
+
+def test_settings_that_may_change_on_resuming_exist() -> None:
+    assert set(TrainConfig.__dataclass_fields__) >= RESUME_OVERRIDES

@@ -1,0 +1,445 @@
+"""`attention` by Triton (interpreted without a GPU) and by PyTorch, against the reference."""
+
+import contextlib
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dimr_fast import ops, reference
+from tests.support.aot import Compiled, Launch, compiled, meta
+from tests.support.oracle import (
+    DEVICE,
+    assert_as_accurate,
+    seeded,
+    skip_module_without_triton,
+    with_gradients,
+)
+
+skip_module_without_triton()
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+def by(implementation: str, heads: int) -> Function:
+    return lambda qkv: ops.attention(qkv, heads, implementation=implementation)
+
+
+def ours(heads: int) -> Function:
+    return by("triton", heads)
+
+
+def plain(heads: int) -> Function:
+    return lambda qkv: reference.attention(qkv, heads)
+
+
+def packed(images: int, tokens: int, heads: int, head_dim: int) -> torch.Tensor:
+    return seeded(images, tokens, 3 * heads * head_dim)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [1, 4, 12, 15, 32, 48, 60, 64, 72, 80, 96, 128])
+def test_every_head_dim(head_dim: int, dtype: torch.dtype) -> None:
+    qkv = packed(1, 35, 2, head_dim)
+    assert_as_accurate(with_gradients(ours(2)), with_gradients(plain(2)), qkv, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("images", "tokens", "heads", "head_dim"),
+    [
+        (2, 1, 2, 60),
+        (1, 2, 3, 12),
+        (2, 16, 1, 60),
+        (1, 17, 2, 72),
+        (1, 33, 3, 36),
+        (1, 64, 2, 20),
+        (2, 65, 2, 60),
+        (1, 70, 1, 128),
+        (1, 257, 1, 60),
+        (1, 257, 1, 72),
+    ],
+)
+def test_forward_and_gradients(
+    images: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    qkv = packed(images, tokens, heads, head_dim)
+    assert_as_accurate(with_gradients(ours(heads)), with_gradients(plain(heads)), qkv, dtype=dtype)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    images=st.integers(0, 2),
+    tokens=st.integers(0, 70),
+    heads=st.integers(1, 3),
+    quarter=st.integers(1, 32),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(images: int, tokens: int, heads: int, quarter: int, dtype: torch.dtype) -> None:
+    qkv = packed(images, tokens, heads, 4 * quarter)
+    assert_as_accurate(with_gradients(ours(heads)), with_gradients(plain(heads)), qkv, dtype=dtype)
+
+
+def in_tiles_of(size: int) -> contextlib.AbstractContextManager[Any]:
+    """Use large tiles in the interpreter, whose time grows with their number.
+
+    A GPU uses its own configuration: compiling a tile of 1024×1024 for it would take minutes.
+    """
+    from dimr_fast.kernels.configuration import trial
+
+    stack = contextlib.ExitStack()
+    if DEVICE == "cpu":
+        for kernel in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv"):
+            tiles = {"BLOCK_M": size, "BLOCK_N": size}
+            stack.enter_context(trial(kernel, tiles, torch.device(DEVICE)))
+    return stack
+
+
+def test_a_long_sequence() -> None:
+    with in_tiles_of(1024):
+        assert_as_accurate(ours(1), plain(1), packed(1, 4097, 1, 4), dtype=torch.float16)
+
+
+def test_gradients_of_a_long_sequence() -> None:
+    qkv = packed(1, 1025, 1, 8)
+    with in_tiles_of(256):
+        assert_as_accurate(
+            with_gradients(ours(1)), with_gradients(plain(1)), qkv, dtype=torch.float16
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [35, 65])
+def test_the_parts_of_the_softmax(tokens: int, dtype: torch.dtype) -> None:
+    def theirs(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, _ = qkv.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.mT).to(torch.promote_types(qkv.dtype, torch.float32))
+        return plain(2)(qkv), (scores / math.sqrt(q.shape[-1])).logsumexp(-1)
+
+    def kept(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, parts = torch.ops.dimr_fast.attention_fwd.triton(qkv, 2)
+        top, share = parts.unbind(2)
+        return out, (top - share.log2()) * math.log(2)
+
+    assert_as_accurate(kept, theirs, packed(2, tokens, 2, 60), dtype=dtype)
+
+
+def alike(score: float) -> torch.Tensor:
+    """Return qkv whose scores are all near `score`, a shift that must not change the softmax."""
+    qkv = packed(1, 65, 1, 16).unflatten(-1, (3, 16)).clone()
+    qkv[:, :, 0, 0], qkv[:, :, 1, 0] = 64, score / 16
+    return qkv.flatten(2)
+
+
+def one_hot() -> torch.Tensor:
+    """Return qkv for which each token attends to itself only: one-hot keys, large queries."""
+    tokens = torch.eye(35, 36, device=DEVICE)
+    return torch.cat([1000 * tokens, tokens, seeded(35, 36)], 1)[None]
+
+
+ADVERSARIAL = {
+    "scores near 1000": alike(1000),
+    "scores near -1000": alike(-1000),
+    "scores from -1000 to 1000": 16 * packed(1, 65, 1, 16),
+    "one-hot rows": one_hot(),
+    "zeros": torch.zeros(1, 35, 36, device=DEVICE),
+    "all tokens alike": packed(1, 1, 1, 12).expand(1, 35, -1),
+    "tiny": 1e-7 * packed(1, 35, 1, 12),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ADVERSARIAL)
+def test_adversarial_rows(case: str, dtype: torch.dtype) -> None:
+    qkv = ADVERSARIAL[case]
+    for result in with_gradients(ours(1))(qkv.to(dtype)):
+        assert result.isfinite().all()
+    assert_as_accurate(with_gradients(ours(1)), with_gradients(plain(1)), qkv, dtype=dtype)
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "without the class token": lambda x: x[:, 1:],
+    "permuted": lambda x: x.transpose(0, 1),
+    "every other column": lambda x: x[..., ::2],
+    "a slot of a buffer": lambda x: x.unflatten(-1, (2, -1))[..., 1, :],
+    "expanded": lambda x: x[:1].expand(4, -1, -1),
+    "rows an odd number of elements apart": lambda x: x.flatten()[:738].unflatten(0, (6, 123))[
+        None, :, 1:97
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_inputs(layout: str) -> None:
+    qkv = LAYOUTS[layout](seeded(3, 6, 192))
+    expected = with_gradients(plain(2))(qkv.contiguous())
+    for actual, truth in zip(with_gradients(ours(2))(qkv), expected, strict=True):
+        torch.testing.assert_close(actual, truth)
+
+
+def test_an_expanded_gradient() -> None:
+    qkv = packed(2, 5, 2, 8).requires_grad_()
+    actual, expected = (torch.autograd.grad(f(qkv).sum(), qkv)[0] for f in (ours(2), plain(2)))
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("tokens", [65, 70])
+def test_gradients_are_deterministic(tokens: int) -> None:
+    first, second = (with_gradients(ours(2))(packed(1, tokens, 2, 60)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.versions
+def test_fullgraph_forward_and_backward_equal_eager() -> None:
+    qkv = packed(2, 5, 2, 12)
+    eager = with_gradients(ours(2))(qkv)
+    for backend in ("aot_eager", "inductor"):
+        graph = torch.compile(ours(2), fullgraph=True, backend=backend)
+        for actual, truth in zip(with_gradients(graph)(qkv), eager, strict=True):
+            torch.testing.assert_close(actual, truth)
+
+
+def test_operators_pass_opcheck() -> None:
+    qkv, out, parts = packed(2, 5, 2, 12), seeded(2, 5, 24), seeded(2, 2, 2, 5)
+    torch.library.opcheck(torch.ops.dimr_fast.attention_fwd.triton, (qkv, 2))
+    torch.library.opcheck(torch.ops.dimr_fast.attention_bwd.triton, (out, qkv, out, parts, 2))
+
+
+@pytest.mark.parametrize("tokens", [1, 35, 65])
+def test_no_output_is_left_unwritten(poisoned_memory: None, tokens: int) -> None:
+    qkv = packed(2, tokens, 2, 12).half()
+    for result in (
+        *with_gradients(ours(2))(qkv),
+        torch.ops.dimr_fast.attention_fwd.triton(qkv, 2)[1],
+    ):
+        assert result.isfinite().all()
+
+
+BAD: list[tuple[Callable[[], Any], str]] = [
+    (lambda: ours(1)(packed(1, 2, 1, 132)), "head_dim up to 128, not 132"),
+    (lambda: ours(1)(packed(1, 2, 1, 8).double()), "'triton' of attention.*float64"),
+    (lambda: ours(2)(packed(1, 2, 1, 4)[..., :11]), r"qkv: got shape \(1, 2, 11\)"),
+    (lambda: ours(2)(packed(1, 2, 2, 4)[0]), r"qkv: got shape \(2, 24\)"),
+    (lambda: ours(0)(packed(1, 2, 2, 4)), "qkv: got shape"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_bad_input_names_the_argument(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_addresses_past_32_bits() -> None:
+    """Tokens are far apart: the last begins more than 2³¹ elements after the first."""
+    far = (2**31 + 4096) // 2
+    buffer = torch.empty(2 * far + 24, dtype=torch.float16, device=DEVICE)
+    far_apart = buffer.as_strided((1, 3, 24), (0, far, 1))
+
+    def from_far(qkv: torch.Tensor) -> torch.Tensor:
+        out, parts = torch.ops.dimr_fast.attention_fwd.triton(far_apart.copy_(qkv), 2)
+        return torch.ops.dimr_fast.attention_bwd.triton(out, far_apart, out, parts, 2)
+
+    def from_near(qkv: torch.Tensor) -> torch.Tensor:
+        leaf = qkv.detach().requires_grad_()
+        out = plain(2)(leaf)
+        return torch.autograd.grad(out, leaf, out.detach())[0]
+
+    assert_as_accurate(from_far, from_near, packed(1, 3, 2, 4), dtype=torch.float16)
+
+
+by_pytorch = pytest.mark.parametrize("name", ["bmm", "sdpa"])
+
+
+@by_pytorch
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("images", "tokens", "heads", "head_dim"),
+    [(2, 257, 16, 60), (1, 257, 16, 72), (3, 1, 2, 8), (2, 65, 5, 32), (0, 9, 2, 8)],
+)
+def test_pytorch_is_as_accurate_as_the_reference(
+    images: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, name: str
+) -> None:
+    qkv = packed(images, tokens, heads, head_dim)
+    assert_as_accurate(by(name, heads), plain(heads), qkv, dtype=dtype)
+
+
+@by_pytorch
+def test_gradient_by_pytorch_equals_the_reference(name: str) -> None:
+    qkv, grad = packed(2, 17, 4, 12).double().requires_grad_(), seeded(2, 17, 48).double()
+    actual, expected = (torch.autograd.grad(f(qkv), qkv, grad)[0] for f in (by(name, 4), plain(4)))
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [lambda x: x, lambda x: x[:, 1:], lambda x: x.transpose(0, 1)])
+def test_gradient_of_batched_products_in_each_precision(
+    dtype: torch.dtype, layout: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    qkv = packed(5, 33, 4, 12)
+    ours, theirs = (with_gradients(lambda x, f=f: f(layout(x))) for f in (by("bmm", 4), plain(4)))
+    assert_as_accurate(ours, theirs, qkv, dtype=dtype)
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_batched_products_compile_as_one_graph(backend: str) -> None:
+    torch._dynamo.reset()
+    qkv = packed(2, 9, 2, 8).bfloat16()
+    run = torch.compile(by("bmm", 2), fullgraph=True, backend=backend)
+    actual, expected = with_gradients(run)(qkv), with_gradients(by("bmm", 2))(qkv)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_auto_without_the_cpu_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    implementations = ops.OPERATORS["attention"]
+    monkeypatch.setattr("dimr_fast._extension.why_not", lambda library: "not built")
+    assert implementations.select("auto", torch.zeros(1, 2, 24)) == "sdpa"
+    assert implementations.select("auto", torch.zeros(1, 2, 3, 1, 6)) == "sdpa"
+    few, many = (torch.zeros(1, n, 3, 1, 8, dtype=torch.bfloat16) for n in (257, 258))
+    assert implementations.select("auto", few) == "bmm"
+    assert implementations.select("auto", many) == "sdpa"
+    assert implementations.why_not("triton", torch.zeros(1, 2, 3, 1, 8, device=DEVICE)) is None
+    torch.testing.assert_close(by("auto", 1)(packed(1, 2, 1, 6)), plain(1)(packed(1, 2, 1, 6)))
+
+
+def test_tiles_waste_as_little_as_two_powers_of_two_can() -> None:
+    from dimr_fast.kernels.attention_tiles import tile_widths
+
+    sizes = (0, 16, 32, 64, 128)
+    for head_dim in range(4, 129, 4):
+        widths = tile_widths(head_dim)
+        assert widths[0] % 16 == 0
+        assert sum(widths) == min(a + b for a in sizes for b in sizes if a + b >= head_dim)
+    assert [tile_widths(d) for d in (60, 72, 128)] == [(64,), (64, 16), (128,)]
+    assert [tile_widths(d, most=1) for d in (4, 60, 72)] == [(16,), (64,), (128,)]
+
+
+BOTH = ("sm_80", "sm_90")
+# head_dim, tokens, dtype, targets
+COMPILED: list[tuple[int, int, torch.dtype, tuple[str, ...]]] = [
+    (60, 257, torch.bfloat16, (*BOTH, "sm_100")),
+    (72, 257, torch.bfloat16, (*BOTH, "sm_100")),
+    (80, 257, torch.bfloat16, ("sm_90",)),
+    (96, 257, torch.bfloat16, ("sm_90",)),
+    (128, 257, torch.bfloat16, BOTH),
+    (60, 257, torch.float16, ("sm_90",)),
+    (64, 257, torch.float16, ("sm_90",)),
+    (72, 257, torch.float16, ("sm_90",)),
+    (60, 300, torch.bfloat16, ("sm_80", "gfx942")),
+    # One token: Triton compiles an argument that is 1 as a constant.
+    (64, 1, torch.bfloat16, ("sm_90",)),
+    (60, 257, torch.float32, ("sm_90",)),
+    (128, 257, torch.float32, ("sm_90",)),
+]
+
+
+def aot_launches() -> list[Launch]:
+    from dimr_fast.kernels.attention import launch_bwd, launch_fwd
+
+    launches = []
+    for head_dim, tokens, dtype, targets in COMPILED:
+        qkv = meta(4, tokens, 3 * 16 * head_dim, dtype=dtype)
+        out = meta(4, tokens, 16 * head_dim, dtype=dtype)
+        parts = meta(4, 16, 2, tokens, dtype=torch.float32)
+        name = f"head_dim {head_dim}, {tokens} tokens, {dtype}"
+        launches += [
+            Launch(name, lambda qkv=qkv: launch_fwd(qkv, 16), targets),
+            Launch(name, lambda o=out, q=qkv, p=parts: launch_bwd(o, q, o, p, 16), targets),
+        ]
+    return launches
+
+
+def head_dim_of(kernel: Compiled) -> int:
+    return int(kernel.launch.split()[1].rstrip(","))
+
+
+def of(target: str, *dtypes: torch.dtype) -> list[Compiled]:
+    """Return the kernels compiled for more than one token, which multiply matrices."""
+    kernels = [
+        kernel
+        for kernel in compiled("tests.ops.test_attention")
+        if kernel.target == target
+        and kernel.launch.endswith(tuple(map(str, dtypes)))
+        and ", 1 tokens" not in kernel.launch
+    ]
+    assert kernels
+    return kernels
+
+
+@pytest.mark.slow
+@pytest.mark.versions
+def test_compiled_kernels_neither_spill_nor_outgrow_shared_memory() -> None:
+    shared = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+    for kernel in compiled("tests.ops.test_attention"):
+        assert kernel.spilled == 0, kernel
+        assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
+        assert kernel.shared <= 1024 * shared[kernel.target], kernel
+
+
+@pytest.mark.slow
+def test_matrix_kernels_use_the_tensor_cores() -> None:
+    for kernel in of("sm_90", torch.bfloat16, torch.float16):
+        # At 128 the tiles of backward have 32 rows, as larger ones spill on sm_80 under Triton 3.6.
+        narrow = head_dim_of(kernel) == 128 and "bwd" in kernel.kernel
+        assert (kernel.count("HGMMA") > 0) != narrow, kernel
+        # The first token's tile is narrower than a warp group.
+        assert kernel.count("HMMA") > 0, kernel
+    for kernel in of("sm_80", torch.bfloat16):
+        assert kernel.count("HMMA") > 0, kernel
+    for kernel in of("sm_100", torch.bfloat16):
+        assert kernel.count("UTCHMMA") > 0, kernel
+
+
+@pytest.mark.slow
+def test_head_dim_72_is_multiplied_as_80() -> None:
+    """Compare the columns × depth that a warp group multiplies per loop step, and before the loop.
+
+    A product of a tile of S tokens and a head of width W counts S·W, whether W is the columns or
+    the depth. The tile of the first token is processed before the loop.
+    """
+    from dimr_fast.kernels.attention_tiles import FIRST_ROWS, tile_widths
+
+    products = {"fwd": (2, 64), "bwd_dq": (3, 32), "bwd_dkdv": (4, 32)}
+    for kernel in of("sm_90", torch.bfloat16, torch.float16):
+        head_dim = head_dim_of(kernel)
+        if head_dim not in (60, 64, 72):
+            continue
+        name = kernel.kernel.removeprefix("attention_").removesuffix("_kernel")
+        count, step = products[name]
+        shapes = {
+            tuple(map(int, re.findall(r"\d+", opcode.split(".")[1]))): number
+            for opcode, number in kernel.opcodes.items()
+            if opcode.startswith("HGMMA")
+        }
+        assert max(columns for _, columns, _ in shapes) == 64, kernel
+        work = sum(columns * depth * number for (_, columns, depth), number in shapes.items())
+        tokens = FIRST_ROWS.value + step
+        assert work == count * tokens * sum(tile_widths(head_dim)), kernel
+
+
+@pytest.mark.slow
+def test_features_move_in_the_widest_pieces_their_rows_allow() -> None:
+    """A head's row moves in 8 bytes at head_dim 60 (120 bytes), otherwise in 16.
+
+    At 72, 80 and 96 the second tile, 16 or 32 wide, may have only 8 bytes per thread. Only
+    statistics (4 bytes per row) and the rows of a single token move less at once.
+    """
+    pieces = {60: {"64"}, 64: {"128"}, 128: {"128"}}
+    for kernel in of("sm_90", torch.bfloat16, torch.float16):
+        for opcode in ("LDG", "STG"):
+            found = {name.split(".")[-1] for name in kernel.opcodes if name.startswith(opcode)}
+            found -= {"E", "U16", "LDGDEPBAR"}
+            wide = pieces.get(head_dim_of(kernel), {"128", "64"})
+            assert found, kernel
+            # The statistics, 16 bytes per query.
+            others = {"128"} if opcode == "LDG" and "dkdv" in kernel.kernel else set()
+            assert found <= wide | others, kernel
+            assert max(wide, key=len) in found, kernel
