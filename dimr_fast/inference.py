@@ -24,6 +24,7 @@ from dimr_fast.layers import (
     TDParameter,
     TDRMSNorm,
     TDValues,
+    UpsampleAdd,
 )
 from dimr_fast.model import Branch, DiMR, check_inputs
 
@@ -190,7 +191,7 @@ class _Branch(nn.Module):
         if self.is_transformer:
             self.class_embeds = _copy(branch.class_embeds, dtype)
         if hasattr(branch, "upsample"):
-            self.upsample = _copy(branch.upsample, dtype)
+            self.upsample = _upsample(branch.upsample, dtype)
         self.blocks = nn.ModuleList(_Block(cast(Block, block), dtype) for block in branch.blocks)
         self.skip_denses = nn.ModuleList(
             _Linear.of(cast(Linear, dense), dtype) for dense in branch.skip_denses
@@ -279,6 +280,37 @@ class _Branch(nn.Module):
                 x = block(x, td, buffers.slot(j))
                 outputs.append(x)
         return [output[:, 1:] for output in outputs] if self.is_transformer else outputs
+
+
+class _UpsampleAdd(nn.Module):
+    """`layers.UpsampleAdd` by one call of the CPU library."""
+
+    def __init__(self, upsample: UpsampleAdd, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.size, self.low_size = upsample.size, upsample.low_size
+        self.norm_in = _copy(upsample.norm_in, dtype)
+        self.kernel = _Linear.of(upsample.kernel, dtype)
+        self.norm_out = _copy(upsample.norm_out, dtype)
+
+    def forward(self, x: Tensor, features: Sequence[Tensor], td: TDValues) -> Tensor:
+        return ops.upsample_add_no_grad(
+            x.unflatten(1, self.size),
+            [f.unflatten(1, self.low_size) for f in features],
+            self.norm_in.values(td),
+            self.kernel.weight,
+            self.kernel.bias,
+            self.norm_out.values(td),
+            packed=self.kernel.uses_onednn,
+        ).flatten(1, 2)
+
+
+def _upsample(upsample: UpsampleAdd, dtype: torch.dtype) -> nn.Module:
+    weight = upsample.kernel.weight
+    operator = ops.OPERATORS["upsample_add"]
+    x = torch.empty(1, *upsample.size, 1, dtype=dtype, device=weight.device)
+    if operator.select(upsample.implementation, x) == "cpu":
+        return _UpsampleAdd(upsample, dtype)
+    return _copy(upsample, dtype)
 
 
 def _run_by_cpu_library(branch: Branch, weight: Tensor) -> bool:

@@ -283,16 +283,28 @@ class UpsampleAdd(Operation):
         self.add_module("1", _Projection(in_features, config.dim * q * q))
         self.add_module("2", TDLayerNorm(config.dim))
 
+    @property
+    def norm_in(self) -> TDLayerNorm:
+        """The norm of the concatenated features."""
+        return cast(TDLayerNorm, self.get_submodule("0"))
+
+    @property
+    def kernel(self) -> Linear:
+        """The projection of the normed features."""
+        return cast(_Projection, self.get_submodule("1")).kernel
+
+    @property
+    def norm_out(self) -> TDLayerNorm:
+        """The norm of the upsampled features."""
+        return cast(TDLayerNorm, self.get_submodule("2"))
+
     def forward(self, x: Tensor, features: Sequence[Tensor], td: TDValues) -> Tensor:
-        norm_in = cast(TDLayerNorm, self.get_submodule("0"))
-        kernel = cast(_Projection, self.get_submodule("1")).kernel
-        norm_out = cast(TDLayerNorm, self.get_submodule("2"))
         return ops.upsample_add(
             x.unflatten(1, self.size),
             [f.unflatten(1, self.low_size) for f in features],
-            norm_in.values(td),
-            kernel.weight,
-            kernel.bias,
-            norm_out.values(td),
+            self.norm_in.values(td),
+            self.kernel.weight,
+            self.kernel.bias,
+            self.norm_out.values(td),
             implementation=self.implementation,
         ).flatten(1, 2)

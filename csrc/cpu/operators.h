@@ -24,6 +24,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> td_layer_norm_fwd(const Tensor& weigh
 // Returns (attention, statistics); see attention.cpp.
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, int64_t heads);
 
+// Returns (out, mean, 1 / standard deviation); see upsample_add.cpp.
+std::tuple<Tensor, Tensor, Tensor> upsample_add_fwd(const Tensor& x, const Tensor& projected,
+                                                    const Tensor& weight, const Tensor& bias);
+
 Tensor gated_gelu_fwd(const Tensor& x);
 
 Tensor depthwise_conv2d_fwd(const Tensor& x, const Tensor& weight,

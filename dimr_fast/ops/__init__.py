@@ -11,7 +11,7 @@ from dimr_fast.ops.rms_norm import rms_norm
 from dimr_fast.ops.td_layer_norm import td_layer_norm
 from dimr_fast.ops.td_parameters import Vectors, td_parameters
 from dimr_fast.ops.td_rms_norm import td_rms_norm, td_rms_norm_into
-from dimr_fast.ops.upsample_add import upsample_add
+from dimr_fast.ops.upsample_add import upsample_add, upsample_add_no_grad
 
 __all__ = [
     "OPERATORS",
@@ -30,4 +30,5 @@ __all__ = [
     "td_rms_norm",
     "td_rms_norm_into",
     "upsample_add",
+    "upsample_add_no_grad",
 ]

@@ -67,6 +67,7 @@ def test_every_gradient_equals_the_published_model(
     model = DiMR(golden.config).set_implementation(implementation).to(DEVICE)
     model.load_state_dict(golden.under("param/"), strict=True)
     x, log_snr, y, noise = inputs(golden, "x", "time", "y", "noise")
+    torch._dynamo.reset()  # what other tests have compiled counts against Dynamo's limit
     run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     loss = multi_scale_loss(run(x, log_snr=log_snr, y=y), noise, golden.loss_coeffs)
     assert relative_error(loss.cpu(), golden["loss/per_image"]) < TOLERANCE
@@ -158,7 +159,7 @@ def test_presets_widths_at_reduced_depth_and_size(
 
 @needs_cpu
 def test_a_cpu_takes_its_own_kernels_unasked() -> None:
-    """Every operator except attention, whose matrix products are PyTorch's, and no others."""
+    """Every operator; the backward pass of attention is batched products of PyTorch."""
     called: set[str] = set()
 
     class Spy(TorchDispatchMode):
@@ -175,7 +176,8 @@ def test_a_cpu_takes_its_own_kernels_unasked() -> None:
         multi_scale_loss(model(x, log_snr=torch.zeros(2), y=y), x).mean().backward()
     operators = ("depthwise_conv2d", "gated_gelu", "td_layer_norm", "td_parameters")
     operators += ("td_rms_norm", "upsample_add")
-    assert called == {f"{o}_{way}.default" for o in operators for way in ("fwd", "bwd")}
+    kernels = {f"{o}_{way}.default" for o in operators for way in ("fwd", "bwd")}
+    assert called == kernels | {"attention_fwd.default"}
 
 
 class _Launchers(TorchDispatchMode):

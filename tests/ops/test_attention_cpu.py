@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cpu_library import needs_cpu, on_threads
-from oracle import assert_as_accurate, seeded, with_gradients
 
 from dimr_fast import ops, reference
+from tests.support.cpu_library import needs_cpu, on_threads
+from tests.support.oracle import assert_as_accurate, seeded, with_gradients
 
 pytestmark = needs_cpu
 

@@ -1,10 +1,12 @@
-"""`branch_blocks`: the blocks of a branch in one call equal the same blocks one by one."""
+"""Calls of the CPU library that run several operators equal the same operators one by one."""
 
 import pytest
 import torch
-from cpu_library import needs_cpu
 
 from dimr_fast import DiMR, ops, optimize_for_inference
+from tests.support.cpu_library import needs_cpu
+from tests.support.models import randomised
+from tests.support.oracle import seeded
 
 pytestmark = needs_cpu
 
@@ -14,12 +16,8 @@ NORMS = ["TDRMSN", "LN", "RMSN"]
 
 def model(norm_type: str = "TDRMSN", implementation: str = "auto") -> DiMR:
     torch.manual_seed(0)
-    found = DiMR.from_preset("tiny", norm_type=norm_type).set_implementation(implementation)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in found.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return found.eval()
+    found = DiMR.from_preset("tiny", norm_type=norm_type)
+    return randomised(found).set_implementation(implementation)
 
 
 def inputs(batch: int) -> dict[str, torch.Tensor]:
@@ -84,3 +82,23 @@ def test_wrong_buffers_are_refused() -> None:
     for pairs in (torch.zeros(1, 2, 4, 2, 8), torch.zeros(1, 1, 4, 1, 8), torch.zeros(1, 4, 2, 8)):
         with pytest.raises(RuntimeError, match="pairs: "):
             ops.branch_blocks(x, pairs, [], [], heads=1, height=0, layer_norm=False, packed=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cascade_in_one_call(instruction_set: str, dtype: torch.dtype) -> None:
+    x, features = seeded(2, 4, 6, 8).to(dtype), [seeded(2, 2, 3, 5).to(dtype) for _ in range(3)]
+    values = [seeded(2, 15), seeded(1, 15), seeded(2, 8), seeded(2, 8).flip(0)]
+    weight, bias = seeded(32, 15).to(dtype), seeded(32).to(dtype)
+    arguments = x, features, values[:2], weight, bias, values[2:]
+    expected = ops.upsample_add(*arguments, implementation="cpu")
+    # The linear layer is the same one of PyTorch, called for the same rows.
+    found = ops.upsample_add_no_grad(*arguments, packed=False)
+    torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_a_wrong_number_of_values_is_refused() -> None:
+    x, features = torch.zeros(1, 2, 2, 4), [torch.zeros(1, 1, 1, 3)]
+    with pytest.raises(RuntimeError, match="values: expected 4, got 3"):
+        torch.ops.dimr_fast.upsample_add_no_grad(
+            x, features, 3 * [torch.zeros(1, 3)], torch.zeros(16, 3), torch.zeros(16), False
+        )
