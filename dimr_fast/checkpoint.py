@@ -1,4 +1,4 @@
-"""Read and write checkpoints: of training, of saved models, and the published `.pth` files."""
+"""Read and write training checkpoints and model folders; read published `.pth` files."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
 
 
 def load_checkpoint(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors, to the CPU, and metadata of a file that `save_checkpoint` wrote.
+    """Read the tensors (to the CPU) and the metadata of a file that `save_checkpoint` wrote.
 
     Only tensors whose names begin with `prefix` are read, under their full names. Raises
     CheckpointError where the file is missing, damaged or was written by something else.
@@ -77,9 +77,9 @@ class TrainedModel:
 def load_model(path: Path) -> TrainedModel:
     """Load the model of a training checkpoint or of a folder, on the CPU and in evaluation mode.
 
-    Of a training checkpoint the EMA weights are loaded. A folder is one that `save_model` or
-    `dimr-fast export` wrote. Raises CheckpointError where the files are unusable, do not fit
-    together or do not state the model's classes and input scale.
+    From a training checkpoint it loads the EMA weights. A folder must have been written by
+    `save_model` or `dimr-fast export`. Raises CheckpointError where the files are unusable, do not
+    fit together or do not state the model's classes and input scale.
     """
     if path.is_dir():
         model, notes = DiMR.from_folder(path)

@@ -28,7 +28,7 @@ def demo(parse: Parse) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments:
-    """What to train, as the command line names it."""
+    """Command-line arguments of `train`."""
 
     config: str | None = None
     """A YAML file of settings, or a shipped recipe: demo, imagenet256_xl2r, imagenet256_g2r,
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         _run(words[0], words[1:])
     except BrokenPipeError:
-        # The reader of the output has closed it: nothing can be printed, at exit neither.
+        # The reader of the pipe has closed it: any further output, also at exit, would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, CheckpointError, DataUnavailableError) as error:
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def main_of_process(arguments: Sequence[str] | None = None) -> int:
-    """Run `main` as a whole process, and leave the process group that a launcher made."""
+    """Run `main` as the entry point of a process; after success, destroy its process group."""
     status = main(arguments)
     distributed = sys.modules.get("torch.distributed")
     if status == 0 and distributed is not None and distributed.is_initialized():

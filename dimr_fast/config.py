@@ -252,7 +252,7 @@ def preset(name: str, **overrides: Any) -> DiMRConfig:
 
 
 def preset_of(config: DiMRConfig) -> str | None:
-    """Return the preset's name that equals `config` up to the number of classes, or None."""
+    """Return the name of the preset that equals `config` except for `num_classes`, or None."""
     for name, known in PRESETS.items():
         if dataclasses.replace(known, num_classes=config.num_classes) == config:
             return name

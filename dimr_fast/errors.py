@@ -1,6 +1,6 @@
 """The exceptions of dimr_fast.
 
-Bad arguments raise ValueError or TypeError instead, files that cannot be written OSError.
+Bad arguments raise ValueError or TypeError; a file that cannot be written raises OSError.
 """
 
 

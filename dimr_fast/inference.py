@@ -1,4 +1,4 @@
-"""Optimise a trained model for sampling: same call and predictions, no gradients."""
+"""Optimise a trained model for sampling: the same call without gradients."""
 
 import copy
 import functools
@@ -40,7 +40,7 @@ def optimize_for_inference(
     dtype: torch.dtype = torch.bfloat16,
     cuda_graphs: Literal["auto"] | bool = "auto",
 ) -> "InferenceDiMR":
-    """Return a copy of `model` for sampling with the same call and the same predictions.
+    """Return a copy of `model` for sampling, called like it; predictions are equal up to rounding.
 
     The copy computes in `dtype` (bfloat16, float16 or float32), also under autocast;
     time-dependent parameters and statistics stay float32. It shares nothing with `model`, which can
@@ -425,9 +425,9 @@ def pad_heads(attention: Attention, head_dim: int, dtype: torch.dtype) -> Attent
 class _Linear(Linear):
     """`layers.Linear` with given weights in `dtype`.
 
-    In bfloat16 on a CPU it calls oneDNN directly, with weights in oneDNN's layout, to which PyTorch
-    would convert them at every call, and with the bias, which PyTorch would first copy to every row
-    of the result.
+    In bfloat16 on a CPU, `forward` calls oneDNN directly. The weight is stored in oneDNN's layout;
+    PyTorch would convert it at every call. The bias is passed to oneDNN; PyTorch would first copy
+    it to every row of the result.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:

@@ -171,8 +171,8 @@ class DepthwiseConv2d(Operation):
 class GatedMLP(Operation):
     """Pre-norm `w2(gelu(w0(x)) · w1(x))` (paper section 3.3).
 
-    Returns the MLP's input and its output. With a `residual` the input is `residual + x`, whose add
-    is fused with the norm.
+    Returns `(s, output)` of `s = x` or, with a residual, `s = residual + x`; the norm's kernel also
+    computes this sum.
     """
 
     operator = "gated_gelu"

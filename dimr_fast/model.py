@@ -75,9 +75,10 @@ class Branch(nn.Module):
         return self.output_layer(_positions(x, count), td), features
 
     def extra_tokens(self, y: Tensor, td: TDValues) -> Tensor | None:
-        """Return the tokens `[B, E, D]` that precede the positions, or None: here the class token.
+        """Return extra tokens `[B, E, D]` to prepend to the image tokens, or None.
 
-        A subclass may condition its blocks on other tokens.
+        This class returns the class token in a transformer branch, None in a ConvNeXt branch. A
+        subclass may return other tokens.
         """
         return self.class_embeds(y)[:, None] if self.is_transformer else None
 

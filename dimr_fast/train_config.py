@@ -1,4 +1,4 @@
-"""Earlier place of `TrainConfig`, which scripts import from here; it is `dimr_fast.training`'s."""
+"""Re-export `TrainConfig` under its old import path; new code uses `dimr_fast.training`."""
 
 from dimr_fast.training.config import TrainConfig, shipped_recipes
 

@@ -94,8 +94,8 @@ def load_decoder(
     """Load the decoder of a model's outputs; return it and the image size (height, width).
 
     `scale` and `shape` (C, H, W) are the model's. Pixel models have no decoder (None). Raises
-    ValueError where a latent model gets no autoencoder or one of another scale or channel count,
-    where a pixel model gets one, and as `Autoencoder.load` does.
+    ValueError if a latent model has no autoencoder or one with a different scale or number of
+    channels, and if a pixel model has one. Also raises the errors of `Autoencoder.load`.
     """
     channels, height, width = shape
     latents = isinstance(scale, LatentScale)

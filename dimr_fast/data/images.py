@@ -23,7 +23,7 @@ EXTENSIONS = (
 """File name extensions of images, in any case; other files are ignored."""
 
 _SCALE_SAMPLE = 512
-"""Images that the pixel scale is measured on: reading all of a large folder would take hours."""
+"""Maximum number of images for the pixel scale: reading all of a large folder would take hours."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,10 @@ def read_image(path: Path, size: int) -> Tensor:
     """Read an image and crop its centre square: uint8 RGB [3, size, size].
 
     EXIF orientation is applied; transparent pixels are composited over white; of several frames the
-    first is read; 16 bits become 8. The crop is that of published ImageNet latents and of ADM's
-    reference statistics: halve with a box filter while the short side is at least 2·size, resize it
-    to `size` bicubically with antialiasing, then crop. Smaller images are enlarged.
+    first is read; 16-bit values are converted to 8 bits. The crop is the one of the published
+    ImageNet latents and of ADM's reference statistics: halve with a box filter while the short side
+    is at least 2·size, resize it to `size` bicubically with antialiasing, then crop. Smaller images
+    are enlarged.
 
     Raises UnreadableImageError for a file that is missing, damaged or no image.
     """
@@ -179,7 +180,7 @@ def is_image(name: str) -> bool:
 
 
 def images_below(root: Path, folder: str) -> Iterator[str]:
-    """Yield image paths relative to `root`; broken links too, which reading reports."""
+    """Yield image paths relative to `root`, also broken links; reading them raises an error."""
     for path, folders, names in os.walk(root / folder, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
         inside = os.path.relpath(path, root)

@@ -76,7 +76,8 @@ class LatentShards:
 
     The constructor checks that every shard exists, has the right size and is the one in the
     manifest; `verify` compares checksums. Each process maps files at first use, so instances can be
-    pickled. Raises ValueError for another folder, DamagedShardError for a bad shard.
+    pickled. Raises ValueError if the folder is not a finished extraction, DamagedShardError if a
+    shard is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -147,5 +148,7 @@ class LatentShards:
         expected = (self._dtype, (entry["count"], *self._views_shape), entry["count"])
         found = (shard.moments.dtype, tuple(shard.moments.shape), len(shard.labels))
         if found != expected or shard.about.get("sha256") != entry["sha256"]:
-            raise DamagedShardError(f"{self.path / entry['file']}: not the shard in {MANIFEST}")
+            raise DamagedShardError(
+                f"{self.path / entry['file']}: does not match its entry in {MANIFEST}"
+            )
         return shard

@@ -33,8 +33,8 @@ class Loader:
 
     Every example occurs once per epoch; a batch may span two epochs. A batch of `batch_size` is
     split evenly, in order, over `world_size` ranks, so together they read the same batch as one
-    process. With `mirror` half of the examples are mirrored. Everything is derived from the seed
-    and the step, so the loader's state is the next step.
+    process. With `mirror` each example is mirrored with probability 0.5. Everything is derived from
+    the seed and the step, so the loader's state is the next step.
 
     `workers` processes read ahead; `pin_memory` as in torch's DataLoader. Raises ValueError where
     the batch cannot be split, or there are no examples.
@@ -124,7 +124,8 @@ def _ignore_signals(worker: int) -> None:
 
 
 def batch_indices(count: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Return the indices, int64 [batch_size], of `count` examples that all ranks read at `step`."""
+    """Return the indices (0..count − 1) of the batch of `step`, int64 [batch_size], for all
+    ranks."""
     places = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = places // count
     parts = [

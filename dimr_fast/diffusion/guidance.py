@@ -44,8 +44,8 @@ class ConstantGuidance:
 class PowerCosineGuidance:
     """Increase guidance as the noise decreases: `ε = ε_u + w·(ε_c − ε_u)`.
 
-    `w = (peak − 1)·½(1 − cos(π·(1 − t)^power)) + 1`: none at t = 1, `peak` at t = 0. With a
-    larger power more of the early steps are unguided.
+    `w = (peak − 1)·½(1 − cos(π·(1 − t)^power)) + 1`: `w` is 1 (no guidance) at t = 1 and `peak` at
+    t = 0. A larger `power` keeps `w` near 1 for more of the early steps.
 
     Raises ValueError unless `peak` is finite and at least 1 (1 means no guidance) and `power` is
     finite and positive.
@@ -86,9 +86,9 @@ def guided(
     """Return the guided noise prediction of a class-conditional model, for a solver.
 
     Each call of the result calls `model_fn` once, with a batch of 2B: the images with their labels,
-    then the same images with the null label. Where guidance is off or the time is outside
-    `interval`, the batch is the B images alone. The condition of `model_fn` is `8·t − 4`: [1] for a
-    time that all images share, one per image otherwise.
+    then the same images with the null label. If guidance is off or the time is outside `interval`,
+    the batch has only the B images. The condition of `model_fn` is `8·t − 4`, of shape [1] if `t`
+    is 0-d, otherwise with one entry per row of the batch.
 
     `y`: integer labels [B]. `null_label`: the label of the unconditional prediction. The result
     takes `x` [B, ...] and `t` (0-d or [B]) and returns the shape and dtype of `x`; guidance is
@@ -96,8 +96,8 @@ def guided(
     applied for times in [low, high]. If that is only a part of (0, 1], `t` must be 0-d and on the
     CPU, as solvers pass it: the host must choose the batch without waiting for the device.
 
-    Raises ValueError for `y` of another shape or dtype, for an empty `interval` and, when called,
-    for an `x` or `t` that does not fit or a prediction that is not shaped like its input.
+    Raises ValueError for a wrong shape or dtype of `y` and for low > high. The returned function
+    raises ValueError for a wrong shape of `x`, of `t` or of the prediction.
 
     Source of the interval: Kynkäänniemi et al. 2024, arXiv 2404.07724.
     """

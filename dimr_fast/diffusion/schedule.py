@@ -14,7 +14,7 @@ def time_condition(t: Tensor) -> Tensor:
     """Return the network's argument `log_snr` at time `t`: `8·t − 4`.
 
     The argument's name is historical: in the published latent recipe it is this linear function of
-    time, which increases with the noise, and no log signal-to-noise ratio.
+    time. It increases with the noise and is not a log signal-to-noise ratio.
 
     `t`: any shape, in (0, 1]. Returns the same shape and dtype.
     """
@@ -53,8 +53,9 @@ class DiscreteSchedule:
         `x0`, `noise`: [B, ...], floating point. `step`: integer [B] in 1..1000. All on the
         schedule's device. Returns the shape and dtype of `x0`.
 
-        Raises ValueError for other shapes, dtypes or devices, and on the CPU for a step out of
-        range. On a GPU that is a device assertion: a check would wait for the device.
+        Raises ValueError for wrong shapes, dtypes or devices. A step outside 1..1000 raises
+        ValueError on the CPU and triggers a device assertion on a GPU, where a check would have to
+        wait for the device.
 
         Source: Ho et al. 2020, arXiv 2006.11239, equation 4.
         """
@@ -124,8 +125,8 @@ class DiscreteSchedule:
     def time_at(self, half_log_snr: float) -> float:
         """Return the time `t` at which `λ` is `half_log_snr`: the inverse of `half_log_snr(t)`.
 
-        Beyond its ends the schedule is extrapolated linearly, because rounding may give values just
-        outside. Raises ValueError if it is not finite.
+        Values slightly outside the schedule (from rounding) are extrapolated linearly. Raises
+        ValueError if `half_log_snr` is not finite.
         """
         if not math.isfinite(half_log_snr):
             raise ValueError(f"half_log_snr: got {half_log_snr}, expected a finite number")

@@ -28,11 +28,12 @@ class Solver(Protocol):
     `noise_fn(x, t)`: returns the predicted noise, shaped like `x`, at the time `t` in [1/1000, 1],
     a 0-d tensor on the CPU, which can be read without waiting for the device. The condition
     `log_snr` of a network is `8·t − 4` (see `guided`). `x`: unit Gaussian noise [B, ...]; the state
-    keeps its dtype. `spacing`: of the grid's times. Uniform in time, the last interval covers a
-    large part of λ, the variable of these solvers. Uniform in λ, they are much closer to the exact
-    solution but spend many evaluations at very low noise. `clip`: range to which every predicted
-    image is clipped; pixels have one, latents (and the published sampler) none. `progress`: called
-    after every evaluation. Returns the sample, shaped like `x`; no gradients are recorded.
+    keeps its dtype. `spacing`: spacing of the time grid. "time" is uniform in t; its last interval
+    then covers a large part of the range of λ, the integration variable. "log_snr" is uniform in λ;
+    the result is much closer to the exact solution, but many evaluations are spent at very low
+    noise. `clip`: range to which every predicted image is clipped; pixels have one, latents (and
+    the published sampler) none. `progress`: called after every evaluation. Returns the sample,
+    shaped like `x`; no gradients are recorded.
 
     Raises ValueError for `steps` not a whole number of at least 1, for another `spacing`, for an
     empty `clip`, for `x` not floating point and for a prediction of another shape.
@@ -80,8 +81,10 @@ def dpm_solver_singlestep(
 ) -> Tensor:
     """Solve from t = 1 to t = 1/1000 with DPM-Solver++ (single-step, order 3), as published.
 
-    The grid has `steps` intervals in groups of three. The last group or groups have two and one,
-    one, or two intervals where `steps` mod 3 is 0, 1 or 2. See `Solver` for arguments and errors.
+    The grid has `steps` intervals. Each group of three intervals is one step of order 3. The end of
+    the grid uses lower orders: one step of order 2 and one of order 1 if `steps` mod 3 is 0, one
+    step of order 1 if it is 1, one step of order 2 if it is 2. See `Solver` for arguments and
+    errors.
 
     Source: Lu et al. 2022, arXiv 2211.01095 (clipping: its static thresholding), and arXiv
     2206.00927 for the split into orders.
@@ -109,10 +112,10 @@ def dpm_solver_multistep(
     steps the last two have orders of at most 2 and 1, which is more stable. With 15 or more, use
     order 3 with the spacing "log_snr": uniform in time, the last interval is so long in λ that the
     parabola is a bad approximation.
-    See `Solver` for arguments and errors; ValueError for another `order` too.
+    See `Solver` for arguments and errors. Also raises ValueError if `order` is not 1, 2 or 3.
 
-    Order 3 integrates the parabola through three predictions exactly. diffusers halves its
-    curvature, which leaves errors of second order.
+    Order 3 integrates the parabola through the last three predictions exactly. diffusers uses half
+    of its curvature, so its error is of second order.
 
     Source: Lu et al. 2022, arXiv 2211.01095, algorithm 2 and appendix; Song et al. 2020, arXiv
     2010.02502 (DDIM).
@@ -143,10 +146,10 @@ def heun(
     clip: tuple[float, float] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> Tensor:
-    """Solve with Heun's method on `x/α` over `σ/α`: order 2, two evaluations per interval.
+    """Solve the ODE of `x/α` as a function of `σ/α` with Heun's method, of order 2.
 
-    The grid has `⌈steps/2⌉` intervals; where `steps` is odd, the last one is an Euler step with one
-    evaluation. See `Solver` for arguments and errors.
+    The grid has `⌈steps/2⌉` intervals with two evaluations each. If `steps` is odd, the last one is
+    an Euler step with one evaluation. See `Solver` for arguments and errors.
 
     Source: Karras et al. 2022, arXiv 2206.00364, algorithm 1.
     """

@@ -1,4 +1,4 @@
-"""Feature networks that images are compared with."""
+"""Networks that compute image features for the scores."""
 
 import importlib
 import sys

@@ -16,7 +16,7 @@ def frechet_to_reference(
     """Return the Fréchet distance of images, uint8 [N, 3, h, w], to a reference's statistics.
 
     `reference` comes from the same network. The distance of few images is biased upwards, so only
-    distances of equal N compare. Raises ValueError for fewer than two images.
+    distances of equal N are comparable. Raises ValueError for fewer than two images.
     """
     return compute_statistics(network, TensorImages(images, "memory")).distance(reference)
 
@@ -25,9 +25,9 @@ def frechet_to_reference(
 class FrechetScores:
     """Fréchet distances of samples, training images and noise to the same held-out images.
 
-    Each is computed from `count` images. `training` and `noise` put the samples' distance into
-    proportion: the distance of as many real images, and that of uniform noise. The distance of few
-    images is biased upwards, so only distances of equal counts compare.
+    Each is computed from `count` images. `training` and `noise` are a lower and an upper point of
+    comparison: the distances of `count` training images and of `count` images of uniform noise. The
+    distance of few images is biased upwards, so only distances of equal counts are comparable.
     """
 
     recipe: str

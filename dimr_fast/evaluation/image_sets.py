@@ -82,8 +82,8 @@ class FolderImages:
     """Image files under a folder, sub-folders included, in the order of their paths.
 
     They are decoded like training images (see `data.images`) but never resized. Each sub-folder is
-    a class. Raises ValueError, from the files' headers alone, where there is no image, one cannot
-    be read, or sizes differ.
+    a class. The constructor reads only the file headers. It raises ValueError if there is no image,
+    if a file cannot be read, or if sizes differ.
     """
 
     def __init__(self, path: Path) -> None:

@@ -256,7 +256,7 @@ def _sampling(config: EvaluateConfig, images: ImageSet) -> dict[str, Any] | str:
             return {"said in": str(path), **json.loads(path.read_text())}
         except (OSError, ValueError, TypeError):
             continue
-    return f"unknown: no {SAMPLE_REPORT} lies with the images"
+    return f"unknown: no {SAMPLE_REPORT} beside the images"
 
 
 def _balance(images: ImageSet, sampling: dict[str, Any] | str) -> str:
@@ -285,7 +285,7 @@ def _notes(
     if reference.images is None:
         yield "precision and recall were not computed: the reference holds no images"
     elif reference.images.size != images.size:
-        yield "images and reference differ in size, which the distance includes"
+        yield "images and reference differ in size; the distance also measures this difference"
     sampling = recipe["sampling"]
     if isinstance(sampling, dict) and sampling.get("finished") is False:
         yield "the job that draws these images is not finished"

@@ -26,7 +26,7 @@ def frechet_from_factors(mu1: Tensor, factor1: Tensor, mu2: Tensor, factor2: Ten
 
 
 def covariance_factor(cov: Tensor) -> Tensor:
-    """Return F [D, rank] with F Fᵀ = cov, in fp64, without eigenvalues within rounding of zero."""
+    """Return F [D, rank] with F Fᵀ = cov, in fp64; eigenvalues that round to zero are dropped."""
     cov = cov.double()
     negligible = len(cov) * torch.finfo(cov.dtype).eps
     # Cholesky takes a tenth of the time of eigh, where it exists.
@@ -76,14 +76,14 @@ class StatisticsAccumulator:
 
     @property
     def mean(self) -> Tensor:
-        """fp64 [D]; ValueError before the first feature."""
+        """Mean, fp64 [D]. Raises ValueError before the first update."""
         if self.count < 1:
             raise ValueError("a mean needs at least one feature")
         return self._mean
 
     @property
     def covariance(self) -> Tensor:
-        """Unbiased, fp64 [D, D]; ValueError for fewer than two features."""
+        """Unbiased covariance, fp64 [D, D]. Raises ValueError for fewer than two features."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least two features, got {self.count}")
         return self._scatter / (self.count - 1)

@@ -17,7 +17,8 @@ from dimr_fast.evaluation.metrics import (
 )
 
 MAX_FEATURES = 50_000
-"""Features stored of a set, for precision and recall; published scores use 50,000 images."""
+"""Maximum number of features kept of a set, for precision and recall; published scores use
+50,000."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dimr_fast.config import DiMRConfig, preset_of
 
 PAPER = "https://arxiv.org/abs/2406.09416"
 LISTED_CLASSES = 30
-"""Class names on the card; ImageNet's thousand would hide everything else."""
+"""Maximum number of class names on the card: a thousand would hide everything else."""
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 

@@ -24,7 +24,7 @@ WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 
 class HubModel(nn.Module, PyTorchModelHubMixin):
-    """Base class of a model with a `DiMRConfig` that folders and the Hub can hold."""
+    """Base class of models with a `DiMRConfig` that folders and the Hub can store."""
 
     config: DiMRConfig
 

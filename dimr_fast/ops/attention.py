@@ -29,8 +29,8 @@ def _has_amx() -> bool:
 
 
 def _cpu_slower(qkv: Tensor) -> str | None:
-    # Matrix tiles (AMX) multiply bf16 faster than this kernel's vectors do, and the two have not
-    # been compared on such a processor; for few tokens the batched products' overhead dominates.
+    # With AMX, PyTorch's matrix products in bf16 are probably faster than this kernel for many
+    # tokens; nobody has measured it. For few tokens their overhead dominates.
     if qkv.dtype == torch.bfloat16 and qkv.shape[1] > 128 and _has_amx():
         return "not measured on a processor with AMX for more than 128 tokens"
     return None
@@ -58,7 +58,7 @@ def _sdpa_slower(qkv: Tensor) -> str | None:
 
 
 def _unmeasured(qkv: Tensor) -> str | None:
-    return "never measured: it runs where it is named"
+    return "its speed was not measured yet; select it by name to use it"
 
 
 # Triton comes before sdpa on a GPU without a measurement yet. The reason is what Triton avoids:

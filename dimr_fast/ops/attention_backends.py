@@ -133,7 +133,7 @@ def xformers(packed: Tensor) -> Tensor:
 
 
 _VERSIONS = {"flash-attn": ((2, 4, 1), (3,)), "xformers": ((0, 0, 35), (1,))}
-"""The versions of each package that are supported: the first one, and the first one after them."""
+"""Supported versions of each package: from the first (inclusive) to the second (exclusive)."""
 
 
 def _why_not_here(qkv: Tensor, module: str, package: str) -> str | None:

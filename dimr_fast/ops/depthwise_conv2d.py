@@ -49,7 +49,8 @@ def depthwise_conv2d(
     if not residual:
         x = x.to(dtype)
     elif chosen == "cuda" or x.dtype != torch.float32:
-        # The weights' dtype is that of the products; only the CPU takes one narrower than x's.
+        # The kernel multiplies in the dtype of the weights. Only the CPU kernel accepts weights of
+        # lower precision than `x`.
         dtype = x.dtype
     x, weight = _last_contiguous(x), weight.to(dtype).contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()

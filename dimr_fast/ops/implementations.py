@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 WhyNot = Callable[[torch.Tensor], str | None]
-"""A function of an operator's first input: returns why not to run on it, or None.
+"""A function of an operator's first input: returns the reason against an implementation, or None.
 
 It may look at device, dtype and shape only, never at values.
 """
@@ -15,7 +15,7 @@ OPERATORS: dict[str, "Implementations"] = {}
 
 
 def never(x: torch.Tensor) -> None:
-    """Return None: there is no reason against it on any input."""
+    """Return None: the implementation can run on every input."""
 
 
 class Implementations:

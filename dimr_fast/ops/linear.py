@@ -1,4 +1,4 @@
-"""Linear layers that share an input, or take it in pieces, computed as one linear layer."""
+"""Several linear layers on one input, or one on a concatenated input, as one matrix product."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,16 +15,16 @@ def linear(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence
 
     `x` concatenates `inputs` (each `[…, d]`) along the last axis, `W` concatenates `weights` (each
     `[D, Σd]`) and `b` concatenates `biases` (each `[D]`; one per weight or none) along the first.
-    The result `[…, ΣD]` has the dtype of the first input or, under autocast, autocast's. The inputs
-    and their gradients are never concatenated in memory.
+    The result `[…, ΣD]` has the dtype of the first input; under autocast the autocast dtype. The
+    inputs and their gradients are never concatenated in memory.
     """
     dtype = compute_dtype(inputs[0])
     return _run(dtype, len(inputs), len(weights), *inputs, *weights, *biases)
 
 
 def _forward(ctx: Any, *given: Any) -> Tensor:
-    # `*given`: with as many names as arguments, torch.compile drops `ctx` where there are no
-    # gradients.
+    # The inputs are one `*given` on purpose: with named parameters, torch.compile does not pass
+    # `ctx` if no input needs a gradient.
     dtype, inputs, layers, *tensors = given
     xs, weights = tensors[:inputs], tensors[inputs : inputs + layers]
     biases = tensors[inputs + layers :]

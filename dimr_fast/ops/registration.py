@@ -87,10 +87,10 @@ class Operator(Implementations):
 
 
 def _on_one_device(name: str, shapes: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `shapes`, which then raises ValueError for tensors on several devices.
+    """Wrap `shapes` so that it raises ValueError for tensors on different devices.
 
-    PyTorch calls the shape rule as soon as one tensor is on the meta device. Without this check
-    the uninitialised outputs that it allocates on another device would pass for a result.
+    PyTorch calls the shape rule as soon as one tensor is on the meta device. Without this check its
+    uninitialised outputs on a real device would be taken for results.
     """
 
     def checked(*args: Any) -> Any:

@@ -27,9 +27,9 @@ def rms_norm(
     """Compute `td_rms_norm` with one `scale` `[D]` for all times.
 
     `x` and `residual` (optional) are `[B, …, D]` in fp32, bf16 or fp16. Statistics are fp32; the
-    result has the shape of `x` and its dtype or, under autocast, autocast's. With a residual the
-    result is `(s, normed s)`, where `s = residual + x`.
-    Raises ValueError if shapes or devices do not fit or the implementation cannot run.
+    result has the shape of `x` and its dtype; under autocast, the autocast dtype. With a residual
+    the result is `(s, normed s)`, where `s = residual + x`. Raises ValueError if shapes or devices
+    do not fit or the implementation cannot run.
     """
     if scale.dim() != 1:
         raise ValueError(f"scale: got shape {tuple(scale.shape)}, expected [D]")

@@ -36,9 +36,8 @@ def td_layer_norm(
 
     `x` and `residual` (optional) are `[B, …, D]` in fp32, bf16 or fp16; `weight` and `bias` are
     `[T, D]`, where T is B (a time per image) or 1. Statistics are fp32; the result has the shape of
-    `x` and its dtype or, under autocast, autocast's. With a residual the result is
-    `(s, normed s)`.
-    Raises ValueError if shapes or devices do not fit or the implementation cannot run.
+    `x` and its dtype; under autocast, the autocast dtype. With a residual the result is `(s, normed
+    s)`. Raises ValueError if shapes or devices do not fit or the implementation cannot run.
     """
     check_time_values(x, weight=weight, bias=bias)
     check_residual(x, residual)

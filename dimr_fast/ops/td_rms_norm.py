@@ -36,8 +36,8 @@ def td_rms_norm(
 
     `x` and `residual` (optional) are `[B, …, D]` in fp32, bf16 or fp16; `scale` is `[T, D]`, where
     T is B (a time per image) or 1. Statistics are fp32; the result has the shape of `x` and its
-    dtype or, under autocast, autocast's. With a residual the result is `(s, normed s)`.
-    Raises ValueError if shapes or devices do not fit or the implementation cannot run.
+    dtype; under autocast, the autocast dtype. With a residual the result is `(s, normed s)`. Raises
+    ValueError if shapes or devices do not fit or the implementation cannot run.
     """
     check_time_values(x, scale=scale)
     check_residual(x, residual)

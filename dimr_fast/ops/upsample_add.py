@@ -84,8 +84,8 @@ def upsample_add_no_grad(
 ) -> Tensor:
     """Compute `upsample_add` by one call of the CPU library, without gradients.
 
-    `packed` says that `weight` is in oneDNN's layout. The arguments are not checked beyond what
-    keeps memory accesses in bounds.
+    `packed` says that `weight` is in oneDNN's layout. Only those properties of the arguments are
+    checked that could cause an out-of-bounds memory access.
     """
     return _no_grad(x, list(features), [*norm_in, *norm_out], weight, bias, packed)
 

@@ -53,6 +53,7 @@ FILES = (OUTPUTS["grid"], SAMPLE_REPORT)
 
 SHARDS = "parts"
 GRID_ROWS, GRID_COLUMNS = 32, 16
+"""Maximum size of a grid in images: about 1,600 × 3,100 pixels for the demo's images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +225,7 @@ def _job(
         "weights": _weights_digest(trained.model),
         "count": count,
         "classes": [trained.classes[i] for i in chosen.tolist()],
-        "labels": "each class equally often, or once more, going round the classes",
+        "labels": "balanced: class counts differ by at most one",
         "autoencoder": config.autoencoder,
         "formats": list(config.formats),
         "sampler": sampler.recipe(trained.scale, device),

@@ -48,7 +48,7 @@ class TrainConfig:
     """Settings of a training run. The defaults are the demo's recipe."""
 
     output: Path
-    """Output folder of the run. It may hold a run only if that is resumed."""
+    """Output folder of the run. It must not contain a run, except with `--resume`."""
     preset: str = "demo"
     """Name of a preset; its number of classes, channels and size are adapted to the data."""
     data: str = "tiles"
@@ -77,15 +77,16 @@ class TrainConfig:
     max_grad_norm: float | None = 1.0
     ema_decay: float = 0.9999
     ema_warmup: bool = True
-    """Limit the decay to (1 + n)/(10 + n) at step n, so that a short run averages over its last
+    """Limit the EMA decay to (1 + n)/(10 + n) at step n, so that a short run averages over its last
     tenth."""
     label_dropout: float = 0.1
     """Fraction of labels replaced by the null class, for classifier-free guidance."""
     mirror: bool = True
-    """Mirror half of the images left-right."""
+    """Mirror each image left-right with probability 0.5."""
     nonfinite: Nonfinite = "stop"
-    """What to do when the loss or gradient is not finite: stop before the step, or skip the step
-    and stop after ten in a row. Batch and state are written to `nonfinite.safetensors`."""
+    """Reaction to a loss or gradient that is not finite. stop: end the run before the step.
+    skip: skip the step; end the run after ten such steps in a row. Batch and state are written
+    to `nonfinite.safetensors`."""
     precision: Precision = "auto"
     """Precision of matrix products; "auto" is bf16 where that is faster on the device."""
     sharding: Sharding = "none"
@@ -95,9 +96,9 @@ class TrainConfig:
     checkpoint_minutes: float = 2.0
     """Write a checkpoint this often, and at the end."""
     milestone_steps: int | None = None
-    """Keep the checkpoint of every multiple of this as checkpoint-STEP, beside the newest one."""
+    """Interval in steps at which the checkpoint is also kept as checkpoint-STEP."""
     milestones: int | None = None
-    """Keep only this many of them, the newest; by default all."""
+    """Maximum number of these checkpoints; older ones are deleted. None keeps all."""
     log_steps: int = 50
     """Write a line to `log.jsonl` this often: loss, gradient norm, images/s, MFU."""
     tensorboard: bool = False
@@ -129,12 +130,15 @@ class TrainConfig:
 
         require_fields(
             self,
-            minutes=(timed, "a positive number, or none beside steps"),
+            minutes=(timed, "a positive number, or none if steps is set"),
             steps=often("steps"),
             image_size=often("image_size"),
             batch_size=(self.batch_size > 0, "a positive number"),
             accumulation=(self.accumulation > 0, "a positive number"),
-            checkpointing=(min(self.checkpointing, default=0) >= 0, "numbers of branches"),
+            checkpointing=(
+                min(self.checkpointing, default=0) >= 0,
+                "branch indices, 0 or more (0: lowest resolution)",
+            ),
             learning_rate=(self.learning_rate > 0, "a positive number"),
             warmup_steps=(self.warmup_steps >= 0, "0 or more"),
             decay=(0 <= self.decay <= 1, "0..1"),
@@ -145,7 +149,8 @@ class TrainConfig:
             label_dropout=(0 <= self.label_dropout <= 1, "0..1"),
             sharding=(
                 self.sharding == "none" or self.precision != "fp16",
-                "none with fp16, whose loss scaling does not know shards; or bf16",
+                "none, or fsdp2 with precision bf16 or fp32: the gradient scaler of fp16 "
+                "does not support shards",
             ),
             workers=(self.workers >= 0, "0 or more"),
             checkpoint_minutes=(self.checkpoint_minutes > 0, "a positive number"),
@@ -228,4 +233,4 @@ def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{where}: got no YAML ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from error

@@ -52,7 +52,7 @@ class TrainLoop:
         self.skipped_steps = 0
 
     def run(self, stop_requested: Callable[[], bool]) -> bool:
-        """Train to the end, or until `stop_requested` on any process; return whether it was."""
+        """Train to the end, or until `stop_requested` on any process; return True in that case."""
         config, state, is_main = self.config, self.state, self.communicator.is_main
         self.loader.load_state_dict({"step": state.step})
         batches = iter(self.loader)
@@ -116,7 +116,7 @@ class TrainLoop:
         return stop
 
     def _forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Compute this batch's gradients, clipped; return this rank's loss and the total norm."""
+        """Compute and clip the gradients; return this rank's loss and the norm before clipping."""
         config, state, device = self.config, self.state, self.communicator.device
         micro_batches = list(self._micro_batches(batch))
         state.optimizer.zero_grad()
@@ -229,7 +229,8 @@ class TrainLoop:
                 save_checkpoint(path, tensors | inputs, metadata)
             except OSError as error:
                 message = f"the batch could not be written ({error})"
-        # The other ranks wait: when one of them ends, the launcher ends the one that writes.
+        # The other ranks wait here: if one of them exited, the launcher would kill all ranks,
+        # including rank 0 while it writes.
         return self.communicator.broadcast(message)
 
     def _save(self) -> None:

@@ -45,9 +45,9 @@ def parallelize(model: DiMR, config: TrainConfig, communicator: Communicator) ->
 
 
 def gradient_sync(module: nn.Module, enabled: bool) -> AbstractContextManager[object]:
-    """Reduce gradients over processes in this block's backward pass only where `enabled`.
+    """Return a context in which backward passes reduce gradients over processes if `enabled`.
 
-    Of several micro-batches only the last one needs it.
+    Only the last micro-batch of a step needs the reduction.
     """
     set_gradient_sync = getattr(module, "set_requires_gradient_sync", None)  # FSDP2
     if set_gradient_sync is not None:

@@ -24,6 +24,7 @@ from dimr_fast.utils.plots import image_grid
 from dimr_fast.utils.seeds import derived_seed
 
 ROWS, COLUMNS = 8, 8
+"""Maximum size of a preview grid in images: one batch of the sampler."""
 
 
 class Previews:

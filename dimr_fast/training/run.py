@@ -94,11 +94,12 @@ def train(
     current step, with all of them written; the second ends it at once. A checkpoint that cannot be
     written on the way is reported, the previous one stays, and the run continues.
 
-    `examples` replace what `config.data` names. With `resume` the run in `config.output` continues.
-    All randomness of step n comes from the seed and n, so a run of a given number of steps that was
-    interrupted or killed ends like one that was not; on a CPU bit for bit. Started by torchrun or
-    `accelerate launch`, the processes share each batch. Another process that trains in the folder
-    is waited for up to `lock_timeout` seconds.
+    If `examples` is given, it is used instead of `config.data`. With `resume` the run in
+    `config.output` continues. All randomness of step n comes from the seed and n, so a run of a
+    given number of steps that was interrupted or killed gives the same result as an uninterrupted
+    run; on a CPU, the same bits. Started by torchrun or `accelerate launch`, the processes share
+    each batch. Another process that trains in the folder is waited for up to `lock_timeout`
+    seconds.
 
     Raises, before any work, ValueError for an unusable setting, FileExistsError where `output`
     holds a run, OSError where it cannot be written or another process trains there, CheckpointError

@@ -98,7 +98,7 @@ class TrainState:
         CheckpointError where model, recipe or classes differ from this run's.
         """
         if metadata.get("config") != json.loads(json.dumps(self._config)):
-            raise CheckpointError(f"{path}: holds another model than this run trains")
+            raise CheckpointError(f"{path}: its model configuration differs from that of this run")
         classes = tuple(metadata.get("classes", ()))
         if classes != self.classes:
             raise CheckpointError(
@@ -141,7 +141,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         others = [o for _, o in milestones(path) if not (path.exists() and o.samefile(path))]
         if not others:
             raise
-        hint = f"to go on from {others[-1].name}, remove {path.name} and copy it there"
+        hint = f"to resume from the newest milestone, copy {others[-1].name} to {path.name}"
         raise CheckpointError(f"{error}; {hint}") from error
 
 

@@ -88,7 +88,7 @@ def init_communicator(device: str) -> Communicator:
         return Communicator(0, 1, own)
     if device not in ("auto", "cuda", "cpu"):
         raise ValueError(f"device: got {device!r}, expected auto, cuda or cpu for many processes")
-    # accelerate must be told: without a GPU it would take each process for the only one.
+    # Without a GPU accelerate needs cpu=True: it would treat each process as a run of its own.
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if on_cpu and device == "cuda":
         raise ValueError("device: got 'cuda', expected one that is usable here")
@@ -114,8 +114,8 @@ def init_communicator(device: str) -> Communicator:
 def exit_with_launcher() -> None:
     """Make this process exit once torchrun, its parent, is gone.
 
-    torchrun stops its processes unless it is killed itself. They would then go on unseen and write
-    to the same files as the resumed job.
+    torchrun stops its processes unless torchrun itself is killed. The processes would then continue
+    in the background and write to the same files as the resumed job.
     """
     if torch.distributed.is_torchelastic_launched():
         _exit_with(os.getppid())
@@ -146,7 +146,8 @@ class Worker:
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Read what torchrun or `accelerate launch` has set; one process where nothing is set."""
+        """Read the ranks that torchrun or `accelerate launch` has set; without them, rank 0 of
+        1."""
         defaults = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
         return cls(*(int(os.environ.get(name, default)) for name, default in defaults))
 
@@ -179,8 +180,8 @@ def run_processes(
 ) -> None:
     """Run `work(index, *arguments)` in `count` new processes, and call `poll` while they run.
 
-    Raises ChildProcessError where one fails. However the wait ends, all processes are stopped; they
-    also exit when this process is killed.
+    Raises ChildProcessError if one fails. When this function returns or raises, all child processes
+    have been told to stop. They also exit if this process is killed.
     """
     context = spawn(_work, (os.getpid(), work, arguments), count, join=False)
     try:

@@ -14,15 +14,16 @@ from filelock import FileLock, Timeout
 
 LOCK = ".lock"
 LOCK_TIMEOUT = 10.0
-"""Seconds to wait for a lock: after a kill, data loader workers notice it within five seconds."""
+"""Seconds to wait for a lock. If a training process is killed, its data loader workers may keep
+the lock for up to five seconds."""
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary path beside `path`, then rename that file to `path`.
 
-    The old file at `path` stays until then, also if the machine stops. Raises whatever `write`
-    raises, an OSError with `path` in its message, and removes the temporary file. Only a killed
-    process leaves one behind; see `remove_unfinished`.
+    The old file stays in place until the rename, even if the machine crashes. Exceptions of `write`
+    are passed on (OSError with `path` in its message), and the temporary file is removed. Only a
+    killed process leaves a temporary file; see `remove_unfinished`.
     """
     target = Path(path)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")

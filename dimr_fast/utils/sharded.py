@@ -43,7 +43,7 @@ def split_into_shards(count: int, size: int, path: Callable[[int, int], Path]) -
 
 
 class ShardedJob(Protocol[M]):
-    """What `run_sharded` needs of a job. It is pickled for worker processes."""
+    """Interface of a job for `run_sharded`. It must be picklable, for worker processes."""
 
     @property
     def shards(self) -> Sequence[Shard]: ...
@@ -66,8 +66,9 @@ def choose_process_count(
 ) -> int:
     """Return how many processes to start.
 
-    That is `requested` if given; otherwise 1 where a launcher has started several, one for each
-    GPU where `device` is "cuda" without an index, and `on_cpu` on the CPU.
+    Return `requested` if it is given. Otherwise return 1 if a launcher has started several
+    processes, the number of GPUs if `device` is "cuda" without an index, 1 if it names one GPU, and
+    `on_cpu` on a CPU.
     """
     if requested is not None:
         return requested
@@ -88,8 +89,8 @@ def run_sharded(
 ) -> None:
     """Write this worker's shards that are missing, with a progress bar.
 
-    With `processes` > 1 that many child processes share them, each loads a model of its own, and
-    `model` is None then. Otherwise `model` makes them here. Raises what `make` raises,
+    If `model` is given, this process makes the shards. If it is None, `processes` child processes
+    are started; each loads its own model and makes a part of the shards. Raises what `make` raises,
     ChildProcessError for a child process that failed.
     """
     processes = min(processes, len(job.shards))
