@@ -31,8 +31,10 @@ void run_attention(const Attention& given) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, int64_t heads) {
-    STD_TORCH_CHECK(qkv.dim() == 3 && heads > 0 && qkv.size(2) % (3 * heads) == 0,
-                    "qkv: expected [B, N, 3 * ", heads, " * head_dim]");
+    // Not `% (3 * heads)`, which overflows for absurd numbers of heads.
+    STD_TORCH_CHECK(
+        qkv.dim() == 3 && heads > 0 && qkv.size(2) % 3 == 0 && qkv.size(2) / 3 % heads == 0,
+        "qkv: expected [B, N, 3 * ", heads, " * head_dim]");
     const Features rows(qkv, "qkv");
     const int64_t width = rows.width / 3;
     Tensor y = torch::stable::new_empty(qkv, {rows.images, rows.rows, width});

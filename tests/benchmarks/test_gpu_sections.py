@@ -24,6 +24,7 @@ from benchmarks.gpu.section_run import SectionRun
 from benchmarks.model import bench_model
 from benchmarks.utils import names
 from benchmarks.utils.files import ROOT
+from dimr_fast.ops import OPERATORS
 
 
 @pytest.fixture(autouse=True)
@@ -355,3 +356,9 @@ def test_the_tests_that_sections_run_exist() -> None:
     path, _, name = str(single).partition("::")
     assert f"def {name}(" in Path(path).read_text()
     sections.find_test("test_depthwise_conv2d_gpu")
+
+
+def test_kernel_section_runs_the_tests_of_every_triton_operator() -> None:
+    files = {Path(str(file).partition("::")[0]).stem for file in sections.kernel_tests()}
+    operators = {name for name, operator in OPERATORS.items() if "triton" in operator.names}
+    assert {f"test_{name}" for name in operators} <= files

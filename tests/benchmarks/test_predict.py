@@ -38,6 +38,12 @@ def test_case_names_and_rows_are_unique() -> None:
     assert len(set(keys)) == len(keys)
 
 
+def test_every_case_has_a_committed_prediction() -> None:
+    """After a new case: `python -m benchmarks.gpu.predict`."""
+    committed = {(row["operator"], row["x"]) for row in COMMITTED["rows"]}
+    assert {(case.operator, "×".join(map(str, case.x))) for case in cases()} <= committed
+
+
 def launcher_calls(call: Any) -> Iterator[Any]:
     """Yield the partial calls of launchers in a case's call."""
     if call.func is run_in_sequence:
