@@ -429,20 +429,20 @@ def aot_launches() -> list[Launch]:
 @pytest.mark.slow
 @pytest.mark.versions
 def test_compiled_kernels_do_not_spill() -> None:
-    for kernel in compiled("test_td_parameters"):
+    for kernel in compiled("tests.ops.test_td_parameters"):
         assert kernel.spilled == 0, kernel
         assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
 
 
 @pytest.mark.slow
 def test_all_parameters_of_a_model_take_one_launch() -> None:
-    found = [(kernel.launch, kernel.target) for kernel in compiled("test_td_parameters")]
+    found = [(kernel.launch, kernel.target) for kernel in compiled("tests.ops.test_td_parameters")]
     assert len(found) == len(set(found))
 
 
 @pytest.mark.slow
 def test_values_and_their_gradients_move_in_16_byte_pieces() -> None:
-    for kernel in compiled("test_td_parameters"):
+    for kernel in compiled("tests.ops.test_td_parameters"):
         if kernel.target == "gfx942" or "XL" not in kernel.launch:
             continue
         if "forward" in kernel.launch:

@@ -151,5 +151,5 @@ def test_kernels_compile_at_sizes_of_one() -> None:
     The interpreter does not show that. Tests of other operators compile such sizes as well.
     """
     pytest.importorskip("triton", reason="triton is not installed")
-    kernels = {kernel.kernel for kernel in compiled("test_triton")}
+    kernels = {kernel.kernel for kernel in compiled("tests.ops.test_triton")}
     assert len(kernels) >= 7
