@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dimr_fast import DiMR, ops
+from dimr_fast.layers import TDParameter
 from tests.support.aot import TARGETS, Launch, compiled
 from tests.support.cpu_library import each_implementation, needs_cpu, on_threads
 from tests.support.oracle import (
@@ -38,6 +39,10 @@ def by(implementation: str, tau: torch.Tensor) -> Callable[..., tuple[torch.Tens
 def vectors_of(*widths: int) -> list[torch.Tensor]:
     """Return four different vectors for each parameter."""
     return [v for i, width in enumerate(widths, 1) for v in seeded(4, i, width)[:, -1].clone()]
+
+
+def td_parameters_of(model: DiMR) -> list[TDParameter]:
+    return [module for module in model.modules() if isinstance(module, TDParameter)]
 
 
 def times(count: int) -> torch.Tensor:
@@ -87,7 +92,7 @@ def test_parameters_of_a_model(implementation: str) -> None:
     check(
         implementation,
         times(2),
-        [v for p in model._td_parameters for v in p.vectors],
+        [v for p in td_parameters_of(model) for v in p.vectors],
         torch.float32,
     )
 
@@ -197,11 +202,12 @@ def test_gradients_may_be_changed_in_place(implementation: str) -> None:
 
 
 @pytest.fixture
-def tables(monkeypatch: pytest.MonkeyPatch) -> dict[Any, torch.Tensor]:
-    from dimr_fast.kernels import td_parameters
+def tables() -> dict[Any, torch.Tensor]:
+    """The tables of this process, none at first."""
+    from dimr_fast.kernels.td_parameters import TABLES
 
-    monkeypatch.setattr(td_parameters, "_tables", {})
-    return td_parameters._tables
+    TABLES.kept.clear()
+    return TABLES.kept
 
 
 def test_a_table_is_built_once_for_the_same_tensors(tables: dict[Any, torch.Tensor]) -> None:
@@ -223,13 +229,13 @@ def test_a_table_serves_whatever_lies_at_its_addresses(tables: dict[Any, torch.T
 
 
 def test_the_least_recently_used_table_makes_room(tables: dict[Any, torch.Tensor]) -> None:
-    from dimr_fast.kernels import td_parameters
+    from dimr_fast.kernels.td_parameters import TABLES
 
     def call(vectors: list[torch.Tensor]) -> torch.Tensor:
         by("triton", times(1))(*vectors)
         return next(reversed(tables.values()))
 
-    limit = td_parameters.TABLES
+    limit = TABLES.limit
     assert limit >= 128
     alive = [vectors_of(3) for _ in range(limit + 40)]
     built = [call(vectors) for vectors in alive[:limit]]
@@ -240,40 +246,37 @@ def test_the_least_recently_used_table_makes_room(tables: dict[Any, torch.Tensor
     ]
 
 
-def test_a_capture_finds_the_tables_of_its_warm_up(
-    tables: dict[Any, torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_capture_finds_the_tables_of_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a fake GPU: 80 sets forward and backward after 80 other ones, then a capture."""
-    from dimr_fast.kernels import td_parameters
+    from dimr_fast.kernels.td_parameters import Tables
 
     class OnGpu:
         is_cuda = True
 
     capturing = False
 
-    def build(*key: Any) -> OnGpu:
+    def build(*key: Any) -> Any:
         assert not capturing, "a copy to the device waits, which a capture forbids"
         return OnGpu()
 
-    monkeypatch.setattr(td_parameters, "_table", build)
-    monkeypatch.setattr(td_parameters, "_captured", set())
+    tables = Tables(build)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     others, ours = ([vectors_of(3) for _ in range(80)] for _ in range(2))
 
     def run(sets: list[list[torch.Tensor]]) -> set[Any]:
         kinds = [[[kind] for kind in vectors] for vectors in sets]
-        return {td_parameters._table_of(kind, block)[0] for kind in kinds for block in (128, 256)}
+        return {tables.of(kind, block)[0] for kind in kinds for block in (128, 256)}
 
     run(others)
     warm = run(ours)
-    assert not td_parameters._captured
+    assert not tables.captured
     capturing = True
     assert run(ours) == warm
-    assert td_parameters._captured == warm
+    assert tables.captured == warm
     capturing = False
-    run([vectors_of(3 + i) for i in range(td_parameters.TABLES)])
-    assert not warm & set(tables.values()), "evicted since"
-    assert td_parameters._captured == warm, "but a graph may be replayed still"
+    run([vectors_of(3 + i) for i in range(tables.limit)])
+    assert not warm & set(tables.kept.values()), "evicted since"
+    assert tables.captured == warm, "but a graph may be replayed still"
 
 
 @pytest.mark.versions
@@ -407,7 +410,9 @@ def aot_launches() -> list[Launch]:
     def kinds_of(preset: str, dtype: torch.dtype = torch.float32) -> list[list[torch.Tensor]]:
         with torch.device("meta"):
             model = DiMR.from_preset(preset).to(dtype)
-        return [list(kind) for kind in zip(*(p.vectors for p in model._td_parameters), strict=True)]
+        return [
+            list(kind) for kind in zip(*(p.vectors for p in td_parameters_of(model)), strict=True)
+        ]
 
     def both(name: str, kinds: Any, count: int, targets: tuple[str, ...]) -> list[Launch]:
         tau = torch.empty(count, device="meta")
