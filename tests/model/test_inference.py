@@ -125,10 +125,10 @@ def test_batches_in_any_order_share_buffers_and_no_results(norm_type: str) -> No
 def test_blocks_write_to_buffers_that_stay(tiny: DiMR) -> None:
     optimised = optimize_for_inference(tiny)
     optimised(**inputs_of(tiny, 3))
-    places = [buffers.pairs.data_ptr() for buffers in optimised._buffers_in_use]
+    places = [buffers.pairs.data_ptr() for buffers in optimised.shared_buffers]
     outputs = optimised(**inputs_of(tiny, 2))
-    assert [buffers.pairs.data_ptr() for buffers in optimised._buffers_in_use] == places
-    owned = {buffers.pairs.untyped_storage().data_ptr() for buffers in optimised._buffers_in_use}
+    assert [buffers.pairs.data_ptr() for buffers in optimised.shared_buffers] == places
+    owned = {buffers.pairs.untyped_storage().data_ptr() for buffers in optimised.shared_buffers}
     assert not owned & {output.untyped_storage().data_ptr() for output in outputs}
 
 
@@ -381,11 +381,14 @@ class FakeCapture:
         return replay
 
 
+def captured_by(capture: FakeCapture, model: DiMR) -> inference.InferenceDiMR:
+    with torch.no_grad():
+        return inference.InferenceDiMR(model, torch.bfloat16, True, capture)
+
+
 def test_graphs_are_captured_once_a_shape_and_predict_the_same(tiny: DiMR) -> None:
     capture = FakeCapture()
-    optimised = optimize_for_inference(tiny)
-    eager = optimize_for_inference(tiny)
-    optimised._graphs = inference._Graphs(optimised._compute, capture)
+    optimised, eager = captured_by(capture, tiny), optimize_for_inference(tiny)
     calls = [(2, 2), (2, 1), (3, 1), (2, 2), (3, 1)]
     for batch, times in calls:
         inputs = inputs_of(tiny, batch, times)
@@ -403,18 +406,22 @@ def test_graphs_are_captured_once_a_shape_and_predict_the_same(tiny: DiMR) -> No
     assert capture.replays == len(calls) + 3
 
 
-def test_the_least_recently_used_graph_makes_room() -> None:
+def test_the_least_recently_used_graph_makes_room(tiny: DiMR) -> None:
     capture = FakeCapture()
-    graphs = inference._Graphs(lambda flag, x: [x + 1 if flag else x], capture)
-    for size in range(inference.GRAPHS):
-        graphs(True, torch.zeros(size))
-    graphs(True, torch.zeros(0))
-    graphs(True, torch.zeros(99))
-    assert len(capture.captures) == inference.GRAPHS + 1
-    assert torch.equal(graphs(True, torch.zeros(0))[0], torch.ones(0))
-    assert len(capture.captures) == inference.GRAPHS + 1
-    assert torch.equal(graphs(True, torch.zeros(1))[0], torch.ones(1))
-    assert len(capture.captures) == inference.GRAPHS + 2
+    optimised, eager = captured_by(capture, tiny), optimize_for_inference(tiny)
+
+    def captures(batch: int) -> int:
+        inputs = inputs_of(tiny, batch)
+        for output, wanted in zip(optimised(**inputs), eager(**inputs), strict=True):
+            assert torch.equal(output, wanted)
+        return len(capture.captures)
+
+    first = range(1, inference.GRAPHS + 1)
+    assert [captures(batch) for batch in first] == [*first]
+    assert captures(1) == inference.GRAPHS
+    assert captures(inference.GRAPHS + 1) == inference.GRAPHS + 1
+    assert captures(1) == inference.GRAPHS + 1
+    assert captures(2) == inference.GRAPHS + 2
 
 
 needs_gpu = [
@@ -430,8 +437,8 @@ def test_graphs_on_a_gpu_replay_what_runs_without(dtype: torch.dtype) -> None:
     model = randomised(DiMR.from_preset("tiny")).cuda()
     replayed = optimize_for_inference(model, dtype)
     eager = optimize_for_inference(model, dtype, cuda_graphs=False)
-    assert replayed._graphs is not None
-    assert eager._graphs is None
+    assert replayed.cuda_graphs
+    assert not eager.cuda_graphs
     kept = []
     for seed, (batch, times) in enumerate([(2, 2), (3, 1), (2, 2), (0, 1), (2, 1), (3, 1)]):
         inputs = {name: value.cuda() for name, value in inputs_of(model, batch, times).items()}
