@@ -3,7 +3,10 @@
 import contextlib
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from tests.support.oracle import (
     skip_module_without_triton,
     with_gradients,
 )
+from tests.support.package_copy import copy_package
 
 skip_module_without_triton()
 
@@ -298,16 +302,32 @@ def test_batched_products_compile_as_one_graph(backend: str) -> None:
     torch.testing.assert_close(actual, expected)
 
 
-def test_auto_without_the_cpu_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    implementations = ops.OPERATORS["attention"]
-    monkeypatch.setattr("dimr_fast._extension.why_not", lambda library: "not built")
-    assert implementations.select("auto", torch.zeros(1, 2, 24)) == "sdpa"
-    assert implementations.select("auto", torch.zeros(1, 2, 3, 1, 6)) == "sdpa"
-    few, many = (torch.zeros(1, n, 3, 1, 8, dtype=torch.bfloat16) for n in (257, 258))
-    assert implementations.select("auto", few) == "bmm"
-    assert implementations.select("auto", many) == "sdpa"
-    assert implementations.why_not("triton", torch.zeros(1, 2, 3, 1, 8, device=DEVICE)) is None
-    torch.testing.assert_close(by("auto", 1)(packed(1, 2, 1, 6)), plain(1)(packed(1, 2, 1, 6)))
+WITHOUT_CPU_LIBRARY = """
+import torch
+from dimr_fast import ops
+from tests.support.oracle import DEVICE, seeded
+
+attention = ops.OPERATORS["attention"]
+assert attention.why_not("cpu", torch.zeros(1, 2, 24)) is not None
+assert attention.select("auto", torch.zeros(1, 2, 24)) == "sdpa"
+assert attention.select("auto", torch.zeros(1, 2, 3, 1, 6)) == "sdpa"
+few, many = (torch.zeros(1, n, 3, 1, 8, dtype=torch.bfloat16) for n in (257, 258))
+assert attention.select("auto", few) == "bmm"
+assert attention.select("auto", many) == "sdpa"
+assert attention.why_not("triton", torch.zeros(1, 2, 3, 1, 8, device=DEVICE)) is None
+qkv = seeded(1, 2, 18)
+expected = ops.attention(qkv, 1, implementation="reference")
+torch.testing.assert_close(ops.attention(qkv, 1), expected)
+"""
+
+
+def test_auto_without_the_cpu_library(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_CPU_LIBRARY]
+    environment = copy_package(tmp_path)
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_tiles_waste_as_little_as_two_powers_of_two_can() -> None:
