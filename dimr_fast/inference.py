@@ -66,6 +66,8 @@ def optimize_for_inference(
 class InferenceDiMR(nn.Module):
     """A model optimised for inference, made by `optimize_for_inference`.
 
+    `capture` replaces the capture of CUDA graphs by another one, for tests.
+
     Its device and dtype cannot change. Calls of one instance must not overlap: they share buffers,
     which are as large as the largest batch so far. `torch.compile` does not trace its calls: they
     run our own kernels and oneDNN on weights in oneDNN's layout, and Inductor makes none of these
@@ -74,7 +76,13 @@ class InferenceDiMR(nn.Module):
 
     td_vectors: Tensor
 
-    def __init__(self, model: DiMR, dtype: torch.dtype, cuda_graphs: bool) -> None:
+    def __init__(
+        self,
+        model: DiMR,
+        dtype: torch.dtype,
+        cuda_graphs: bool,
+        capture: "Capture | None" = None,
+    ) -> None:
         super().__init__()
         self.config = model.config
         self.dtype = dtype
@@ -88,9 +96,14 @@ class InferenceDiMR(nn.Module):
         self.td_widths = [parameter.param0.shape[0] for parameter in td]
         kinds = zip(*(parameter.vectors for parameter in td), strict=True)
         self.register_buffer("td_vectors", torch.stack([torch.cat(kind).float() for kind in kinds]))
-        self._buffers_in_use = self._allocate(0)
-        self._graphs = _Graphs(self._compute, _capture) if cuda_graphs else None
+        self.shared_buffers = self._allocate(0)
+        self._graphs = _Graphs(self._compute, capture or _capture) if cuda_graphs else None
         self.eval()
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether calls replay CUDA graphs."""
+        return self._graphs is not None
 
     @torch.compiler.disable(reason="an optimised model is compiled code already")
     def forward(
@@ -145,9 +158,9 @@ class InferenceDiMR(nn.Module):
         return [cast(_Branch, stage).allocate(batch) for stage in self.stages]
 
     def _buffers_for(self, batch: int) -> "list[_Buffers]":
-        if batch > self._buffers_in_use[0].pairs.shape[1]:
-            self._buffers_in_use = self._allocate(batch)
-        return [buffers.first(batch) for buffers in self._buffers_in_use]
+        if batch > self.shared_buffers[0].pairs.shape[1]:
+            self.shared_buffers = self._allocate(batch)
+        return [buffers.first(batch) for buffers in self.shared_buffers]
 
     def _apply(self, fn: Any, recurse: bool = True) -> NoReturn:
         raise RuntimeError(
@@ -480,20 +493,17 @@ def _no_autocast(device: torch.device) -> Any:
 
 
 Compute = Callable[..., list[Tensor]]
+Capture = Callable[[Compute, Sequence[Tensor], Any], Compute]
+"""A function of a computation, its inputs and a memory pool, as CUDA graphs use it.
+
+It returns a function that replays the computation on new inputs of the same shapes and dtypes.
+"""
 
 
 class _Graphs:
-    """A function of a flag and tensors, captured once per flag, shapes and dtypes.
+    """A function of a flag and tensors, captured once per flag, shapes and dtypes."""
 
-    `capture(function, inputs, pool)` returns a function that replays `function` on new inputs of
-    the same shapes and dtypes.
-    """
-
-    def __init__(
-        self,
-        function: Compute,
-        capture: Callable[[Compute, Sequence[Tensor], Any], Compute],
-    ) -> None:
+    def __init__(self, function: Compute, capture: Capture) -> None:
         self._function = function
         self._capture = capture
         self._replays: dict[tuple[Any, ...], Compute] = {}

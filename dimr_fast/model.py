@@ -4,7 +4,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint
 
 from dimr_fast import ops
 from dimr_fast.config import DiMRConfig, preset
@@ -84,7 +84,7 @@ class Branch(nn.Module):
 
     def _run(self, block: nn.Module, x: Tensor, td: TDValues) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, td, use_reentrant=False)
+            return checkpoint.checkpoint(block, x, td, use_reentrant=False)
         return block(x, td)
 
 

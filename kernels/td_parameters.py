@@ -12,7 +12,7 @@ columns of one parameter; the results of all parameters are adjacent columns of 
 writes four bytes per value, backward reads them; the vectors are read once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def launch_fwd(
         return values
     constants = configuration("td_parameters_fwd", tau.shape[0], tau.device)
     vectors = [[v.contiguous() for v in kind] for kind in (param0, param1, weight, bias)]
-    table, aligned = _table_of(vectors, constants["BLOCK"])
+    table, aligned = TABLES.of(vectors, constants["BLOCK"])
     _td_parameters_fwd_kernel[(table.shape[0],)](
         table,
         vectors[0][0],
@@ -64,7 +64,7 @@ def launch_bwd(
         return grads
     constants = configuration("td_parameters_bwd", tau.shape[0], tau.device)
     vectors = [[v.contiguous() for v in kind] for kind in (param0, param1, weight, bias)]
-    table, aligned = _table_of(vectors, constants["BLOCK"])
+    table, aligned = TABLES.of(vectors, constants["BLOCK"])
     dvalues = dvalues if dvalues.stride(-1) == 1 else dvalues.contiguous()
     _td_parameters_bwd_kernel[(table.shape[0],)](
         table,
@@ -81,42 +81,7 @@ def launch_bwd(
     return grads
 
 
-TABLES = 256
-"""The number of tables kept, a few kilobytes each; a new one replaces the least recently used.
-
-It is larger than the number that the warm-up of any CUDA graph uses, because the tables built by
-the warm-up must still exist when the graph is captured.
-"""
-_tables: dict[tuple[Any, ...], torch.Tensor] = {}
-_captured: set[torch.Tensor] = set()
-
-
-def _table_of(vectors: Sequence[Vectors], block: int) -> tuple[torch.Tensor, bool]:
-    """Return the table of `vectors`, and True if all of them are aligned for 16-byte loads.
-
-    A table contains only addresses and its key lists them all, so a cached table is valid for any
-    tensors with the same key.
-    """
-    first = vectors[0][0]
-    addresses = tuple(tuple(v.data_ptr() for v in kind) for kind in vectors)
-    widths = tuple(v.shape[0] for v in vectors[0])
-    key = first.device, addresses, widths, first.element_size(), block
-    table = _tables.pop(key, None)
-    if table is None:
-        # The cache is bounded: parameters that are cast for each call have new addresses each time.
-        if len(_tables) == TABLES:
-            del _tables[next(iter(_tables))]
-        table = _table(*key)
-    _tables[key] = table  # the most recently used is last
-    if table.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured.add(table)  # The graph reads it at each replay and does not keep it alive itself.
-    aligned = all(width % 16 == 0 for width in widths) and all(
-        address % 16 == 0 for kind in addresses for address in kind
-    )
-    return table, aligned
-
-
-def _table(
+def build_table(
     device: torch.device,
     addresses: tuple[tuple[int, ...], ...],
     widths: tuple[int, ...],
@@ -137,6 +102,51 @@ def _table(
             rows.append([*here, place + column, min(block, width - column)])
         place += width
     return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+class Tables:
+    """Tables of addresses on the device, for the tensors that were used most recently.
+
+    A table is a few kilobytes. `build` makes one. A new table replaces the least recently used of
+    `limit`. The limit is larger than the number that the warm-up of any CUDA graph uses, because
+    the tables built by the warm-up must still exist when the graph is captured.
+    """
+
+    def __init__(self, build: Callable[..., torch.Tensor] = build_table, limit: int = 256) -> None:
+        self.limit = limit
+        self.kept: dict[tuple[Any, ...], torch.Tensor] = {}
+        """From the least to the most recently used."""
+        self.captured: set[torch.Tensor] = set()
+        """Tables that a CUDA graph reads at each replay, and does not keep alive itself."""
+        self._build = build
+
+    def of(self, vectors: Sequence[Vectors], block: int) -> tuple[torch.Tensor, bool]:
+        """Return the table of `vectors`, and True if all of them are aligned for 16-byte loads.
+
+        A table contains only addresses and its key lists them all, so a cached table is valid for
+        any tensors with the same key.
+        """
+        first = vectors[0][0]
+        addresses = tuple(tuple(v.data_ptr() for v in kind) for kind in vectors)
+        widths = tuple(v.shape[0] for v in vectors[0])
+        key = first.device, addresses, widths, first.element_size(), block
+        table = self.kept.pop(key, None)
+        if table is None:
+            # Bounded: parameters that are cast for each call have new addresses each time.
+            if len(self.kept) == self.limit:
+                del self.kept[next(iter(self.kept))]
+            table = self._build(*key)
+        self.kept[key] = table
+        if table.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.captured.add(table)
+        aligned = all(width % 16 == 0 for width in widths) and all(
+            address % 16 == 0 for kind in addresses for address in kind
+        )
+        return table, aligned
+
+
+TABLES = Tables()
+"""The tables of all launches in this process."""
 
 
 @triton.jit

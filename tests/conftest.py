@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib import metadata
 
 # Processes side by side (pytest -n) share the cores: threads that wait for one another on a core
 # that is taken cost many times the work. Read when torch is imported.
@@ -21,6 +22,7 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 # Importing it may import Triton, which reads the environment.
 from dimr_fast import _extension
+from tests.support.versions import forget_versions
 
 # The same examples each time: errors are compared with another rounding error, which by chance can
 # be nearly nothing, and the same code should get the same verdict.
@@ -56,6 +58,17 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ |= PROCESSORS[name]
     if _extension.why_not("cpu") is None and not _extension.use_instruction_set(name):
         raise pytest.UsageError(f"--processor: this processor has no {name}")
+
+
+@pytest.fixture
+def invented_versions(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """Versions to report instead of those of the installed packages; the others stay theirs."""
+    invented: dict[str, str] = {}
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: invented.get(name) or real(name))
+    forget_versions()
+    yield invented
+    forget_versions()
 
 
 @pytest.fixture

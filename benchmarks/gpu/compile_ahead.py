@@ -96,7 +96,7 @@ def _start(gpu: str, capability: tuple[int, int]) -> None:
 
     torch.set_num_threads(1)
     driver.set_active(_Driver(capability))
-    configuration.gpu_name = lambda device: gpu  # type: ignore[assignment]
+    configuration.use_files_of(gpu)
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint
 
 from dimr_fast import BranchConfig, DiMR, DiMRConfig
 
@@ -176,7 +176,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, td: Values) -> Tensor:
         if self.checkpointing:
-            return checkpoint(self.run, x, td, use_reentrant=False)
+            return checkpoint.checkpoint(self.run, x, td, use_reentrant=False)
         return self.run(x, td)
 
     def run(self, x: Tensor, td: Values) -> Tensor:

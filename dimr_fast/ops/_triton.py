@@ -1,14 +1,13 @@
 """The implementation "triton": when its kernels can run, and how they are launched."""
 
-import functools
 import importlib
 import os
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import torch
 
+from dimr_fast.ops import packages
 from dimr_fast.ops._checks import why_not_dtype
 from dimr_fast.ops.registration import Implementation
 
@@ -47,37 +46,15 @@ def _interpreting() -> bool:
 
 @torch.compiler.assume_constant_result
 def _why_not_installed() -> str | None:
-    return _installed()
-
-
-@functools.cache
-def _installed() -> str | None:
-    try:
-        importlib.import_module("triton")
-        version = metadata.version("triton")
-    except ImportError as error:
-        return f"triton does not import: {error}"
-    if _numbers(version) < _OLDEST:
-        return f"it needs Triton {'.'.join(map(str, _OLDEST))} or later, found {version}"
-    return None
+    return packages.why_not("triton", "triton", _OLDEST)
 
 
 @torch.compiler.assume_constant_result
 def _why_not_interpreted() -> str | None:
-    return _interpreter()
-
-
-@functools.cache
-def _interpreter() -> str | None:
-    triton, numpy = metadata.version("triton"), metadata.version("numpy")
-    if _numbers(triton) < (3, 7) and _numbers(numpy) >= (2, 4):
+    (triton, triton_numbers), (numpy, numpy_numbers) = map(packages.version, ("triton", "numpy"))
+    if triton_numbers < (3, 7) and numpy_numbers >= (2, 4):
         return f"the interpreter of Triton {triton} needs NumPy before 2.4, found {numpy}"
     return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Return the first two numbers of a version, e.g. (3, 6) for "3.6.0"."""
-    return tuple(map(int, version.split(".")[:2]))
 
 
 @torch.compiler.assume_constant_result

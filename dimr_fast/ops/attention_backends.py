@@ -4,16 +4,14 @@ Each function takes `packed` `[B, N, 3, heads, head_dim]`, returns `[B, N, heads
 does any change of layout or padding that its package needs.
 """
 
-import functools
 import importlib
-from importlib import metadata
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dimr_fast.ops import _triton
+from dimr_fast.ops import _triton, packages
 from dimr_fast.ops._checks import dtype_name
 from dimr_fast.ops.registration import differentiable
 
@@ -144,19 +142,4 @@ def _why_not_here(qkv: Tensor, module: str, package: str) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _why_not_installed(module: str, package: str) -> str | None:
-    return _installed(module, package)
-
-
-@functools.cache
-def _installed(module: str, package: str) -> str | None:
-    try:
-        version = metadata.version(package)
-        importlib.import_module(module)
-    except (ImportError, OSError) as error:  # OSError: the compiled library does not load
-        return f"{package} does not import: {error}"
-    first, last = _VERSIONS[package]
-    digits = (part for part in version.split("+")[0].split(".") if part.isdigit())
-    if not first <= tuple(map(int, digits)) < last:
-        bounds = [".".join(map(str, bound)) for bound in (first, last)]
-        return f"it needs {package} from {bounds[0]} to before {bounds[1]}, found {version}"
-    return None
+    return packages.why_not(package, module, *_VERSIONS[package])

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,28 +20,10 @@ from dimr_fast.diffusion import (
 )
 from dimr_fast.ops import OPERATORS
 from tests.support.golden import CASES, Golden, relative_error
+from tests.support.models import inputs_of, randomised
 from tests.support.oracle import DEVICE
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def randomised(model: DiMR, amount: float = 0.1) -> DiMR:
-    """Move every parameter away from its initial value, so that each one affects the result."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(amount * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
-def inputs_of(model: DiMR, batch: int, times: int | None = None) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(batch)
-    config = model.config
-    return {
-        "x": torch.randn(batch, config.channels, *config.image_size, generator=generator),
-        "log_snr": torch.linspace(-3, 4, batch if times is None else times),
-        "y": torch.arange(batch) % config.num_classes,
-    }
 
 
 @pytest.fixture
@@ -125,10 +107,10 @@ def test_batches_in_any_order_share_buffers_and_no_results(norm_type: str) -> No
 def test_blocks_write_to_buffers_that_stay(tiny: DiMR) -> None:
     optimised = optimize_for_inference(tiny)
     optimised(**inputs_of(tiny, 3))
-    places = [buffers.pairs.data_ptr() for buffers in optimised._buffers_in_use]
+    places = [buffers.pairs.data_ptr() for buffers in optimised.shared_buffers]
     outputs = optimised(**inputs_of(tiny, 2))
-    assert [buffers.pairs.data_ptr() for buffers in optimised._buffers_in_use] == places
-    owned = {buffers.pairs.untyped_storage().data_ptr() for buffers in optimised._buffers_in_use}
+    assert [buffers.pairs.data_ptr() for buffers in optimised.shared_buffers] == places
+    owned = {buffers.pairs.untyped_storage().data_ptr() for buffers in optimised.shared_buffers}
     assert not owned & {output.untyped_storage().data_ptr() for output in outputs}
 
 
@@ -356,101 +338,3 @@ def test_it_says_that_it_cannot_be_moved(tiny: DiMR) -> None:
         with pytest.raises(RuntimeError, match="cannot be moved or cast"):
             move()
     assert optimised(**inputs_of(tiny, 1))[-1].isfinite().all()
-
-
-class FakeCapture:
-    """Replaces a CUDA graph: replays a function on inputs of the same shapes and dtypes."""
-
-    def __init__(self) -> None:
-        self.captures: list[tuple[tuple[int, ...], ...]] = []
-        self.replays = 0
-
-    def __call__(
-        self, function: inference.Compute, inputs: Sequence[Tensor], pool: object
-    ) -> inference.Compute:
-        self.captures.append(tuple(tuple(tensor.shape) for tensor in inputs))
-        static = [tensor.clone() for tensor in inputs]
-
-        def replay(*inputs: Tensor) -> list[Tensor]:
-            self.replays += 1
-            for place, tensor in zip(static, inputs, strict=True):
-                assert (place.shape, place.dtype) == (tensor.shape, tensor.dtype)
-                place.copy_(tensor)
-            return function(*static)
-
-        return replay
-
-
-def test_graphs_are_captured_once_a_shape_and_predict_the_same(tiny: DiMR) -> None:
-    capture = FakeCapture()
-    optimised = optimize_for_inference(tiny)
-    eager = optimize_for_inference(tiny)
-    optimised._graphs = inference._Graphs(optimised._compute, capture)
-    calls = [(2, 2), (2, 1), (3, 1), (2, 2), (3, 1)]
-    for batch, times in calls:
-        inputs = inputs_of(tiny, batch, times)
-        inputs["x"] += len(capture.captures)
-        for output, wanted in zip(optimised(**inputs), eager(**inputs), strict=True):
-            assert torch.equal(output, wanted)
-    assert len(capture.captures) == 3
-    inputs = inputs_of(tiny, 2)
-    optimised(**inputs, last_only=True)
-    optimised(**{**inputs, "x": inputs["x"].bfloat16()})
-    optimised(**{**inputs, "y": inputs["y"].int()})
-    assert len(capture.captures) == 6
-    assert capture.replays == len(calls) + 3
-    optimised(**inputs_of(tiny, 0))
-    assert capture.replays == len(calls) + 3
-
-
-def test_the_least_recently_used_graph_makes_room() -> None:
-    capture = FakeCapture()
-    graphs = inference._Graphs(lambda flag, x: [x + 1 if flag else x], capture)
-    for size in range(inference.GRAPHS):
-        graphs(True, torch.zeros(size))
-    graphs(True, torch.zeros(0))
-    graphs(True, torch.zeros(99))
-    assert len(capture.captures) == inference.GRAPHS + 1
-    assert torch.equal(graphs(True, torch.zeros(0))[0], torch.ones(0))
-    assert len(capture.captures) == inference.GRAPHS + 1
-    assert torch.equal(graphs(True, torch.zeros(1))[0], torch.ones(1))
-    assert len(capture.captures) == inference.GRAPHS + 2
-
-
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
-
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(dtype, marks=needs_gpu, id=str(dtype)) for dtype in DTYPES]
-)
-def test_graphs_on_a_gpu_replay_what_runs_without(dtype: torch.dtype) -> None:
-    model = randomised(DiMR.from_preset("tiny")).cuda()
-    replayed = optimize_for_inference(model, dtype)
-    eager = optimize_for_inference(model, dtype, cuda_graphs=False)
-    assert replayed._graphs is not None
-    assert eager._graphs is None
-    kept = []
-    for seed, (batch, times) in enumerate([(2, 2), (3, 1), (2, 2), (0, 1), (2, 1), (3, 1)]):
-        inputs = {name: value.cuda() for name, value in inputs_of(model, batch, times).items()}
-        inputs["x"] += seed
-        kept.append((replayed(**inputs), eager(**inputs)))
-    torch.cuda.synchronize()
-    for ours, theirs in kept:
-        for output, wanted in zip(ours, theirs, strict=True):
-            assert torch.equal(output, wanted)
-
-
-@pytest.mark.parametrize("case", [pytest.param(case, marks=needs_gpu) for case in CASES])
-def test_graphs_on_a_gpu_equal_the_published_model(case: str) -> None:
-    torch.backends.cudnn.allow_tf32 = False
-    golden = Golden(case)
-    model = DiMR(golden.config).cuda()
-    model.load_state_dict(golden.under("param/"), strict=True)
-    optimised = optimize_for_inference(model, torch.float32, cuda_graphs=True)
-    x, log_snr, y = (golden[f"in/{name}"].cuda() for name in ("x", "time", "y"))
-    for _ in range(2):
-        for i, output in enumerate(optimised(x, log_snr=log_snr, y=y)):
-            assert relative_error(output.cpu(), golden[f"mixed_time/out/{i}"]) < 1e-5

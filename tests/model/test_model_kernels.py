@@ -211,7 +211,7 @@ def aot_launches() -> list[Launch]:
 @pytest.mark.versions
 def test_all_that_a_training_step_launches_compiles_without_spills() -> None:
     """Compile with the strides, offsets and dtypes that the model passes to the launchers."""
-    kernels = compiled("test_model_kernels")
+    kernels = compiled("tests.model.test_model_kernels")
     assert {kernel.launch for kernel in kernels} >= {"DiMR-XL/2R", "tiny"}
     for kernel in kernels:
         assert kernel.spilled == 0, kernel

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from dimr_fast import ops, reference
 from dimr_fast.ops import attention_backends as backends
 from tests.support.oracle import assert_as_accurate, seeded, with_gradients
+from tests.support.versions import forget_versions
 
 CALLS: list[dict[str, Any]] = []
 
@@ -139,15 +140,20 @@ def on_gpu(head_dim: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", STAND_INS)
-def test_why_not(stand_ins: None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_not(
+    stand_ins: None,
+    name: str,
+    invented_versions: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     why_not = ops.OPERATORS["attention"].why_not
     package = {"flash_attn": "flash-attn", "xformers": "xformers"}[name]
-    capability, versions = [(9, 0)], {"flash-attn": "2.8.3+cu12", "xformers": "0.0.35"}
+    capability = [(9, 0)]
+    invented_versions |= {"flash-attn": "2.8.3+cu12", "xformers": "0.0.35"}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability[0])
-    monkeypatch.setattr(backends.metadata, "version", lambda p: versions[p])
 
     def reason(head_dim: int = 60, dtype: torch.dtype = torch.bfloat16) -> str | None:
-        backends._installed.cache_clear()
+        forget_versions()
         return why_not(name, on_gpu(head_dim, dtype))
 
     assert reason() is None
@@ -157,11 +163,10 @@ def test_why_not(stand_ins: None, name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert ("up to 256, not 264" in str(reason(264))) == (name == "flash_attn")
     capability[0] = (7, 5)
     assert "capability 8.0" in str(reason())
-    versions[package] = "0.0.1"
+    invented_versions[package] = "0.0.1"
     assert "found 0.0.1" in str(reason())
     monkeypatch.setitem(sys.modules, STAND_INS[name][0], None)
     assert f"{package} does not import" in str(reason())
-    backends._installed.cache_clear()
 
 
 def test_auto_leaves_the_packages_alone() -> None:

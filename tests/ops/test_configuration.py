@@ -16,28 +16,38 @@ skip_module_without_triton()
 CPU = torch.device("cpu")
 
 
-def test_sizes_take_the_smallest_bucket_that_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {"k": {256: {"ROWS": 8}, 1024: {"ROWS": 2}}}
-    monkeypatch.setattr(configuration, "_table", lambda gpu: table)
+def test_sizes_take_the_smallest_bucket_that_holds_them(tmp_path: Path) -> None:
+    table = {"k": {"256": {"ROWS": 8}, "1024": {"ROWS": 2}}}
+    (tmp_path / "default.json").write_text(json.dumps(table))
     sizes = {1: 8, 256: 8, 257: 2, 1024: 2, 10**6: 2}
-    assert {s: configuration.configuration("k", s, CPU)["ROWS"] for s in sizes} == sizes
+    found = {s: configuration.look_up("k", s, "default", tmp_path)["ROWS"] for s in sizes}
+    assert found == sizes
 
 
-def test_a_gpus_file_comes_before_the_default(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_gpus_file_comes_before_the_default(tmp_path: Path) -> None:
     for name, size, rows in (("default", 64, 1), ("Fast_GPU_80", 16, 2)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"k": {str(size): {"ROWS": rows}}}))
-    monkeypatch.setattr(configuration, "FOLDER", tmp_path)
-    configuration._table.cache_clear()
+    for gpu, rows in (("Fast GPU/80", 2), ("another", 1)):
+        assert configuration.look_up("k", 8, gpu, tmp_path)["ROWS"] == rows
+        assert configuration.look_up("k", 32, gpu, tmp_path)["ROWS"] == 1
+        assert configuration.look_up("k", 128, gpu, tmp_path)["ROWS"] == 1
+
+
+@pytest.mark.parametrize("size", [8, 10**6])
+def test_a_launch_takes_the_files_of_the_package(size: int) -> None:
+    """The name of the GPU is that of the device, unless another is asked for."""
+    found = configuration.configuration("sum_partials", size, CPU)
+    assert found == configuration.look_up("sum_partials", size, "default")
+    configuration.use_files_of("Fast GPU")
     try:
-        for gpu, rows in (("Fast GPU/80", 2), ("another", 1)):
-            monkeypatch.setattr(configuration, "gpu_name", lambda device, gpu=gpu: gpu)
-            assert configuration.configuration("k", 8, CPU)["ROWS"] == rows
-            assert configuration.configuration("k", 32, CPU)["ROWS"] == 1
-            assert configuration.configuration("k", 128, CPU)["ROWS"] == 1
+        assert configuration.gpu_name(CPU) == "Fast GPU"
+        with configuration.trial("sum_partials", {"BLOCK": 3}, CPU):
+            assert configuration.look_up("sum_partials", size, "Fast GPU") == {"BLOCK": 3}
+            assert configuration.configuration("sum_partials", size, CPU) == {"BLOCK": 3}
+            assert configuration.look_up("sum_partials", size, "default") == found
     finally:
-        configuration._table.cache_clear()
+        configuration.use_files_of(None)
+    assert configuration.gpu_name(CPU) == "default"
 
 
 def test_a_trial_ends() -> None:

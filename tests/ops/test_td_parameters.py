@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dimr_fast import DiMR, ops
+from dimr_fast.layers import TDParameter
 from tests.support.aot import TARGETS, Launch, compiled
 from tests.support.cpu_library import each_implementation, needs_cpu, on_threads
 from tests.support.oracle import (
@@ -18,30 +19,15 @@ from tests.support.oracle import (
     skip_module_without_triton,
     with_gradients,
 )
+from tests.support.td_parameters import by, times, vectors_of
 
 skip_module_without_triton()
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def by(implementation: str, tau: torch.Tensor) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Return the values at times `tau` as a function of the vectors, four per parameter."""
-
-    def values(*vectors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        parameters: Any = list(zip(*(vectors[i::4] for i in range(4)), strict=True))
-        times = tau.double() if vectors[0].dtype == torch.float64 else tau
-        return ops.td_parameters(times, parameters, implementation=implementation)
-
-    return values
-
-
-def vectors_of(*widths: int) -> list[torch.Tensor]:
-    """Return four different vectors for each parameter."""
-    return [v for i, width in enumerate(widths, 1) for v in seeded(4, i, width)[:, -1].clone()]
-
-
-def times(count: int) -> torch.Tensor:
-    return torch.linspace(-1, 1, count, device=DEVICE)
+def td_parameters_of(model: DiMR) -> list[TDParameter]:
+    return [module for module in model.modules() if isinstance(module, TDParameter)]
 
 
 def check(
@@ -87,7 +73,7 @@ def test_parameters_of_a_model(implementation: str) -> None:
     check(
         implementation,
         times(2),
-        [v for p in model._td_parameters for v in p.vectors],
+        [v for p in td_parameters_of(model) for v in p.vectors],
         torch.float32,
     )
 
@@ -194,86 +180,6 @@ def test_gradients_may_be_changed_in_place(implementation: str) -> None:
         torch.nn.utils.clip_grad_norm_(leaves, 0.5)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-
-
-@pytest.fixture
-def tables(monkeypatch: pytest.MonkeyPatch) -> dict[Any, torch.Tensor]:
-    from dimr_fast.kernels import td_parameters
-
-    monkeypatch.setattr(td_parameters, "_tables", {})
-    return td_parameters._tables
-
-
-def test_a_table_is_built_once_for_the_same_tensors(tables: dict[Any, torch.Tensor]) -> None:
-    vectors = vectors_of(24, 8)
-    for count in (2, 3, 5):
-        with_gradients(by("triton", times(count)))(*vectors)
-    assert len(tables) == 2, "one of forward and, in blocks of another size, one of backward"
-
-
-def test_a_table_serves_whatever_lies_at_its_addresses(tables: dict[Any, torch.Tensor]) -> None:
-    """A tensor at the address of a freed one may have other values or a dtype of the same size."""
-    halves = [v.half() for v in vectors_of(24, 8)]
-    for dtype in (torch.float16, torch.bfloat16, torch.float16):
-        vectors = [v.view(dtype).copy_(seeded(v.shape[0]) + i) for i, v in enumerate(halves)]
-        expected = by("reference", times(2))(*[v.float() for v in vectors])
-        for actual, truth in zip(by("triton", times(2))(*vectors), expected, strict=True):
-            torch.testing.assert_close(actual, truth)
-    assert len(tables) == 1
-
-
-def test_the_least_recently_used_table_makes_room(tables: dict[Any, torch.Tensor]) -> None:
-    from dimr_fast.kernels import td_parameters
-
-    def call(vectors: list[torch.Tensor]) -> torch.Tensor:
-        by("triton", times(1))(*vectors)
-        return next(reversed(tables.values()))
-
-    limit = td_parameters.TABLES
-    assert limit >= 128
-    alive = [vectors_of(3) for _ in range(limit + 40)]
-    built = [call(vectors) for vectors in alive[:limit]]
-    assert call(alive[0]) is built[0], "used again, and so not the next to go"
-    built += [call(vectors) for vectors in alive[limit:]]
-    assert [id(table) for table in tables.values()] == [
-        id(table) for table in (*built[41:limit], built[0], *built[limit:])
-    ]
-
-
-def test_a_capture_finds_the_tables_of_its_warm_up(
-    tables: dict[Any, torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a fake GPU: 80 sets forward and backward after 80 other ones, then a capture."""
-    from dimr_fast.kernels import td_parameters
-
-    class OnGpu:
-        is_cuda = True
-
-    capturing = False
-
-    def build(*key: Any) -> OnGpu:
-        assert not capturing, "a copy to the device waits, which a capture forbids"
-        return OnGpu()
-
-    monkeypatch.setattr(td_parameters, "_table", build)
-    monkeypatch.setattr(td_parameters, "_captured", set())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    others, ours = ([vectors_of(3) for _ in range(80)] for _ in range(2))
-
-    def run(sets: list[list[torch.Tensor]]) -> set[Any]:
-        kinds = [[[kind] for kind in vectors] for vectors in sets]
-        return {td_parameters._table_of(kind, block)[0] for kind in kinds for block in (128, 256)}
-
-    run(others)
-    warm = run(ours)
-    assert not td_parameters._captured
-    capturing = True
-    assert run(ours) == warm
-    assert td_parameters._captured == warm
-    capturing = False
-    run([vectors_of(3 + i) for i in range(td_parameters.TABLES)])
-    assert not warm & set(tables.values()), "evicted since"
-    assert td_parameters._captured == warm, "but a graph may be replayed still"
 
 
 @pytest.mark.versions
@@ -407,7 +313,9 @@ def aot_launches() -> list[Launch]:
     def kinds_of(preset: str, dtype: torch.dtype = torch.float32) -> list[list[torch.Tensor]]:
         with torch.device("meta"):
             model = DiMR.from_preset(preset).to(dtype)
-        return [list(kind) for kind in zip(*(p.vectors for p in model._td_parameters), strict=True)]
+        return [
+            list(kind) for kind in zip(*(p.vectors for p in td_parameters_of(model)), strict=True)
+        ]
 
     def both(name: str, kinds: Any, count: int, targets: tuple[str, ...]) -> list[Launch]:
         tau = torch.empty(count, device="meta")
@@ -429,20 +337,20 @@ def aot_launches() -> list[Launch]:
 @pytest.mark.slow
 @pytest.mark.versions
 def test_compiled_kernels_do_not_spill() -> None:
-    for kernel in compiled("test_td_parameters"):
+    for kernel in compiled("tests.ops.test_td_parameters"):
         assert kernel.spilled == 0, kernel
         assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
 
 
 @pytest.mark.slow
 def test_all_parameters_of_a_model_take_one_launch() -> None:
-    found = [(kernel.launch, kernel.target) for kernel in compiled("test_td_parameters")]
+    found = [(kernel.launch, kernel.target) for kernel in compiled("tests.ops.test_td_parameters")]
     assert len(found) == len(set(found))
 
 
 @pytest.mark.slow
 def test_values_and_their_gradients_move_in_16_byte_pieces() -> None:
-    for kernel in compiled("test_td_parameters"):
+    for kernel in compiled("tests.ops.test_td_parameters"):
         if kernel.target == "gfx942" or "XL" not in kernel.launch:
             continue
         if "forward" in kernel.launch:

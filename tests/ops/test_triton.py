@@ -1,8 +1,8 @@
-"""When Triton kernels can run, and the reasons why they cannot (`dimr_fast.ops._triton`)."""
+"""When Triton kernels can run, and the reasons why they cannot."""
 
+import functools
 import sys
-from collections.abc import Iterator
-from importlib import metadata
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,21 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dimr_fast import DiMR, _extension
-from dimr_fast.ops import OPERATORS, _triton
+from dimr_fast.ops import OPERATORS
 from tests.support.aot import Launch, compiled, meta
+from tests.support.versions import forget_versions
 
 HAVE_TRITON = [name for name, o in OPERATORS.items() if "triton" in o.names]
 
 
-@pytest.fixture(autouse=True)
-def forget_installed_versions() -> Iterator[None]:
-    """Forget cached versions, so that each test reads them again."""
-    caches = (_triton._installed, _triton._interpreter)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
+why_not = functools.partial(OPERATORS["td_rms_norm"].why_not, "triton")
 
 
 def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -77,42 +70,48 @@ def test_a_model_on_a_gpu_runs_on_triton_under_auto(monkeypatch: pytest.MonkeyPa
     assert called == expected
 
 
-def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons(invented_versions: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(2, 3, 4)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert "x is on cpu" in str(_triton.why_not(x))
+    assert "x is on cpu" in str(why_not(x))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "x is float64" in str(_triton.why_not(x.double()))
+    assert "x is float64" in str(why_not(x.double()))
+    x = on_gpu(2, 3)
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    invented_versions["triton"] = "3.6.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
+    assert why_not(x) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
-    monkeypatch.setattr(_triton, "_installed", lambda: None)
-    assert "8.0 or later" in str(_triton.why_not(on_gpu(2, 3)))
+    assert "8.0 or later" in str(why_not(x))
 
 
-def test_no_triton_or_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_triton_or_an_old_one(
+    invented_versions: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert "does not import" in str(_triton.why_not(torch.ones(2)))
-    _triton._installed.cache_clear()
-    monkeypatch.setitem(sys.modules, "triton", torch)
-    monkeypatch.setattr(metadata, "version", lambda name: "3.5.1")
-    assert "3.6 or later, found 3.5.1" in str(_triton.why_not(torch.ones(2)))
-    _triton._installed.cache_clear()
+    assert "does not import" in str(why_not(torch.ones(2)))
+    forget_versions()
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    invented_versions["triton"] = "3.5.1"
+    assert "3.6 or later, found 3.5.1" in str(why_not(torch.ones(2)))
 
 
-def test_an_interpreter_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interpreter_that_fails_is_a_reason(
+    invented_versions: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    versions = {"triton": "3.6.0", "numpy": "2.5.2"}
-    monkeypatch.setattr(metadata, "version", lambda name: versions[name])
+    invented_versions |= {"triton": "3.6.0", "numpy": "2.5.2"}
     reason = "the interpreter of Triton 3.6.0 needs NumPy before 2.4, found 2.5.2"
-    assert _triton.why_not(torch.ones(2)) == reason
+    assert why_not(torch.ones(2)) == reason
     with pytest.raises(ValueError, match=reason):
         OPERATORS["td_rms_norm"].select("triton", torch.ones(2, 3, 4))
     for name, version in (("triton", "3.7.1"), ("numpy", "2.3.5")):
         with monkeypatch.context() as context:
-            context.setitem(versions, name, version)
-            _triton._interpreter.cache_clear()
-            assert _triton.why_not(torch.ones(2)) is None
+            context.setitem(invented_versions, name, version)
+            forget_versions()
+            assert why_not(torch.ones(2)) is None
 
 
 def aot_launches() -> list[Launch]:
@@ -152,5 +151,5 @@ def test_kernels_compile_at_sizes_of_one() -> None:
     The interpreter does not show that. Tests of other operators compile such sizes as well.
     """
     pytest.importorskip("triton", reason="triton is not installed")
-    kernels = {kernel.kernel for kernel in compiled("test_triton")}
+    kernels = {kernel.kernel for kernel in compiled("tests.ops.test_triton")}
     assert len(kernels) >= 7

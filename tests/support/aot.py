@@ -118,7 +118,7 @@ def _compile(module: str) -> list[Compiled]:
     JITFunction.run = compile_only
     results = []
     for file in sorted(configuration.FOLDER.glob("*.json")):
-        configuration.gpu_name = lambda device, name=file.stem: name
+        configuration.use_files_of(file.stem)
         for launch in importlib.import_module(module).aot_launches():
             for target in launch.targets if file.stem == "default" else _targets(file.stem):
                 arch = target.removeprefix("sm_")

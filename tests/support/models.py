@@ -29,6 +29,17 @@ def inputs() -> dict[str, Tensor]:
     return {"x": x, "log_snr": torch.tensor([-3.0, 2.0]), "y": torch.tensor([1, 6])}
 
 
+def inputs_of(model: DiMR, batch: int, times: int | None = None) -> dict[str, Tensor]:
+    """Return images, times from -3 to 4 (`times` of them, else one an image) and classes."""
+    generator = torch.Generator().manual_seed(batch)
+    config = model.config
+    return {
+        "x": torch.randn(batch, config.channels, *config.image_size, generator=generator),
+        "log_snr": torch.linspace(-3, 4, batch if times is None else times),
+        "y": torch.arange(batch) % config.num_classes,
+    }
+
+
 def trained_model() -> TrainedModel:
     """Return a tiny model of 16×16 pixels in the six classes a to f."""
     torch.manual_seed(0)
