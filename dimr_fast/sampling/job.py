@@ -225,7 +225,8 @@ def _job(
         "weights": _weights_digest(trained.model),
         "count": count,
         "classes": [trained.classes[i] for i in chosen.tolist()],
-        "labels": "balanced: class counts differ by at most one",
+        # Compared when a job is resumed, also one of an earlier version: the text stays as it is.
+        "labels": "each class equally often, or once more, going round the classes",
         "autoencoder": config.autoencoder,
         "formats": list(config.formats),
         "sampler": sampler.recipe(trained.scale, device),

@@ -47,7 +47,7 @@ def test_written_settings_are_read_back(tmp_path: Path) -> None:
         ("tensorboard=1", "tensorboard: got 1, expected true or false"),
         ("data=[a]", "data: got"),
         ("steps", "set: got 'steps', expected KEY=VALUE"),
-        ("betas=[", "betas: got no YAML"),
+        ("betas=[", "betas: not valid YAML"),
     ],
 )
 def test_a_bad_setting_is_named(tmp_path: Path, word: str, message: str) -> None:
