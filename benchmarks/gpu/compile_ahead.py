@@ -60,7 +60,7 @@ def compile_all(
         for worker in workers:
             worker.kill()
         for worker in workers:
-            worker.join(1)
+            worker.join(5)
     return verdicts
 
 
