@@ -2,9 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn, Self, TypeVar, cast
 
 import torch
@@ -27,10 +26,9 @@ from dimr_fast.layers import (
     UpsampleAdd,
 )
 from dimr_fast.model import Branch, DiMR, check_inputs
+from dimr_fast.utils.cuda_graphs import Capture, CUDAGraphs, capture_graph
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-GRAPHS = 8
-"""The number of CUDA graphs that a model keeps; a new one replaces the least recently used."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -81,7 +79,7 @@ class InferenceDiMR(nn.Module):
         model: DiMR,
         dtype: torch.dtype,
         cuda_graphs: bool,
-        capture: "Capture | None" = None,
+        capture: Capture | None = None,
     ) -> None:
         super().__init__()
         self.config = model.config
@@ -97,7 +95,7 @@ class InferenceDiMR(nn.Module):
         kinds = zip(*(parameter.vectors for parameter in td), strict=True)
         self.register_buffer("td_vectors", torch.stack([torch.cat(kind).float() for kind in kinds]))
         self.shared_buffers = self._allocate(0)
-        self._graphs = _Graphs(self._compute, capture or _capture) if cuda_graphs else None
+        self._graphs = CUDAGraphs(self._compute, capture or capture_graph) if cuda_graphs else None
         self.eval()
 
     @property
@@ -490,56 +488,3 @@ def _no_autocast(device: torch.device) -> Any:
     if ops.autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
-
-
-Compute = Callable[..., list[Tensor]]
-Capture = Callable[[Compute, Sequence[Tensor], Any], Compute]
-"""A function of a computation, its inputs and a memory pool, as CUDA graphs use it.
-
-It returns a function that replays the computation on new inputs of the same shapes and dtypes.
-"""
-
-
-class _Graphs:
-    """A function of a flag and tensors, captured once per flag, shapes and dtypes."""
-
-    def __init__(self, function: Compute, capture: Capture) -> None:
-        self._function = function
-        self._capture = capture
-        self._replays: dict[tuple[Any, ...], Compute] = {}
-        # Graphs never run at the same time, so they can share memory.
-        self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-
-    def __call__(self, flag: bool, *inputs: Tensor) -> list[Tensor]:
-        key = flag, *((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
-        replay = self._replays.pop(key, None)
-        if replay is None:
-            if len(self._replays) == GRAPHS:
-                del self._replays[next(iter(self._replays))]
-            replay = self._capture(partial(self._function, flag), inputs, self._pool)
-        self._replays[key] = replay  # the most recently used is last
-        return replay(*inputs)
-
-
-def _capture(function: Compute, inputs: Sequence[Tensor], pool: Any) -> Compute:
-    static = [tensor.clone(memory_format=torch.contiguous_format) for tensor in inputs]
-    with torch.cuda.device(static[0].device):
-        # Warm up before the capture: it does not allow compiling kernels or initialising libraries.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                function(*static)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Only this thread is restricted: a training's data loader pins memory in another one.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            outputs = function(*static)
-
-    def replay(*inputs: Tensor) -> list[Tensor]:
-        for place, tensor in zip(static, inputs, strict=True):
-            place.copy_(tensor)
-        graph.replay()
-        return [output.clone() for output in outputs]
-
-    return replay

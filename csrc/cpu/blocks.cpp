@@ -116,6 +116,7 @@ class Blocks {
     static Tensor add(const Tensor& a, const Tensor& b, const std::optional<Tensor>& out) {
         const Features left(a, "a"), right(b, "b");
         right.check_like(left, "b");
+        STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "parameters: expected the dtype of x");
         const Tensor to = out ? *out : torch::stable::new_empty(a, a.sizes());
         const Features result(to, "out");
         result.check_like(left, "out");
@@ -141,6 +142,9 @@ Tensor branch_blocks(const Tensor& x, const Tensor& pairs, const std::vector<Ten
                         pairs.size(2) == x.size(1) && pairs.size(3) == 2 &&
                         pairs.size(4) == x.size(2) && pairs.stride(-1) == 1,
                     "pairs: expected [depth, B, N, 2, D] of x [B, N, D]");
+    STD_TORCH_CHECK(x.scalar_type() == pairs.scalar_type(), "pairs: expected the dtype of x");
+    STD_TORCH_CHECK(heads > 0 || (height > 0 && x.size(1) % height == 0),
+                    "height: expected a divisor of ", x.size(1), ", got ", height);
     return Blocks(parameters, values, heads, height, layer_norm, packed).run(x, pairs);
 }
 

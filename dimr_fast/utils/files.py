@@ -1,5 +1,6 @@
 """Write files and folders so that each appears complete or not at all; lock and digest them."""
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""Errors of file systems without locks, such as network drives without a lock service."""
 LOCK_TIMEOUT = 10.0
 """Seconds to wait for a lock. If a training process is killed, its data loader workers may keep
 the lock for up to five seconds."""
@@ -99,7 +102,10 @@ def lock_folder(folder: Path, timeout: float = LOCK_TIMEOUT) -> AbstractContextM
         return FileLock(folder / LOCK).acquire(timeout=timeout)
     except Timeout as error:
         raise OSError(f"{folder}: another process is writing there") from error
-    except NotImplementedError:
+    except (NotImplementedError, OSError) as error:
+        # filelock raises NotImplementedError for ENOSYS in some of its versions.
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
         return nullcontext()
 
 

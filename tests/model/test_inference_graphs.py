@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dimr_fast import DiMR, inference, optimize_for_inference
+from dimr_fast.utils.cuda_graphs import GRAPHS, Compute
 from tests.support.golden import CASES, Golden, relative_error
 from tests.support.models import inputs_of, randomised
 
@@ -25,9 +26,7 @@ class FakeCapture:
         self.captures: list[tuple[tuple[int, ...], ...]] = []
         self.replays = 0
 
-    def __call__(
-        self, function: inference.Compute, inputs: Sequence[Tensor], pool: object
-    ) -> inference.Compute:
+    def __call__(self, function: Compute, inputs: Sequence[Tensor], pool: object) -> Compute:
         self.captures.append(tuple(tuple(tensor.shape) for tensor in inputs))
         static = [tensor.clone() for tensor in inputs]
 
@@ -76,12 +75,12 @@ def test_the_least_recently_used_graph_makes_room(tiny: DiMR) -> None:
             assert torch.equal(output, wanted)
         return len(capture.captures)
 
-    first = range(1, inference.GRAPHS + 1)
+    first = range(1, GRAPHS + 1)
     assert [captures(batch) for batch in first] == [*first]
-    assert captures(1) == inference.GRAPHS
-    assert captures(inference.GRAPHS + 1) == inference.GRAPHS + 1
-    assert captures(1) == inference.GRAPHS + 1
-    assert captures(2) == inference.GRAPHS + 2
+    assert captures(1) == GRAPHS
+    assert captures(GRAPHS + 1) == GRAPHS + 1
+    assert captures(1) == GRAPHS + 1
+    assert captures(2) == GRAPHS + 2
 
 
 needs_gpu = [

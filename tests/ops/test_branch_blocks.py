@@ -77,6 +77,16 @@ def test_a_wrong_number_of_parameters_is_refused(count: int) -> None:
         run((2 * parameters)[:count])
 
 
+@pytest.mark.parametrize(
+    ("height", "dtype", "message"),
+    [(0, torch.float32, "height: "), (3, torch.float32, "height: "), (2, torch.bfloat16, "dtype")],
+)
+def test_a_wrong_height_or_dtype_is_refused(height: int, dtype: torch.dtype, message: str) -> None:
+    x, pairs = torch.zeros(1, 4, 8), torch.zeros(0, 1, 4, 2, 8, dtype=dtype)
+    with pytest.raises(RuntimeError, match=message):
+        ops.branch_blocks(x, pairs, [], [], heads=0, height=height, layer_norm=False, packed=False)
+
+
 def test_wrong_buffers_are_refused() -> None:
     x = torch.zeros(1, 4, 8)
     for pairs in (torch.zeros(1, 2, 4, 2, 8), torch.zeros(1, 1, 4, 1, 8), torch.zeros(1, 4, 2, 8)):

@@ -1,0 +1,41 @@
+"""Locks of output folders."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dimr_fast.utils.files import lock_folder
+
+fcntl = pytest.importorskip("fcntl", reason="the system has no fcntl")
+
+
+def test_a_folder_is_locked_against_another_process_until_the_block_ends(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from dimr_fast.utils.files import lock_folder\n"
+    code += "with lock_folder(Path(sys.argv[1]), timeout=0.2): pass"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with lock_folder(tmp_path):
+        refused = subprocess.run(command, capture_output=True, text=True)
+        assert "another process is writing there" in refused.stderr
+    subprocess.run(command, check=True)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with lock_folder(tmp_path, timeout=0.2):
+        (tmp_path / "result").write_text("written")
+
+
+def test_a_lock_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="file"), lock_folder(tmp_path / "file", timeout=0.2):
+        pass
