@@ -71,7 +71,8 @@ def faults():
 
 given_back = faults()
 keep_freed_memory()
-print(given_back, min(faults() for _ in range(3)))
+# The heap grows for a few rounds before every block is reused.
+print(given_back, [faults() for _ in range(8)][-1])
 """
 
 
