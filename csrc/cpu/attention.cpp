@@ -10,7 +10,6 @@
 #include "rows.h"
 
 namespace dimr_fast {
-namespace {
 
 void run_attention(const Attention& given) {
     Attention p = given;
@@ -28,7 +27,7 @@ void run_attention(const Attention& given) {
     });
 }
 
-}  // namespace
+namespace {
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, int64_t heads) {
     // Not `% (3 * heads)`, which overflows for absurd numbers of heads.
@@ -52,6 +51,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, int64_t heads) {
     run_attention(p);
     return {y, statistics};
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dimr_fast, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&attention_fwd)); }
 

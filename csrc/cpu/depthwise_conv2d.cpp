@@ -7,7 +7,7 @@
 
 #include <tuple>
 
-#include "kernels/depthwise_conv2d.h"
+#include "operators.h"
 #include "tensors.h"
 
 namespace dimr_fast {
@@ -56,7 +56,10 @@ int64_t groups(const DepthwiseConv2d& p) { return (blocks(p) + p.group - 1) / p.
 
 int64_t cost(const DepthwiseConv2d& p) { return p.group * p.band * p.width * p.kernel * p.kernel; }
 
-void convolve(DepthwiseConv2d p) {
+}  // namespace
+
+void run_depthwise_conv2d(const DepthwiseConv2d& given) {
+    DepthwiseConv2d p = given;
     p.group = std::min(blocks(p), CHOOSE(depthwise_conv2d_group)(p));
     // Tasks are to keep a handful of threads busy. Bands repeat the rows around them, so they are
     // not to be low; where there are still too few, smaller groups.
@@ -75,7 +78,7 @@ void convolve(DepthwiseConv2d p) {
     });
 }
 
-}  // namespace
+namespace {
 
 Tensor depthwise_conv2d_fwd(const Tensor& x, const Tensor& weight,
                             const std::optional<Tensor>& bias, bool residual) {
@@ -85,11 +88,9 @@ Tensor depthwise_conv2d_fwd(const Tensor& x, const Tensor& weight,
     if (shape.numel() == 0) return y;
     p.bias = bias ? bias->const_data_ptr() : nullptr;
     p.residual = residual;
-    convolve(p);
+    run_depthwise_conv2d(p);
     return y;
 }
-
-namespace {
 
 void weight_gradients(DepthwiseConv2d p, const Tensor& dweight, const Tensor& dbias) {
     const int64_t lanes = CHOOSE(depthwise_conv2d_lanes)();
@@ -127,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(const Tensor& dy, const 
         DepthwiseConv2d p = describe(shape, dy, weight, dx);
         p.residual = residual;
         p.flipped = true;
-        convolve(p);
+        run_depthwise_conv2d(p);
     }
     if (shape.numel() > 0 && parameters)
         weight_gradients(describe(shape, x, weight, dy), dweight, dbias);

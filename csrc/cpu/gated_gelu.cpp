@@ -4,7 +4,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "operators.h"
 #include "rows.h"
 
 namespace dimr_fast {
@@ -23,8 +22,6 @@ Features features(const Tensor& x, const char* name) {
     return Features(x.dim() == 1 ? torch::stable::unsqueeze(x, 0) : x, name);
 }
 
-}  // namespace
-
 Tensor gated_gelu_fwd(const Tensor& x) {
     Tensor y = torch::stable::new_empty(x, sizes_of_result(x));
     const Features from = features(x, "x");
@@ -38,8 +35,6 @@ Tensor gated_gelu_fwd(const Tensor& x) {
                [&](int64_t begin, int64_t end) { DIMR_FAST_CHOOSE(gated_gelu)(p, begin, end); });
     return y;
 }
-
-namespace {
 
 Tensor gated_gelu_bwd(const Tensor& dy, const Tensor& x) {
     STD_TORCH_CHECK(sizes_of(dy) == sizes_of_result(x), "dy: its shape is not that of the result");

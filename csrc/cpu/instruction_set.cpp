@@ -15,7 +15,9 @@ InstructionSet best() {
                       __builtin_cpu_supports("f16c");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return InstructionSet::AVX512BF16;
+    if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16") &&
+        __builtin_cpu_supports("avx512vnni"))
+        return InstructionSet::AVX512BF16;
     if (avx2 && avx512) return InstructionSet::AVX512;
     if (avx2) return InstructionSet::AVX2;
 #endif

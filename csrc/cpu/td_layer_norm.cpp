@@ -8,7 +8,6 @@
 
 #include <tuple>
 
-#include "operators.h"
 #include "rows.h"
 
 namespace dimr_fast {
@@ -38,8 +37,6 @@ struct Pieces {
     int64_t width;
     std::vector<int64_t> sizes;  // of the whole rows
 };
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> td_layer_norm_fwd(const Tensor& weight,
                                                              const Tensor& bias,
@@ -85,8 +82,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> td_layer_norm_fwd(const Tensor& weigh
                [&](int64_t begin, int64_t end) { DIMR_FAST_CHOOSE(td_layer_norm)(p, begin, end); });
     return {summed, y, mean, rstd};
 }
-
-namespace {
 
 std::tuple<Tensor, Tensor, Tensor> td_layer_norm_bwd(const Tensor& dy,
                                                      const std::optional<Tensor>& dsum,

@@ -8,10 +8,10 @@
 
 #include <tuple>
 
-#include "operators.h"
 #include "rows.h"
 
 namespace dimr_fast {
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> td_rms_norm_fwd(const Tensor& x,
                                                    const std::optional<Tensor>& residual,
@@ -46,8 +46,6 @@ std::tuple<Tensor, Tensor, Tensor> td_rms_norm_fwd(const Tensor& x,
                [&](int64_t begin, int64_t end) { DIMR_FAST_CHOOSE(td_rms_norm)(p, begin, end); });
     return {summed, y, rms};
 }
-
-namespace {
 
 std::tuple<Tensor, Tensor> td_rms_norm_bwd(const Tensor& dy, const std::optional<Tensor>& dsum,
                                            const Tensor& x, const Tensor& scale,

@@ -8,8 +8,6 @@
 
 #include <tuple>
 
-#include "linear.h"
-#include "operators.h"
 #include "rows.h"
 
 namespace dimr_fast {
@@ -26,8 +24,6 @@ int64_t check_sizes(const Tensor& x, const Tensor& projected, const char* name) 
                     "projected: its shape does not fit that of ", name);
     return q;
 }
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> upsample_add_fwd(const Tensor& x, const Tensor& projected,
                                                     const Tensor& weight, const Tensor& bias) {
@@ -57,21 +53,6 @@ std::tuple<Tensor, Tensor, Tensor> upsample_add_fwd(const Tensor& x, const Tenso
     each_chunk(p.chunks, boxes.width,
                [&](int64_t begin, int64_t end) { DIMR_FAST_CHOOSE(upsample_add)(p, begin, end); });
     return {out, mean, rstd};
-}
-
-namespace {
-
-// The whole operator without gradients: norm, projection, pixel shuffle, norm, add. The first
-// norm's scale and shift, then the second's, are the `values`. `x` is [B, H, W, D], `features` [B,
-// h, w, d].
-Tensor upsample_add_no_grad(const Tensor& x, const std::vector<Tensor>& features,
-                            const std::vector<Tensor>& values, const Tensor& weight,
-                            const Tensor& bias, bool packed) {
-    STD_TORCH_CHECK(values.size() == 4, "values: expected 4, got ", values.size());
-    const auto normed =
-        td_layer_norm_fwd(values[0], values[1], features, std::nullopt, x.scalar_type());
-    const Tensor projected = linear(std::get<1>(normed), weight, bias, packed);
-    return std::get<0>(upsample_add_fwd(x, projected, values[2], values[3]));
 }
 
 std::tuple<Tensor, Tensor, Tensor> upsample_add_bwd(const Tensor& dout, const Tensor& projected,
@@ -118,11 +99,6 @@ std::tuple<Tensor, Tensor, Tensor> upsample_add_bwd(const Tensor& dout, const Te
 }
 
 }  // namespace
-
-// Weights in oneDNN's layout have a dispatch key of their own.
-STABLE_TORCH_LIBRARY_IMPL(dimr_fast, CompositeExplicitAutograd, m) {
-    m.impl("upsample_add_no_grad", TORCH_BOX(&upsample_add_no_grad));
-}
 
 STABLE_TORCH_LIBRARY_IMPL(dimr_fast, CPU, m) {
     m.impl("upsample_add_fwd", TORCH_BOX(&upsample_add_fwd));

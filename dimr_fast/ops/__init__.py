@@ -2,7 +2,7 @@
 
 from dimr_fast.ops._checks import autocast_enabled, compute_dtype
 from dimr_fast.ops.attention import attention
-from dimr_fast.ops.branch_blocks import branch_blocks
+from dimr_fast.ops.branch import Factors, branch, pack_linear
 from dimr_fast.ops.depthwise_conv2d import depthwise_conv2d
 from dimr_fast.ops.gated_gelu import gated_gelu
 from dimr_fast.ops.implementations import OPERATORS, Implementations
@@ -11,24 +11,25 @@ from dimr_fast.ops.rms_norm import rms_norm
 from dimr_fast.ops.td_layer_norm import td_layer_norm
 from dimr_fast.ops.td_parameters import Vectors, td_parameters
 from dimr_fast.ops.td_rms_norm import td_rms_norm, td_rms_norm_into
-from dimr_fast.ops.upsample_add import upsample_add, upsample_add_no_grad
+from dimr_fast.ops.upsample_add import upsample_add
 
 __all__ = [
     "OPERATORS",
+    "Factors",
     "Implementations",
     "Vectors",
     "attention",
     "autocast_enabled",
-    "branch_blocks",
+    "branch",
     "compute_dtype",
     "depthwise_conv2d",
     "gated_gelu",
     "linear",
+    "pack_linear",
     "rms_norm",
     "td_layer_norm",
     "td_parameters",
     "td_rms_norm",
     "td_rms_norm_into",
     "upsample_add",
-    "upsample_add_no_grad",
 ]

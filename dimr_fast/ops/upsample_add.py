@@ -18,7 +18,7 @@ from dimr_fast.ops._checks import (
 )
 from dimr_fast.ops._compiled import CPU
 from dimr_fast.ops._triton import TRITON
-from dimr_fast.ops.registration import Operator, compiled_operator, differentiable
+from dimr_fast.ops.registration import Operator, differentiable
 from dimr_fast.ops.td_layer_norm import bwd as norm_in_bwd
 from dimr_fast.ops.td_layer_norm import fwd as norm_in_fwd
 from dimr_fast.ops.td_layer_norm import parameter_gradients
@@ -70,24 +70,6 @@ def upsample_add(
     if isinstance(features, Tensor) and features.stride(-2) == features.shape[-1]:
         pieces = [features.flatten(-2)]
     return _run(x, *norm_in, weight, bias, *norm_out, compute_dtype(pieces[0]), chosen, *pieces)
-
-
-def upsample_add_no_grad(
-    x: Tensor,
-    features: Sequence[Tensor],
-    norm_in: Values,
-    weight: Tensor,
-    bias: Tensor,
-    norm_out: Values,
-    *,
-    packed: bool,
-) -> Tensor:
-    """Compute `upsample_add` by one call of the CPU library, without gradients.
-
-    `packed` says that `weight` is in oneDNN's layout. Only those properties of the arguments are
-    checked that could cause an out-of-bounds memory access.
-    """
-    return _no_grad(x, list(features), [*norm_in, *norm_out], weight, bias, packed)
 
 
 def _check_features(x: Tensor, features: Sequence[Tensor]) -> None:
@@ -162,11 +144,6 @@ _BWD = (
     "(Tensor dout, Tensor projected, Tensor weight, Tensor mean, Tensor rstd, int times)"
     " -> (Tensor, Tensor, Tensor)"
 )
-_NO_GRAD = (
-    "(Tensor x, Tensor[] features, Tensor[] values, Tensor weight, Tensor bias, bool packed)"
-    " -> Tensor"
-)
-_no_grad = compiled_operator("upsample_add_no_grad", _NO_GRAD)
 _fwd = operator.define("fwd", _FWD, _fwd_shapes)
 _bwd = operator.define("bwd", _BWD, _bwd_shapes)
 

@@ -2,8 +2,7 @@
 //
 // A task copies the keys of one head, transposed, and its values to scratch memory, where both
 // stay in the cache. It then takes a few queries at a time: their scores, their softmax and the
-// weighted sum of the values never leave the L1 cache. The two products are one loop: register
-// tiles of ROWS rows by up to 4 vectors of columns, whose left factor is broadcast.
+// weighted sum of the values never leave the L1 cache. Both products are those of products.h.
 //
 // With AVX-512 BF16 and bf16 inputs, a multiplication takes pairs of numbers, and the softmax
 // weights are rounded to bf16 before the second product. Otherwise all arithmetic is fp32.
@@ -12,29 +11,17 @@
 
 #include "columns.h"
 #include "exponential.h"
+#include "products.h"
 
 namespace dimr_fast::DIMR_FAST_INSTRUCTION_SET {
 namespace {
-
-// Sums, factors and one broadcast value fit in the registers: 32 with AVX-512, 16 otherwise.
-#if defined(__AVX512F__)
-constexpr int ROWS = 6, COLUMNS = 4;
-#else
-constexpr int ROWS = 4, COLUMNS = 2;
-#endif
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }
 
-// Products of fp32 numbers.
-struct Single {
-    using Element = float;
-    using Factor = Vector;
-    static constexpr int64_t DEPTH = 1;  // numbers of one element
-    static Factor broadcast_of(const Element* a) { return broadcast(*a); }
-    static Factor factor(const Element* b) { return load(b); }
-    static Vector add_product(Vector sum, Factor a, Factor b) { return sum + a * b; }
+// How numbers become elements of the products' factors.
+struct Numbers : Single {
     static void write(float* row, int64_t c, Vector value) { store(row + c, value); }
 
     // Copies LANES numbers of a row of `width` from column `c`; zero after the last.
@@ -46,18 +33,7 @@ struct Single {
 };
 
 #if defined(__AVX512BF16__)
-// Products of pairs of bf16 numbers, summed in fp32.
-struct Pairs {
-    using Element = uint32_t;
-    using Factor = __m512bh;
-    static constexpr int64_t DEPTH = 2;
-    static Factor broadcast_of(const Element* a) {
-        return (__m512bh)_mm512_set1_epi32(static_cast<int>(*a));
-    }
-    static Factor factor(const Element* b) { return (__m512bh)_mm512_loadu_si512(b); }
-    static Vector add_product(Vector sum, Factor a, Factor b) {
-        return (Vector)_mm512_dpbf16_ps((__m512)sum, a, b);
-    }
+struct BFloat16Pairs : Pairs {
     static void write(uint32_t* row, int64_t c, Vector value) {
         store(reinterpret_cast<BFloat16*>(row) + c, value);
     }
@@ -68,7 +44,7 @@ struct Pairs {
         const int64_t count = width - c < LANES ? width - c : LANES;
         Bits pairs = numbers(row + c, count);
         if (next) pairs |= numbers(next + c, count) << 16;
-        write(to, pairs);
+        _mm512_storeu_si512(to, (__m512i)pairs);
     }
 
   private:
@@ -76,83 +52,8 @@ struct Pairs {
         return (Bits)_mm512_cvtepu16_epi32(
             _mm256_maskz_loadu_epi16(first(count), (const void*)from));
     }
-    static void write(uint32_t* to, Bits pairs) { _mm512_storeu_si512(to, (__m512i)pairs); }
 };
 #endif
-
-// to[r, c] = Σ_k left[r, k] · right[k, c] for R rows and C vectors of columns.
-template <typename P, int R, int C>
-inline void tile(const typename P::Element* left, int64_t left_stride,
-                 const typename P::Element* right, int64_t right_stride, int64_t depth, float* to,
-                 int64_t to_stride) {
-    Vector sums[R][C] = {};
-    for (int64_t k = 0; k < depth; ++k) {
-        typename P::Factor factors[C];
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) factors[c] = P::factor(right + k * right_stride + c * LANES);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-            const typename P::Factor a = P::broadcast_of(left + r * left_stride + k);
-#pragma GCC unroll 4
-            for (int c = 0; c < C; ++c) sums[r][c] = P::add_product(sums[r][c], a, factors[c]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) store(to + r * to_stride + c * LANES, sums[r][c]);
-}
-
-template <typename P, int R>
-inline void product_rows(const typename P::Element* left, int64_t left_stride,
-                         const typename P::Element* right, int64_t right_stride, int64_t depth,
-                         int64_t columns, float* to, int64_t to_stride) {
-    for (int64_t c = 0; c < columns;) {
-        const int64_t vectors = (columns - c) / LANES;
-        const auto run = [&]<int C>() {
-            tile<P, R, C>(left, left_stride, right + c, right_stride, depth, to + c, to_stride);
-            c += C * LANES;
-        };
-        if constexpr (COLUMNS == 4) {
-            // Five vectors become 3 and 2, not 4 and 1: one alone would wait for its own sums.
-            if (vectors == 4 || vectors > 5) {
-                run.template operator()<4>();
-                continue;
-            }
-            if (vectors >= 3) {
-                run.template operator()<3>();
-                continue;
-            }
-        }
-        if (vectors >= 2)
-            run.template operator()<2>();
-        else
-            run.template operator()<1>();
-    }
-}
-
-// The product of `rows` rows, rows <= ROWS; `columns` is a multiple of LANES.
-template <typename P>
-void product(int64_t rows, const typename P::Element* left, int64_t left_stride,
-             const typename P::Element* right, int64_t right_stride, int64_t depth, int64_t columns,
-             float* to, int64_t to_stride) {
-    if (rows == ROWS)
-        return product_rows<P, ROWS>(left, left_stride, right, right_stride, depth, columns, to,
-                                     to_stride);
-    for (int64_t r = 0; r < rows;) {
-        const auto* from = left + r * left_stride;
-        float* out = to + r * to_stride;
-        if (rows - r >= 2) {
-            product_rows<P, 2>(from, left_stride, right, right_stride, depth, columns, out,
-                               to_stride);
-            r += 2;
-        } else {
-            product_rows<P, 1>(from, left_stride, right, right_stride, depth, columns, out,
-                               to_stride);
-            r += 1;
-        }
-    }
-}
 
 // The sizes of a task's arrays in scratch memory, in elements of P.
 template <typename P>
@@ -252,12 +153,12 @@ class Task {
             for (int64_t k = 0; k < size_.head_depth; ++k)
                 queries_[r * size_.head_depth + k] = element(query, k, p_.head_dim);
         }
-        product<P>(rows, queries_, size_.head_depth, keys_, size_.tokens, size_.head_depth,
-                   size_.tokens, scores_, size_.tokens);
+        product<P, false>(rows, queries_, size_.head_depth, keys_, size_.tokens, size_.head_depth,
+                          size_.tokens, scores_, size_.tokens);
         float inverse[ROWS];
         for (int64_t r = 0; r < rows; ++r) inverse[r] = 1 / softmax(image, head, first + r, r);
-        product<P>(rows, weights_, size_.tokens, values_, size_.width, size_.token_depth,
-                   size_.width, sums_, size_.width);
+        product<P, false>(rows, weights_, size_.tokens, values_, size_.width, size_.token_depth,
+                          size_.width, sums_, size_.width);
         for (int64_t r = 0; r < rows; ++r) {
             T* y = row_of<T>(p_.y, image, first + r) + head * p_.head_dim;
             const float* sum = sums_ + r * size_.width;
@@ -325,15 +226,15 @@ void run(const Attention& p, int64_t begin, int64_t end, void* scratch) {
 
 int64_t attention_scratch(const Attention& p) {
     // Without pairs the arrays are at least as large; each array starts at a cache line.
-    return Layout<Single>(p).bytes() + 6 * 64;
+    return Layout<Numbers>(p).bytes() + 6 * 64;
 }
 
 void attention(const Attention& p, int64_t begin, int64_t end, void* scratch) {
     with_type(p.qkv.dtype, [&]<typename T>(T*) {
 #if defined(__AVX512BF16__)
-        if constexpr (__is_same(T, BFloat16)) return run<Pairs, T>(p, begin, end, scratch);
+        if constexpr (__is_same(T, BFloat16)) return run<BFloat16Pairs, T>(p, begin, end, scratch);
 #endif
-        return run<Single, T>(p, begin, end, scratch);
+        return run<Numbers, T>(p, begin, end, scratch);
     });
 }
 

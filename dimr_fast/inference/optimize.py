@@ -1,16 +1,16 @@
 """Optimise a trained model for sampling: the same call without gradients."""
 
 import copy
-import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, NoReturn, Self, TypeVar, cast
+from typing import Any, Literal, NamedTuple, NoReturn, Self, TypeVar, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dimr_fast import ops
+from dimr_fast.inference.cpu import CPUBranch, CPUFeatures
 from dimr_fast.layers import (
     Attention,
     Block,
@@ -19,16 +19,17 @@ from dimr_fast.layers import (
     Linear,
     Operation,
     RMSNorm,
-    TDLayerNorm,
     TDParameter,
     TDRMSNorm,
     TDValues,
-    UpsampleAdd,
 )
 from dimr_fast.model import Branch, DiMR, check_inputs
 from dimr_fast.utils.cuda_graphs import Capture, CUDAGraphs, capture_graph
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+Quantization = Literal["int8"]
+"""Formats of `optimize_for_inference(quantize=…)`; `None` there means no quantisation."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -37,6 +38,7 @@ def optimize_for_inference(
     model: DiMR,
     dtype: torch.dtype = torch.bfloat16,
     cuda_graphs: Literal["auto"] | bool = "auto",
+    quantize: Quantization | None = None,
 ) -> "InferenceDiMR":
     """Return a copy of `model` for sampling, called like it; predictions are equal up to rounding.
 
@@ -48,7 +50,14 @@ def optimize_for_inference(
     first call with each combination of batch size, number of times and dtypes of the inputs;
     "auto" uses graphs on a GPU.
 
-    Raises ValueError for any other dtype, and for `cuda_graphs=True` if the model is not on a GPU.
+    With `quantize="int8"` the linear layers of the blocks and of the cascade multiply 8-bit
+    integers. Each row of a weight has a scale, which is found here, and so has each row of the
+    layer's input, which is found when it is computed. All else is as without it. It needs a model
+    on a CPU whose operators all run by the compiled library. Predictions differ more than by
+    rounding: see docs/sampling.md.
+
+    Raises ValueError for any other dtype, for `cuda_graphs=True` if the model is not on a GPU, and
+    for `quantize` where it cannot be used.
     """
     device = next(model.parameters()).device
     if dtype not in DTYPES:
@@ -57,8 +66,21 @@ def optimize_for_inference(
         raise ValueError(f"cuda_graphs: got {cuda_graphs!r}, expected 'auto', True or False")
     if cuda_graphs is True and device.type != "cuda":
         raise ValueError(f"cuda_graphs: got True for a model on {device}, expected one on a GPU")
+    _check_quantize(quantize, model, dtype)
     with torch.inference_mode(False), torch.no_grad():
-        return InferenceDiMR(model, dtype, device.type == "cuda" and cuda_graphs is not False)
+        graphs = device.type == "cuda" and cuda_graphs is not False
+        return InferenceDiMR(model, dtype, graphs, quantize=quantize)
+
+
+def _check_quantize(quantize: object, model: DiMR, dtype: torch.dtype) -> None:
+    if quantize not in (None, *get_args(Quantization)):
+        names = " or ".join(map(repr, get_args(Quantization)))
+        raise ValueError(f"quantize: got {quantize!r}, expected None or {names}")
+    if quantize == "int8" and not _uses_cpu_library(model, dtype):
+        raise ValueError(
+            "quantize: got 'int8', expected a model on a CPU whose operators all have the "
+            "implementation 'auto' or 'cpu', and the compiled library"
+        )
 
 
 class InferenceDiMR(nn.Module):
@@ -80,13 +102,21 @@ class InferenceDiMR(nn.Module):
         dtype: torch.dtype,
         cuda_graphs: bool,
         capture: Capture | None = None,
+        quantize: Quantization | None = None,
     ) -> None:
         super().__init__()
         self.config = model.config
         self.dtype = dtype
         self.device = next(model.parameters()).device
         self.implementation = model.implementation
-        self.stages = nn.ModuleList(_Branch(cast(Branch, stage), dtype) for stage in model.stages)
+        self.uses_cpu_library = _uses_cpu_library(model, dtype)
+        factors = ops.Factors.INT8 if quantize == "int8" else _FACTORS[dtype]
+        self.stages = nn.ModuleList(
+            CPUBranch(cast(Branch, branch), dtype, factors)
+            if self.uses_cpu_library
+            else _Branch(cast(Branch, branch), dtype)
+            for branch in model.stages
+        )
         # Concatenated, all time-dependent parameters are one wide parameter.
         td = sorted(
             (m for m in model.modules() if isinstance(m, TDParameter)), key=lambda p: p.index
@@ -135,30 +165,36 @@ class InferenceDiMR(nn.Module):
         return self._run(last_only, x, log_snr, y, self._allocate(len(x)))
 
     def _run(
-        self, last_only: bool, x: Tensor, log_snr: Tensor, y: Tensor, buffers: "list[_Buffers]"
+        self,
+        last_only: bool,
+        x: Tensor,
+        log_snr: Tensor,
+        y: Tensor,
+        buffers: "list[_Buffers | CPUFeatures]",
     ) -> list[Tensor]:
         vectors = cast(ops.Vectors, self.td_vectors.unbind())
         (values,) = ops.td_parameters(
             log_snr.float() / 4, [vectors], implementation=self.implementation
         )
         td = values.split(self.td_widths, -1)
-        image = x.to(self.dtype)
+        # The CPU library reads images in any dtype that it knows.
+        image = x if self.uses_cpu_library and x.dtype in DTYPES else x.to(self.dtype)
         predictions = []
-        features: list[Tensor] = []
-        for i, stage in enumerate(self.stages):
-            branch = cast(_Branch, stage)
-            features = branch(image, features, y, td, buffers[i])
-            if i + 1 == len(self.stages) or not last_only:
-                predictions.append(branch.output_layer(features[-1], td).to(x.dtype))
+        features: Any = None
+        for i, branch in enumerate(self.stages):
+            wanted = i + 1 == len(self.stages) or not last_only
+            prediction, features = branch(image, features, y, td, buffers[i], wanted)
+            if wanted:
+                predictions.append(prediction.to(x.dtype))
         return predictions
 
-    def _allocate(self, batch: int) -> "list[_Buffers]":
-        return [cast(_Branch, stage).allocate(batch) for stage in self.stages]
+    def _allocate(self, batch: int) -> "list[_Buffers | CPUFeatures]":
+        return [cast(_Branch | CPUBranch, stage).allocate(batch) for stage in self.stages]
 
-    def _buffers_for(self, batch: int) -> "list[_Buffers]":
+    def _buffers_for(self, batch: int) -> "list[_Buffers | CPUFeatures]":
         if batch > self.shared_buffers[0].pairs.shape[1]:
             self.shared_buffers = self._allocate(batch)
-        return [buffers.first(batch) for buffers in self.shared_buffers]
+        return [buffers.of_batch(batch) for buffers in self.shared_buffers]
 
     def _apply(self, fn: Any, recurse: bool = True) -> NoReturn:
         raise RuntimeError(
@@ -178,7 +214,7 @@ class _Buffers(NamedTuple):
     pairs: Tensor
     tokens: Tensor
 
-    def first(self, batch: int) -> "_Buffers":
+    def of_batch(self, batch: int) -> "_Buffers":
         """Return the part of the buffers for a smaller batch."""
         return _Buffers(self.pairs[:, :batch], self.tokens[:batch])
 
@@ -202,59 +238,12 @@ class _Branch(nn.Module):
         if self.is_transformer:
             self.class_embeds = _copy(branch.class_embeds, dtype)
         if hasattr(branch, "upsample"):
-            self.upsample = _upsample(branch.upsample, dtype)
+            self.upsample = _copy(branch.upsample, dtype)
         self.blocks = nn.ModuleList(_Block(cast(Block, block), dtype) for block in branch.blocks)
         self.skip_denses = nn.ModuleList(
             _Linear.of(cast(Linear, dense), dtype) for dense in branch.skip_denses
         )
         self.output_layer = _copy(branch.output_layer, dtype)
-        self.in_one_call = _run_by_cpu_library(branch, next(self.parameters()))
-
-    @functools.cached_property
-    def _norms(self) -> list[nn.Module]:
-        """The norms of the blocks, in the order of use."""
-        return [
-            cast(nn.Module, part.norm)
-            for block in self.blocks
-            for part in (block.block1, block.block2)
-            if not isinstance(part, DepthwiseConv2d)
-        ]
-
-    @functools.cached_property
-    def _block_parameters(self) -> list[Tensor]:
-        """The other parameters of the blocks, in the order that `ops.branch_blocks` expects."""
-        found: list[Any] = []
-        for j, module in enumerate(self.blocks):
-            block = cast(_Block, module)
-            linears = [block.block2.w01, block.block2.w2]
-            if j > self.depth:
-                skip = self.skip_denses[j - self.depth - 1]
-                found += (skip.weight, skip.bias)
-            if isinstance(block.block1, Attention):
-                found.append(block.block1.query_key_value.weight)
-                linears.insert(0, cast(_Linear, block.block1.dense))
-            else:
-                found += block.block1.parameters()
-            for linear in linears:
-                found += (linear.weight, linear.bias)
-        return found
-
-    def _run_in_one_call(self, x: Tensor, td: TDValues, buffers: _Buffers) -> list[Tensor]:
-        """Return the outputs of all blocks."""
-        first = cast(_Block, self.blocks[0])
-        mixer = first.block1
-        last = ops.branch_blocks(
-            x,
-            buffers.pairs,
-            [value for norm in self._norms for value in _time_values(norm, td)],
-            self._block_parameters,
-            heads=mixer.num_heads if isinstance(mixer, Attention) else 0,
-            height=mixer.size[0] if isinstance(mixer, DepthwiseConv2d) else 0,
-            layer_norm=isinstance(first.block2.norm, TDLayerNorm),
-            packed=first.block2.w2.uses_onednn,
-        )
-        slots = (buffers.slot(j) for j in range(2 * self.depth))
-        return [*(slot for slot in slots if slot is not None), last]
 
     def allocate(self, batch: int) -> _Buffers:
         positions = self.input_layer.get_parameter("3.position_embeddings.weight")
@@ -267,12 +256,16 @@ class _Branch(nn.Module):
     def forward(
         self,
         image: Tensor,
-        features: Sequence[Tensor],
+        features: Sequence[Tensor] | None,
         y: Tensor,
         td: TDValues,
         buffers: _Buffers,
-    ) -> list[Tensor]:
-        """Return the features `[B, h·w, D]` of the input embedding and of each block."""
+        predicts: bool,
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Return the prediction, if wanted, and the features `[B, h·w, D]` for the next branch.
+
+        The features are the input embedding and the output of each block.
+        """
         x = self.input_layer(image)
         if features:
             x = self.upsample(x, features, td)
@@ -281,66 +274,40 @@ class _Branch(nn.Module):
             buffers.tokens[:, 1:] = x
             x = buffers.tokens
         outputs = [x]
-        if self.in_one_call:
-            outputs += self._run_in_one_call(x, td, buffers)
-        else:
-            for j, block in enumerate(self.blocks):
-                if j > self.depth:
-                    pair = j - self.depth - 1
-                    x = self.skip_denses[pair](buffers.pairs[pair].flatten(-2))
-                x = block(x, td, buffers.slot(j))
-                outputs.append(x)
-        return [output[:, 1:] for output in outputs] if self.is_transformer else outputs
+        for j, block in enumerate(self.blocks):
+            if j > self.depth:
+                pair = j - self.depth - 1
+                x = self.skip_denses[pair](buffers.pairs[pair].flatten(-2))
+            x = block(x, td, buffers.slot(j))
+            outputs.append(x)
+        if self.is_transformer:
+            outputs = [output[:, 1:] for output in outputs]
+        return self.output_layer(outputs[-1], td) if predicts else None, outputs
 
 
-class _UpsampleAdd(nn.Module):
-    """`layers.UpsampleAdd` by one call of the CPU library."""
-
-    def __init__(self, upsample: UpsampleAdd, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.size, self.low_size = upsample.size, upsample.low_size
-        self.norm_in = _copy(upsample.norm_in, dtype)
-        self.kernel = _Linear.of(upsample.kernel, dtype)
-        self.norm_out = _copy(upsample.norm_out, dtype)
-
-    def forward(self, x: Tensor, features: Sequence[Tensor], td: TDValues) -> Tensor:
-        return ops.upsample_add_no_grad(
-            x.unflatten(1, self.size),
-            [f.unflatten(1, self.low_size) for f in features],
-            self.norm_in.values(td),
-            self.kernel.weight,
-            self.kernel.bias,
-            self.norm_out.values(td),
-            packed=self.kernel.uses_onednn,
-        ).flatten(1, 2)
+_FACTORS = {
+    torch.bfloat16: ops.Factors.BFLOAT16,
+    torch.float16: ops.Factors.FLOAT32,
+    torch.float32: ops.Factors.FLOAT32,
+}
+"""The factors of the CPU library's products. It has none in float16, and no processor gains."""
 
 
-def _upsample(upsample: UpsampleAdd, dtype: torch.dtype) -> nn.Module:
-    weight = upsample.kernel.weight
-    operator = ops.OPERATORS["upsample_add"]
-    x = torch.empty(1, *upsample.size, 1, dtype=dtype, device=weight.device)
-    if operator.select(upsample.implementation, x) == "cpu":
-        return _UpsampleAdd(upsample, dtype)
-    return _copy(upsample, dtype)
-
-
-def _run_by_cpu_library(branch: Branch, weight: Tensor) -> bool:
-    """Return whether the CPU library runs every operator of the branch's blocks.
-
-    `weight` has the device and dtype of the computation.
-    """
-    if weight.device.type != "cpu":
-        return False
-    positions = branch.input_layer.get_parameter("3.position_embeddings.weight")
-    count, width = positions.shape
-    for module in branch.blocks.modules():
-        if isinstance(module, Operation):
-            shape: tuple[int, ...] = (1, count, width)
-            if isinstance(module, Attention):
-                shape = (1, count + 1, 3, module.num_heads, width // module.num_heads)
-            x = torch.empty(shape, dtype=weight.dtype)
-            if ops.OPERATORS[module.operator].select(module.implementation, x) != "cpu":
-                return False
+def _uses_cpu_library(model: DiMR, dtype: torch.dtype) -> bool:
+    """Return whether the CPU library can run every operator of every branch, and may."""
+    for stage in model.stages:
+        branch = cast(Branch, stage)
+        positions = branch.input_layer.get_parameter("3.position_embeddings.weight")
+        count, width = positions.shape
+        for module in branch.modules():
+            if isinstance(module, Operation):
+                shape: tuple[int, ...] = (1, count, width)
+                if isinstance(module, Attention):
+                    shape = (1, count + 1, 3, module.num_heads, width // module.num_heads)
+                x = torch.empty(shape, dtype=dtype, device=positions.device)
+                named = module.implementation not in ("auto", "cpu")
+                if named or ops.OPERATORS[module.operator].why_not("cpu", x) is not None:
+                    return False
     return True
 
 
@@ -397,13 +364,6 @@ class _GatedMLP(nn.Module):
             return False
         operator = ops.OPERATORS[self.norm.operator]
         return operator.select(self.norm.implementation, x) == "triton"
-
-
-def _time_values(norm: nn.Module, td: TDValues) -> tuple[Tensor, ...]:
-    """Return the values of a norm's time-dependent parameters, or its scale `[1, D]`."""
-    if isinstance(norm, TDLayerNorm):
-        return norm.values(td)
-    return (cast(TDRMSNorm | RMSNorm, norm).value(td),)
 
 
 def _attention(attention: Attention, dtype: torch.dtype) -> Attention:
