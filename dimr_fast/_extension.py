@@ -42,7 +42,7 @@ def _load(library: str) -> str | None:
     return None
 
 
-INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512", "AVX-512 with BF16")
+INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512", "AVX-512 with BF16", "AMX")
 """The instruction sets that the CPU library is compiled for, each including those before it."""
 
 

@@ -38,6 +38,7 @@ PROCESSORS = {
         "ATEN_CPU_CAPABILITY": "avx512",
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
     },
+    "AMX": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"},
 }
 """What limits PyTorch and oneDNN to the instructions of an instruction set of the CPU library."""
 

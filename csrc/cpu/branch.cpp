@@ -152,7 +152,7 @@ class Branch {
                          image_.stride(2),        image_.stride(3)};
         layer.residual = {embedding.mutable_data_ptr(), dtype_of(embedding, "positions"), 0,
                           width_};
-        run_rows({layer});
+        run_linear({layer});
         if (token) copy_token(*token);
     }
 
@@ -191,7 +191,7 @@ class Branch {
         set_input(layer, std::move(pieces), lower.width, Norm::LAYER);
         STD_TORCH_CHECK(weights.depth == count * lower.width,
                         "lower: its features do not fit this branch");
-        run_rows({layer});
+        run_linear({layer});
 
         UpsampleAdd p{};
         const Features shape(projected, "projected");
@@ -224,7 +224,7 @@ class Branch {
             statistics = torch::stable::new_empty(image_, {stored_.images, heads_, 2, tokens_},
                                                   ScalarType::Float);
             steps.push_back(normed(x, rows_of(qkv), 3 * width_, false));
-            run_rows(steps);
+            run_linear(steps);
         }
         for (int64_t j = 0; j <= 2 * depth; ++j) {
             steps.clear();
@@ -249,7 +249,7 @@ class Branch {
                 }
                 if (heads_ > 0) steps.push_back(normed(x, rows_of(qkv), 3 * width_, false));
             }
-            run_rows(steps);
+            run_linear(steps);
         }
     }
 
@@ -314,7 +314,7 @@ class Branch {
                                          width_in_patches_};
         Tensor prediction = torch::stable::new_empty(image_, shape, ScalarType::Float);
         if (!predicts) return prediction;
-        run_rows({layer});
+        run_linear({layer});
         const float* const from = taps.const_data_ptr<float>();
         const float* const biases = bias.const_data_ptr<float>();
         float* const to = prediction.mutable_data_ptr<float>();
@@ -392,27 +392,6 @@ class Branch {
         const int64_t width = layer.x.count * piece_width;
         if (norm != Norm::NONE) layer.x.scale = next_values(width);
         if (norm == Norm::LAYER) layer.x.shift = next_values(width);
-    }
-
-    // Runs all steps on the same rows, then on the next ones.
-    void run_rows(const std::vector<Linear>& steps) const {
-        constexpr int64_t UNIT = 6;  // rows of the largest tile
-        const int64_t rows = stored_.images * steps[0].rows, units = (rows + UNIT - 1) / UNIT;
-        if (rows == 0) return;
-        int64_t bytes = 0, cost = 0;
-        for (const Linear& step : steps) {
-            bytes = std::max(bytes, DIMR_FAST_CHOOSE(linear_scratch)(step));
-            cost += UNIT * step.weights.elements() * step.weights.columns / 16;
-        }
-        parallel(units, cost, [&](int64_t begin, int64_t end) {
-            const Scratch scratch({bytes});
-            const int64_t last = std::min(rows, end * UNIT), count = last - begin * UNIT;
-            const int64_t blocks = (count + LINEAR_ROWS - 1) / LINEAR_ROWS;
-            const int64_t share = ((count + blocks - 1) / blocks + UNIT - 1) / UNIT * UNIT;
-            for (int64_t row = begin * UNIT; row < last; row += share)
-                for (const Linear& step : steps) DIMR_FAST_CHOOSE(linear)
-            (step, row, std::min(last, row + share), scratch.data());
-        });
     }
 
     Weights next_weights() { return packed_weights(parameters_.next()); }

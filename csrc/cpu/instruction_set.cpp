@@ -3,10 +3,35 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace dimr_fast {
 namespace {
 
-constexpr const char* NAMES[] = {"portable", "AVX2", "AVX-512", "AVX-512 with BF16"};
+constexpr const char* NAMES[] = {"portable", "AVX2", "AVX-512", "AVX-512 with BF16", "AMX"};
+
+#if defined(__x86_64__)
+// Whether the processor multiplies tiles of bf16 numbers and 8-bit integers, and Linux lets this
+// process use them: it saves their large registers only for processes that have asked.
+bool has_amx() {
+#if defined(__linux__)
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24, INT8 = 1u << 25;
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    return (d & BF16) && (d & TILE) && (d & INT8) &&
+           syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+#endif
 
 InstructionSet best() {
 #if defined(__x86_64__)
@@ -17,7 +42,7 @@ InstructionSet best() {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16") &&
         __builtin_cpu_supports("avx512vnni"))
-        return InstructionSet::AVX512BF16;
+        return has_amx() ? InstructionSet::AMX : InstructionSet::AVX512BF16;
     if (avx2 && avx512) return InstructionSet::AVX512;
     if (avx2) return InstructionSet::AVX2;
 #endif

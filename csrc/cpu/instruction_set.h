@@ -6,7 +6,7 @@
 
 namespace dimr_fast {
 
-enum class InstructionSet { PORTABLE, AVX2, AVX512, AVX512BF16 };
+enum class InstructionSet { PORTABLE, AVX2, AVX512, AVX512BF16, AMX };
 
 // Returns the best instruction set of this processor, or the one that a test chose.
 InstructionSet instruction_set();
@@ -41,6 +41,7 @@ template <typename Function>
 Function* choose(InstructionSet set, Function* portable, Function* avx2, Function* avx512,
                  Function* avx512bf16) {
     switch (set) {
+        case InstructionSet::AMX:
         case InstructionSet::AVX512BF16:
             return avx512bf16;
         case InstructionSet::AVX512:

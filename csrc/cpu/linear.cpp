@@ -1,5 +1,5 @@
-// dimr_fast::pack_linear: the weights of a linear layer as one tensor in the layout of
-// kernels/linear.h, after a header with their sizes.
+// Linear layers of kernels/linear.h on all threads. dimr_fast::pack_linear stores weights as one
+// tensor in their layout, after a header with their sizes.
 
 #include "linear.h"
 
@@ -15,6 +15,14 @@ struct Header {
     int64_t factors, gated, depth, columns;
     int64_t unused[4];  // the weights start at a cache line
 };
+
+// AMX is used for linear layers only.
+#if defined(__x86_64__)
+#define CHOOSE(function) \
+    (instruction_set() == InstructionSet::AMX ? amx::function : DIMR_FAST_CHOOSE(function))
+#else
+#define CHOOSE(function) DIMR_FAST_CHOOSE(function)
+#endif
 
 // Sizes whose products cannot overflow.
 constexpr int64_t MOST = int64_t{1} << 24;
@@ -49,7 +57,7 @@ Tensor pack(const Tensor& weight, const std::optional<Tensor>& bias, int64_t fac
     char* const to = static_cast<char*>(packed.mutable_data_ptr());
     std::memcpy(to, &header, sizeof(Header));
     weights.data = to + sizeof(Header);
-    DIMR_FAST_CHOOSE(pack_linear)
+    CHOOSE(pack_linear)
     (weights, weight.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr);
     return packed;
 }
@@ -69,6 +77,28 @@ Weights packed_weights(const Tensor& packed) {
                     "parameters: expected a result of pack_linear");
     weights.data = const_cast<char*>(from) + sizeof(Header);
     return weights;
+}
+
+void run_linear(const std::vector<Linear>& layers) {
+    const int64_t rows = layers[0].images * layers[0].rows;
+    if (rows == 0) return;
+    int64_t tile = 1, bytes = 0, cost = 0;
+    for (const Linear& layer : layers) {
+        tile = std::max(tile, CHOOSE(linear_tile_rows)(layer.weights));
+        bytes = std::max(bytes, CHOOSE(linear_scratch)(layer.weights));
+        cost += layer.weights.elements() * layer.weights.columns / 16;
+    }
+    parallel((rows + tile - 1) / tile, tile * cost, [&](int64_t begin, int64_t end) {
+        const Scratch scratch({bytes});
+        const int64_t first = begin * tile, last = std::min(rows, end * tile);
+        // Blocks of about equally many tiles.
+        const int64_t most = LINEAR_ROWS / tile, tiles = end - begin;
+        const int64_t blocks = (tiles + most - 1) / most;
+        const int64_t step = (tiles + blocks - 1) / blocks * tile;
+        for (int64_t row = first; row < last; row += step)
+            for (const Linear& layer : layers)
+                CHOOSE(linear)(layer, row, std::min(last, row + step), scratch.data());
+    });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dimr_fast, CPU, m) { m.impl("pack_linear", TORCH_BOX(&pack)); }

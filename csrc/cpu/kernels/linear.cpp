@@ -14,6 +14,10 @@
 #include "exponential.h"
 #include "products.h"
 
+#if defined(DIMR_FAST_AMX)
+#include "amx.h"
+#endif
+
 namespace dimr_fast::DIMR_FAST_INSTRUCTION_SET {
 namespace {
 
@@ -226,10 +230,51 @@ void write_rows(const Linear& p, int64_t panel, int64_t first, int64_t rows, con
     }
 }
 
+// The products of up to ROWS rows. `product<P, ADDS>` has the arguments of products.h.
+template <typename P>
+struct Vectors {
+    static constexpr int64_t ROWS_OF_TILE = ROWS;
+    explicit Vectors(const Weights&) {}
+    template <bool ADDS, typename... Arguments>
+    void product(Arguments... arguments) const {
+        DIMR_FAST_INSTRUCTION_SET::product<P, ADDS>(arguments...);
+    }
+};
+
+template <typename P>
+struct Multiplier : Vectors<P> {
+    using Vectors<P>::Vectors;
+};
+
+#if defined(DIMR_FAST_AMX)
+template <typename P>
+struct TileMultiplier {
+    static constexpr int64_t ROWS_OF_TILE = Tiles::ROWS;
+    Tiles tiles;
+    explicit TileMultiplier(const Weights& w) : tiles(w.elements()) {}
+    template <bool ADDS, typename... Arguments>
+    void product(Arguments... arguments) const {
+        tile_product<P, ADDS>(arguments...);
+    }
+};
+
+// AMX multiplies no fp32 numbers.
+template <>
+struct Multiplier<Pairs> : TileMultiplier<Pairs> {
+    using TileMultiplier::TileMultiplier;
+};
+template <>
+struct Multiplier<Quadruples> : TileMultiplier<Quadruples> {
+    using TileMultiplier::TileMultiplier;
+};
+#endif
+
 template <typename P, typename Y>
 void multiply(const Linear& p, int64_t first, int64_t rows, const Memory<P>& memory) {
     const Weights& w = p.weights;
     const int64_t elements = w.elements(), outputs = w.outputs_of_panel();
+    const Multiplier<P> multiplier(w);
+    constexpr int64_t STEP = Multiplier<P>::ROWS_OF_TILE;
     for (int64_t panel = 0; panel < w.panels(); ++panel) {
         const auto* right =
             static_cast<const typename P::Element*>(w.data) + panel * PANEL * elements;
@@ -238,16 +283,16 @@ void multiply(const Linear& p, int64_t first, int64_t rows, const Memory<P>& mem
         const int64_t used = w.gated || rest >= PANEL ? PANEL : (rest + LANES - 1) / LANES * LANES;
         for (int64_t k = 0; k < elements; k += DEPTH_OF_BLOCK) {
             const int64_t depth = elements - k < DEPTH_OF_BLOCK ? elements - k : DEPTH_OF_BLOCK;
-            for (int64_t r = 0; r < rows; r += ROWS) {
-                const int64_t count = rows - r < ROWS ? rows - r : ROWS;
+            for (int64_t r = 0; r < rows; r += STEP) {
+                const int64_t count = rows - r < STEP ? rows - r : STEP;
                 const auto* left = memory.left + r * elements + k;
                 float* sums = memory.sums + r * PANEL;
                 if (k == 0)
-                    product<P, false>(count, left, elements, right, PANEL, depth, used, sums,
-                                      PANEL);
+                    multiplier.template product<false>(count, left, elements, right, PANEL, depth,
+                                                       used, sums, PANEL);
                 else
-                    product<P, true>(count, left, elements, right + k * PANEL, PANEL, depth, used,
-                                     sums, PANEL);
+                    multiplier.template product<true>(count, left, elements, right + k * PANEL,
+                                                      PANEL, depth, used, sums, PANEL);
                 if (k + depth == elements)
                     write_rows<P, Y>(p, panel, first + r, count, sums, memory.scales + r);
             }
@@ -319,10 +364,15 @@ void pack_linear(const Weights& w, const float* weight, const float* bias) {
         }
 }
 
-int64_t linear_scratch(const Linear& p) {
-    const int64_t left =
-        lines(LINEAR_ROWS * p.weights.elements()) + LINEAR_ROWS * PANEL + lines(LINEAR_ROWS);
-    return 4 * (left + lines(p.weights.depth) + LANES);
+int64_t linear_tile_rows(const Weights& w) {
+    int64_t rows = 0;
+    with_products(w.factors, [&]<typename P>(P*) { rows = Multiplier<P>::ROWS_OF_TILE; });
+    return rows;
+}
+
+int64_t linear_scratch(const Weights& w) {
+    const int64_t left = lines(LINEAR_ROWS * w.elements()) + LINEAR_ROWS * PANEL;
+    return 4 * (left + lines(LINEAR_ROWS) + lines(w.depth));
 }
 
 void linear(const Linear& p, int64_t begin, int64_t end, void* scratch) {

@@ -12,8 +12,8 @@ enum class Factors : int64_t { FLOAT32, BFLOAT16, INT8 };
 
 // The number of columns of y whose weights are stored together.
 constexpr int64_t PANEL = 64;
-// The most rows that a weight in the L2 cache is used for. A multiple of the rows of a tile.
-constexpr int64_t LINEAR_ROWS = 60;
+// The most rows that a weight in the L2 cache is used for.
+constexpr int64_t LINEAR_ROWS = 64;
 
 // A weight [columns, depth] and a bias, converted and arranged for the products. The layout does
 // not depend on the instruction set. With `gated` the layer ends with gelu(a) · b of the two halves
@@ -66,11 +66,20 @@ struct Linear {
     Rows y;
 };
 
-// Arranges `weight` [columns, depth] and `bias`, which may be null.
-DIMR_FAST_DECLARE(void pack_linear(const Weights& to, const float* weight, const float* bias))
-// The bytes of scratch memory that `linear` needs, aligned to 64.
-DIMR_FAST_DECLARE(int64_t linear_scratch(const Linear& p))
-// The rows from `begin` to `end` of all images, at most LINEAR_ROWS.
-DIMR_FAST_DECLARE(void linear(const Linear& p, int64_t begin, int64_t end, void* scratch))
+#define DIMR_FAST_DECLARE_LINEAR                                                 \
+    /* Arranges `weight` [columns, depth] and `bias`, which may be null. */      \
+    void pack_linear(const Weights& to, const float* weight, const float* bias); \
+    /* The rows that are multiplied at a time. */                                \
+    int64_t linear_tile_rows(const Weights& weights);                            \
+    /* Bytes of scratch memory, aligned to 64. */                                \
+    int64_t linear_scratch(const Weights& weights);                              \
+    /* The rows from `begin` to `end` of all images, at most LINEAR_ROWS. */     \
+    void linear(const Linear& p, int64_t begin, int64_t end, void* scratch);
+DIMR_FAST_DECLARE(DIMR_FAST_DECLARE_LINEAR)
+#if defined(__x86_64__)
+namespace amx {
+DIMR_FAST_DECLARE_LINEAR
+}
+#endif
 
 }  // namespace dimr_fast
