@@ -187,5 +187,29 @@ inline float sum(Vector v) {
 #endif
 }
 
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+inline float largest(Vector v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(v);
+#else
+    float most = v[0];
+    for (int i = 1; i < LANES; ++i) most = v[i] > most ? v[i] : most;
+    return most;
+#endif
+}
+
+inline Vector absolute(Vector v) { return bits_as<Vector>(bits_as<Bits>(v) & 0x7fffffffu); }
+
+// The lowest byte of each lane.
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+inline Bytes lowest_bytes(Bits from) {
+#if defined(__AVX512F__)
+    return (Bytes)_mm512_cvtepi32_epi8((__m512i)from);
+#else
+    return __builtin_convertvector(from, Bytes);
+#endif
+}
+
 }  // namespace
 }  // namespace dimr_fast::DIMR_FAST_INSTRUCTION_SET

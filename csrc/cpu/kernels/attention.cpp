@@ -174,7 +174,7 @@ class Task {
         const float* scores = scores_ + r * size_.tokens;
         Element* weights = weights_ + r * size_.tokens;
         const float scale = 1 / __builtin_sqrtf(static_cast<float>(p_.head_dim));
-        const float most = largest(scores, p_.tokens);
+        const float most = largest_of(scores, p_.tokens);
         const Vector factor = broadcast(scale * LOG2_E), shift = broadcast(most * scale * LOG2_E);
         Vector total[1] = {};
         for (int64_t c = 0; c < size_.tokens; c += LANES) {
@@ -190,19 +190,13 @@ class Task {
         return sum_of_row;
     }
 
-    static float largest(const float* scores, int64_t count) {
-        float most = scores[0];
+    static float largest_of(const float* scores, int64_t count) {
+        Vector most = broadcast(scores[0]);
         int64_t c = 0;
-        if (count >= LANES) {
-            Vector lanes = load(scores);
-            for (c = LANES; c + LANES <= count; c += LANES) {
-                const Vector next = load(scores + c);
-                lanes = next > lanes ? next : lanes;
-            }
-            for (int i = 0; i < LANES; ++i) most = lanes[i] > most ? lanes[i] : most;
-        }
-        for (; c < count; ++c) most = scores[c] > most ? scores[c] : most;
-        return most;
+        for (; c + LANES <= count; c += LANES) most = larger(load(scores + c), most);
+        float found = largest(most);
+        for (; c < count; ++c) found = scores[c] > found ? scores[c] : found;
+        return found;
     }
 
     const Attention& p_;

@@ -49,7 +49,7 @@ inline Vector exp2(Vector x) {
 // otherwise 6e-7; where Φ > 1e-9 the relative error is at most 6e-6 and 2e-4.
 template <bool WIDE>
 inline Vector normal_cdf(Vector a) {
-    const Vector size = bits_as<Vector>(bits_as<Bits>(a) & 0x7fffffffu);
+    const Vector size = absolute(a);
     Vector log2_tail;
     if constexpr (WIDE)
         log2_tail =

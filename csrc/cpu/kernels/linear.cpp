@@ -84,61 +84,45 @@ inline void norm_row(const LinearInput& x, int64_t image, int64_t row, float* wi
 
 template <typename X>
 inline void read_patch(const Patches& p, int64_t depth, int64_t image, int64_t row, float* to) {
-    const int64_t size = p.side * p.side;
     const X* corner = static_cast<const X*>(p.images) + image * p.image_stride +
                       row / p.in_width * p.side * p.line_stride +
                       row % p.in_width * p.side * p.column_stride;
-    for (int64_t k = 0; k < depth; ++k) {
-        const int64_t line = k % size / p.side, column = k % p.side;
-        const X lanes[LANES] = {
-            corner[k / size * p.channel_stride + line * p.line_stride + column * p.column_stride]};
-        to[k] = load(lanes)[0];
-    }
+    for (const float* end = to + depth; to < end; corner += p.channel_stride)
+        for (int64_t i = 0; i < p.side; ++i)
+            for (int64_t j = 0; j < p.side; ++j) {
+                const X lanes[LANES] = {corner[i * p.line_stride + j * p.column_stride]};
+                *to++ = load(lanes)[0];
+            }
 }
 
-// Writes a row of fp32 numbers as integers from 1 to 255, 128 for zero; returns the factor that
-// turns them back.
-inline float quantise(const float* from, int64_t count, int64_t padded, uint8_t* to) {
-    Vector most{}, damage{};
-    columns(count, [&](int64_t c, auto lanes) {
-        const Vector value = load(from + c, lanes);
-        const Vector size = bits_as<Vector>(bits_as<Bits>(value) & 0x7fffffffu);
-        most = size > most ? size : most;
-        damage += value - value;  // zero, but NaN for numbers that are not finite
-    });
-    float largest = 0;
-    for (int i = 0; i < LANES; ++i) largest = most[i] > largest ? most[i] : largest;
-    const float inverse = largest > 0 ? 127 / largest : 0;
-    typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+// The largest magnitude of a row.
+class Magnitude {
+  public:
+    void add(Vector value) {
+        most_ = larger(absolute(value), most_);
+        damage_ += value - value;  // zero, but NaN for numbers that are not finite
+    }
+    float value() const { return largest(most_) + sum(damage_); }
+
+  private:
+    Vector most_{}, damage_{};
+};
+
+// Writes a row of fp32 numbers as integers from 1 to 255, 128 for zero, so that `most` is 255;
+// returns the factor that turns them back.
+inline float quantise(const float* from, int64_t count, float most, uint8_t* to) {
+    const Vector factor = broadcast(most > 0 ? 127 / most : 0);
     columns(count, [&](int64_t c, auto lanes) {
         // The last bit of the sum has the value one: its low bits are the nearest integer.
-        const Vector shifted = load(from + c, lanes) * inverse + 0x1.8p23f;
-        const Bits whole = bits_as<Bits>(shifted) + 128u;
-        const Bytes bytes = __builtin_convertvector(whole, Bytes);
-        if constexpr (__is_same(decltype(lanes), All)) {
+        const Vector shifted = load(from + c, lanes) * factor + 0x1.8p23f;
+        const Bytes bytes = lowest_bytes(bits_as<Bits>(shifted) + 128u);
+        if constexpr (__is_same(decltype(lanes), All))
             write(to + c, bytes);
-        } else {
+        else
             __builtin_memcpy(to + c, &bytes, lanes);
-        }
     });
-    for (int64_t k = count; k < padded; ++k) to[k] = 128;
-    return largest / 127 + sum(damage);
-}
-
-template <typename P>
-inline void convert(const float* from, int64_t count, typename P::Element* to, float& scale) {
-    constexpr int64_t D = P::DEPTH;
-    const int64_t padded = (count + D - 1) / D * D;
-    if constexpr (D == 4) {
-        scale = quantise(from, count, padded, reinterpret_cast<uint8_t*>(to));
-    } else if constexpr (D == 2) {
-        auto* numbers = reinterpret_cast<BFloat16*>(to);
-        columns(count,
-                [&](int64_t c, auto lanes) { store(numbers + c, load(from + c, lanes), lanes); });
-        if (padded > count) numbers[count] = {};
-    } else {
-        __builtin_memcpy(to, from, count * sizeof(float));
-    }
+    for (int64_t k = count; k % 4; ++k) to[k] = 128;
+    return most / 127;
 }
 
 // The arrays in scratch memory; each starts at a cache line.
@@ -155,22 +139,29 @@ void read_rows(const Linear& p, int64_t first, int64_t rows, const Memory<P>& me
     const int64_t depth = p.weights.depth, elements = p.weights.elements();
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t image = (first + r) / p.rows, row = (first + r) % p.rows;
-        typename P::Element* to = memory.left + r * elements;
-        if (p.patches.images) {
+        // Calls `emit(column, value, lanes)` for the row.
+        const auto each = [&](auto emit) {
+            if (!p.patches.images) return norm_row<X>(p.x, image, row, memory.wide, emit);
             read_patch<X>(p.patches, depth, image, row, memory.wide);
+            columns(depth,
+                    [&](int64_t c, auto lanes) { emit(c, load(memory.wide + c, lanes), lanes); });
+        };
+        typename P::Element* to = memory.left + r * elements;
+        if constexpr (P::DEPTH == 4) {
+            Magnitude magnitude;
+            each([&](int64_t c, Vector value, auto lanes) {
+                store(memory.wide + c, value, lanes);
+                magnitude.add(keep(value, lanes));
+            });
+            memory.scales[r] =
+                quantise(memory.wide, depth, magnitude.value(), reinterpret_cast<uint8_t*>(to));
         } else if constexpr (P::DEPTH == 2) {
             auto* numbers = reinterpret_cast<BFloat16*>(to);
-            norm_row<X>(p.x, image, row, memory.wide, [&](int64_t c, Vector value, auto lanes) {
-                store(numbers + c, value, lanes);
-            });
+            each([&](int64_t c, Vector value, auto lanes) { store(numbers + c, value, lanes); });
             if (depth % 2) numbers[depth] = {};
-            continue;
         } else {
-            norm_row<X>(p.x, image, row, memory.wide, [&](int64_t c, Vector value, auto lanes) {
-                store(memory.wide + c, value, lanes);
-            });
+            each([&](int64_t c, Vector value, auto lanes) { store(to + c, value, lanes); });
         }
-        convert<P>(memory.wide, depth, to, memory.scales[r]);
     }
 }
 
