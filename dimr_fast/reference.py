@@ -63,6 +63,38 @@ def gated_gelu(x: Tensor) -> Tensor:
     return F.gelu(gate) * value
 
 
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round the rows of `x` `[…, D]` to e4m3 values `[…, D]`, with fp32 scales `[…, 1]`.
+
+    A row is about `values · scale`. Its largest magnitude becomes 448, the largest e4m3 value.
+    """
+    wide = _widen(x)
+    scale = (wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448).float()
+    return (wide / scale).to(torch.float8_e4m3fn), scale
+
+
+def td_rms_norm_fp8(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `td_rms_norm`, not rounded to the dtype of `x`, and quantise its rows."""
+    return quantize_fp8(td_rms_norm(_widen(x), scale))
+
+
+def td_layer_norm_fp8(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `td_layer_norm`, not rounded to the dtype of `x`, and quantise its rows."""
+    return quantize_fp8(td_layer_norm(_widen(x), weight, bias))
+
+
+def gated_gelu_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `gated_gelu`, not rounded to the dtype of `x`, and quantise its rows."""
+    return quantize_fp8(gated_gelu(_widen(x)))
+
+
+def linear_fp8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Compute a linear layer in float32 from rows of `quantize_fp8`, which also scales `weight`."""
+    return F.linear(x.float() * x_scale, weight.float() * weight_scale, bias)
+
+
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
     """Compute softmax attention, packed `[B, N, 3·heads·head_dim]` to `[B, N, heads·head_dim]`."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from dimr_fast.kernels.configuration import configuration
+from dimr_fast.kernels.fp8 import empty_fp8, store_fp8
 from dimr_fast.kernels.rows import as_rows
 
 _ROOT_HALF = tl.constexpr(math.sqrt(0.5))
@@ -43,6 +44,28 @@ def launch_fwd(x: torch.Tensor) -> torch.Tensor:
         **constants,
     )
     return y
+
+
+def launch_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the values `[…, hidden]` and the scales of `gelu(a) · b` in FP8."""
+    hidden = x.shape[-1] // 2
+    values, scales = empty_fp8(x, hidden)
+    if values.numel() == 0:
+        return values, scales
+    rows = _rows(x)
+    images, count = rows.shape[:2]
+    constants = configuration("gated_gelu_fp8", hidden, x.device)
+    _gated_gelu_fp8_kernel[(images * triton.cdiv(count, constants["ROWS"]),)](
+        rows,
+        values,
+        scales,
+        count,
+        (rows.stride(0), rows.stride(1)),
+        HIDDEN=hidden,
+        BLOCK=triton.next_power_of_2(hidden),
+        **constants,
+    )
+    return values, scales
 
 
 def launch_bwd(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -134,6 +157,30 @@ def _gated_gelu_fwd_kernel(
     y = a * _normal_cdf(a, x_ptr.dtype.element_ty) * b
     out = (image * count + row) * HIDDEN + column
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), row < count)
+
+
+@triton.jit
+def _gated_gelu_fp8_kernel(
+    x_ptr,  # [B, N, 2·HIDDEN]
+    values_ptr,  # [B, N, HIDDEN] e4m3, contiguous
+    scales_ptr,  # [B, N] fp32
+    count,  # N
+    x_strides,  # (image, row)
+    HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # a whole row
+):
+    blocks = tl.cdiv(count, ROWS)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)
+    inside = (row < count) & (column < HIDDEN)[None, :]
+    x_ptr += image * x_strides[0] + row.to(tl.int64) * x_strides[1] + column
+    a = tl.load(x_ptr, inside, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + HIDDEN, inside, other=0.0).to(tl.float32)
+    y = a * _normal_cdf(a, x_ptr.dtype.element_ty) * b
+    first = image * count  # row of the outputs
+    store_fp8(values_ptr + first * HIDDEN, scales_ptr + first, y, row, column, count, HIDDEN)
 
 
 @triton.jit

@@ -60,6 +60,35 @@ def sum_partials(partials: torch.Tensor, times: int) -> torch.Tensor:
 
 
 @triton.jit
+def load_sum(
+    x_ptr,
+    residual_ptr,
+    sum_ptr,
+    row,
+    column,
+    count,
+    strides,
+    HAS_RESIDUAL: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Return whole rows of an image in fp32, zero outside: x or, stored too, x + residual.
+
+    `strides` are those of the rows of x and residual; the sum is contiguous. The result is the sum
+    as stored.
+    """
+    inside = (row < count) & (column < WIDTH)[None, :]
+    wide_row = row.to(tl.int64)
+    x = tl.load(x_ptr + wide_row * strides[0] + column, inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + wide_row * strides[1] + column, inside, other=0.0)
+        x += residual.to(tl.float32)
+        rounded = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + wide_row * WIDTH + column, rounded, inside)
+        x = rounded.to(tl.float32)
+    return x
+
+
+@triton.jit
 def _sum_partials_kernel(
     partials_ptr,  # [T, count, width] fp32
     total_ptr,  # [T, width] fp32

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 
 from dimr_fast.kernels.configuration import configuration
-from dimr_fast.kernels.rows import as_rows, as_values, chunks, sum_partials
+from dimr_fast.kernels.fp8 import empty_fp8, store_fp8
+from dimr_fast.kernels.rows import as_rows, as_values, chunks, load_sum, sum_partials
 from dimr_fast.kernels.td_layer_norm_pieces import (
     affine,
     pieces_bwd_means_kernel,
@@ -98,6 +99,42 @@ def launch_fwd(
         **constants,
     )
     return summed, y, mean, rstd
+
+
+def launch_fp8(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the sum (empty without residual), and the values and scales of its norm in FP8."""
+    values, scales = empty_fp8(x, x.shape[-1])
+    summed = x.new_empty(0)
+    if residual is not None:
+        summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    if x.numel() == 0:
+        return summed, values, scales
+    rows = as_rows(x)
+    weight, weight_stride = as_values(weight)
+    bias, bias_stride = as_values(bias)
+    images, count, width = rows.shape
+    added = rows if residual is None else as_rows(residual)
+    constants = configuration("td_layer_norm_fp8", width, x.device)
+    _td_layer_norm_fp8_kernel[(images * triton.cdiv(count, constants["ROWS"]),)](
+        rows,
+        added,
+        weight,
+        bias,
+        summed,
+        values,
+        scales,
+        count,
+        (rows.stride(0), rows.stride(1)),
+        (added.stride(0), added.stride(1)),
+        (weight_stride, bias_stride),
+        HAS_RESIDUAL=residual is not None,
+        WIDTH=width,
+        BLOCK=triton.next_power_of_2(width),
+        **constants,
+    )
+    return summed, values, scales
 
 
 def launch_bwd(
@@ -262,6 +299,49 @@ def _td_layer_norm_fwd_kernel(
         normed = (x - mean) * rstd
         y = affine(normed, weight_ptr + column, bias_ptr + column, column < WIDTH)
         tl.store(y_ptr + out + column, y.to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _td_layer_norm_fp8_kernel(
+    x_ptr,  # [B, N, WIDTH]
+    residual_ptr,  # [B, N, WIDTH]
+    weight_ptr,  # [T, WIDTH]
+    bias_ptr,  # [T, WIDTH]
+    sum_ptr,  # [B, N, WIDTH], contiguous
+    values_ptr,  # [B, N, WIDTH] e4m3, contiguous
+    scales_ptr,  # [B, N] fp32
+    count,  # N
+    x_strides,  # (image, row)
+    residual_strides,  # (image, row)
+    time_strides,  # of weight and bias; 0 if all images share one time
+    HAS_RESIDUAL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # a whole row
+):
+    blocks = tl.cdiv(count, ROWS)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)
+    first = image * count  # row of the outputs
+    x = load_sum(
+        x_ptr + image * x_strides[0],
+        residual_ptr + image * residual_strides[0],
+        sum_ptr + first * WIDTH,
+        row,
+        column,
+        count,
+        (x_strides[1], residual_strides[1]),
+        HAS_RESIDUAL,
+        WIDTH,
+    )
+    mean = tl.sum(x, 1)[:, None] / WIDTH
+    centred = tl.where((column < WIDTH)[None, :], x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1)[:, None] / WIDTH + 1e-5)
+    weight_ptr += image * time_strides[0]
+    bias_ptr += image * time_strides[1]
+    y = affine(centred * rstd, weight_ptr + column, bias_ptr + column, column < WIDTH)
+    store_fp8(values_ptr + first * WIDTH, scales_ptr + first, y, row, column, count, WIDTH)
 
 
 @triton.jit

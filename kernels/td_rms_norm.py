@@ -16,7 +16,15 @@ import triton
 import triton.language as tl
 
 from dimr_fast.kernels.configuration import configuration
-from dimr_fast.kernels.rows import as_rows, as_values, as_written_rows, chunks, sum_partials
+from dimr_fast.kernels.fp8 import empty_fp8, store_fp8
+from dimr_fast.kernels.rows import (
+    as_rows,
+    as_values,
+    as_written_rows,
+    chunks,
+    load_sum,
+    sum_partials,
+)
 
 BACKWARD_WARPS = 4096
 """The most warps of a backward pass: with 64 registers per thread an H100 runs all at once."""
@@ -42,6 +50,40 @@ def launch_into(
 ) -> torch.Tensor:
     """Write the sum plus `bias` `[D]` to `out` `[B, …, D]`; return the normed sum in `x.dtype`."""
     return _launch_fwd(x, residual, scale, x.dtype, out, bias)[0]
+
+
+def launch_fp8(
+    x: torch.Tensor, residual: torch.Tensor | None, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the sum (empty without residual), and the values and scales of its norm in FP8."""
+    values, scales = empty_fp8(x, x.shape[-1])
+    summed = x.new_empty(0)
+    if residual is not None:
+        summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    if x.numel() == 0:
+        return summed, values, scales
+    rows = as_rows(x)
+    scale, scale_stride = as_values(scale)
+    images, count, width = rows.shape
+    added = rows if residual is None else as_rows(residual)
+    constants = configuration("td_rms_norm_fp8", width, x.device)
+    _td_rms_norm_fp8_kernel[(images * triton.cdiv(count, constants["ROWS"]),)](
+        rows,
+        added,
+        scale,
+        summed,
+        values,
+        scales,
+        count,
+        (rows.stride(0), rows.stride(1)),
+        (added.stride(0), added.stride(1)),
+        scale_stride,
+        HAS_RESIDUAL=residual is not None,
+        WIDTH=width,
+        BLOCK=triton.next_power_of_2(width),
+        **constants,
+    )
+    return summed, values, scales
 
 
 def _launch_fwd(
@@ -190,6 +232,45 @@ def _td_rms_norm_fwd_kernel(
         scale = tl.load(scale_ptr + image * scale_stride + column, column < WIDTH, other=0.0)
         y = x * r * scale.to(tl.float32)[None, :]
         tl.store(y_ptr + out + column, y.to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _td_rms_norm_fp8_kernel(
+    x_ptr,  # [B, N, WIDTH]
+    residual_ptr,  # [B, N, WIDTH]
+    scale_ptr,  # [T, WIDTH]
+    sum_ptr,  # [B, N, WIDTH], contiguous
+    values_ptr,  # [B, N, WIDTH] e4m3, contiguous
+    scales_ptr,  # [B, N] fp32
+    count,  # N
+    x_strides,  # (image, row)
+    residual_strides,  # (image, row)
+    scale_stride,  # 0 if all images share one time
+    HAS_RESIDUAL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # a whole row
+):
+    blocks = tl.cdiv(count, ROWS)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)
+    first = image * count  # row of the outputs
+    x = load_sum(
+        x_ptr + image * x_strides[0],
+        residual_ptr + image * residual_strides[0],
+        sum_ptr + first * WIDTH,
+        row,
+        column,
+        count,
+        (x_strides[1], residual_strides[1]),
+        HAS_RESIDUAL,
+        WIDTH,
+    )
+    rms = tl.sqrt(tl.sum(x * x, 1) / WIDTH)[:, None]
+    scale = tl.load(scale_ptr + image * scale_stride + column, column < WIDTH, other=0.0)
+    y = x * (1.0 / (rms + 1e-8)) * scale.to(tl.float32)[None, :]
+    store_fp8(values_ptr + first * WIDTH, scales_ptr + first, y, row, column, count, WIDTH)
 
 
 @triton.jit

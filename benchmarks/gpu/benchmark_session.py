@@ -1,7 +1,7 @@
 """Run benchmarks for the GPU report, and merge their rows into results files."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,23 @@ from benchmarks.gpu.section_run import Rows, SectionRun, rates, times
 from benchmarks.utils.files import write_atomically
 
 
+def is_compiled(provider: str) -> bool:
+    """Return whether a provider is one of torch.compile."""
+    return "compile" in provider
+
+
 def run_benchmarks(
-    section: SectionRun, files: Sequence[Path], keywords: str, *, compiled: bool = False
+    section: SectionRun,
+    files: Sequence[Path],
+    keywords: str,
+    *,
+    shown: Callable[[str], bool] = lambda provider: not is_compiled(provider),
 ) -> None:
     """Run the rows of benchmark files that `keywords`, a pytest -k expression, selects.
 
     One pytest session runs all of them, so that imports and the GPU's context cost time only once.
-    The results file of each benchmark keeps its other rows. The section's table shows all rows of
-    the files: those of torch.compile if `compiled`, else the others.
+    The results file of each benchmark keeps its other rows. The section's table shows the rows of
+    the files whose provider is `shown`: by default, those without torch.compile.
     """
     chosen = f"({keywords}) and ({section.chosen})" if section.chosen else keywords
     arguments = [*files, "--benchmark-only", "-k", chosen]
@@ -25,7 +34,7 @@ def run_benchmarks(
     for file in files:
         report = _merge(section, file, found.benchmarks)
         rows = benchmark_rows(report) if report else []
-        table += [row for row in rows if ("compile" in row["implementation"]) == compiled]
+        table += [row for row in rows if shown(row["implementation"])]
     section.add_rows("benchmarks", table)
     reasons: dict[str, list[str]] = {}
     for entry in found.outcomes:

@@ -17,7 +17,7 @@ from dimr_fast.kernels.configuration import configuration
 from dimr_fast.kernels.rows import chunks
 
 BATCH = 64
-BF16, FP32 = 2, 4
+FP8, BF16, FP32 = 1, 2, 4
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class LaunchCase:
     """A call of launchers, with the work of its launches by kernel, in launch order.
 
     `products` are the FLOP of matrix products that a library computes between the launches.
-    `targets` are the architectures to compile for.
+    `targets` are the architectures to compile for, `oldest` the first that has what they need.
     """
 
     operator: str
@@ -54,6 +54,7 @@ class LaunchCase:
     work: Mapping[str, Sequence[Work]]
     products: float = 0
     targets: tuple[str, ...] = ("sm_90",)
+    oldest: int = 80
 
     @property
     def name(self) -> str:
@@ -63,7 +64,7 @@ class LaunchCase:
 
 def cases() -> list[LaunchCase]:
     """Return the cases of all operators."""
-    return [*_norms(), *_gates(), *_attentions(), *_cascades(), *_parameters()]
+    return [*_norms(), *_gates(), *_quantizing(), *_attentions(), *_cascades(), *_parameters()]
 
 
 def aot_launches() -> list[LaunchCase]:
@@ -143,6 +144,35 @@ def _gates() -> Iterator[LaunchCase]:
             yield LaunchCase(
                 "gated_gelu", f"XL/2R {branch}", x.shape, direction, call, {kernel: [work]}
             )
+
+
+def _quantizing() -> Iterator[LaunchCase]:
+    """Yield the norms and the gate as sampling in FP8 launches them: one time for all images."""
+    for branch, tokens, width in (("transformer", 257, 960), ("convolutions", 1024, 480)):
+        x, scale = _meta(BATCH, tokens, width), _fp32(1, width)
+        scales = FP32 * x.numel() / _constants("td_rms_norm_fp8", width)["ROWS"]
+        for residual, name in ((x, ""), (None, ", no residual")):
+            tensors = 1 if residual is None else 3
+            work = Work((tensors * BF16 + FP8) * x.numel(), cached=scales)
+            yield LaunchCase(
+                "td_rms_norm_fp8",
+                f"XL/2R {branch}{name}",
+                x.shape,
+                f"forward{name}",
+                partial(td_rms_norm.launch_fp8, x, residual, scale),
+                {"_td_rms_norm_fp8_kernel": [work]},
+                oldest=89,
+            )
+        gate = _meta(BATCH, tokens, 4 * width)
+        yield LaunchCase(
+            "gated_gelu_fp8",
+            f"XL/2R {branch}",
+            gate.shape,
+            "forward",
+            partial(gated_gelu.launch_fp8, gate),
+            {"_gated_gelu_fp8_kernel": [Work((2 * BF16 + FP8) * gate.numel() // 2)]},
+            oldest=89,
+        )
 
 
 def _attentions() -> Iterator[LaunchCase]:

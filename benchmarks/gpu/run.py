@@ -75,6 +75,7 @@ SECTIONS = (
     Section("model", 180, has_rows=True),
     Section("operators", 120, has_rows=True),
     Section("compiled", 165, has_rows=True),
+    Section("fp8", 240, has_rows=True),
     Section("plots", 15, needs_build=False),
     Section("memory", 120),
 )

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dimr_fast.ops import OPERATORS
+
 Constants = dict[str, int]
 
 
@@ -42,6 +44,11 @@ def product(**values: list[int]) -> list[Constants]:
     return [dict(zip(values, v, strict=True)) for v in itertools.product(*values.values())]
 
 
+def runs_fp8(x: torch.Tensor) -> bool:
+    """Return whether the quantising kernels run on the device of `x`."""
+    return OPERATORS["gated_gelu_fp8"].why_not("triton", x) is None
+
+
 def norms(draw: Draw, small: bool) -> Iterator[TuningCase]:
     """Yield the kernels of the norms over the last dimension."""
     from dimr_fast.kernels import td_layer_norm, td_rms_norm
@@ -51,6 +58,7 @@ def norms(draw: Draw, small: bool) -> Iterator[TuningCase]:
         [(3, 24)] if small else [(257, 960), (1024, 480), (257, 1152), (1024, 576), (4096, 240)]
     )
     space = product(ROWS=[1, 2, 4, 8], BLOCK=[4096], num_warps=[2, 4, 8])
+    whole_rows = product(ROWS=[1, 2, 4, 8], num_warps=[1, 2, 4, 8])
     for tokens, width in shapes:
         x, dy = draw(batch, tokens, width), draw(batch, tokens, width)
         scale, shift = (draw(batch, width, dtype=torch.float32) for _ in range(2))
@@ -61,6 +69,15 @@ def norms(draw: Draw, small: bool) -> Iterator[TuningCase]:
             lambda x=x, r=dy, s=scale: td_rms_norm.launch_fwd(x, r, s, x.dtype),
             space,
         )
+        for kernel, launch in (
+            ("td_rms_norm_fp8", lambda x=x, r=dy, s=scale: td_rms_norm.launch_fp8(x, r, s)),
+            (
+                "td_layer_norm_fp8",
+                lambda x=x, r=dy, s=scale, b=shift: td_layer_norm.launch_fp8(x, r, s, b),
+            ),
+        ):
+            if runs_fp8(x):
+                yield TuningCase(kernel, width, launch, whole_rows)
         yield TuningCase(
             "td_rms_norm_bwd",
             width,
@@ -90,9 +107,14 @@ def gates(draw: Draw, small: bool) -> Iterator[TuningCase]:
 
     batch = 2 if small else 64
     space = product(BLOCK=[512, 1024, 2048, 4096], num_warps=[2, 4, 8])
+    whole_rows = product(ROWS=[1, 2, 4, 8], num_warps=[1, 2, 4, 8])
     for tokens, hidden in [(3, 24)] if small else [(257, 1920), (1024, 960), (257, 2304)]:
         x, dy = draw(batch, tokens, 2 * hidden), draw(batch, tokens, hidden)
         yield TuningCase("gated_gelu_fwd", hidden, lambda x=x: gated_gelu.launch_fwd(x), space)
+        if runs_fp8(x):
+            yield TuningCase(
+                "gated_gelu_fp8", hidden, lambda x=x: gated_gelu.launch_fp8(x), whole_rows
+            )
         yield TuningCase(
             "gated_gelu_bwd", hidden, lambda x=x, dy=dy: gated_gelu.launch_bwd(dy, x), space
         )

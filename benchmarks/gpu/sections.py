@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import nvidia_smi
-from benchmarks.gpu.benchmark_session import run_benchmarks
+from benchmarks.gpu.benchmark_session import is_compiled, run_benchmarks
 from benchmarks.gpu.render import plot
 from benchmarks.gpu.section_run import PYTEST, SectionRun
 from benchmarks.utils.files import BENCHMARKS, ROOT
 from benchmarks.utils.machine import commit, processor
+from benchmarks.utils.names import FP8_PROVIDERS, OURS
 
 TESTS = ROOT / "tests"
 
@@ -173,6 +174,7 @@ def kernel_tests() -> list[str | Path]:
     """Return the tests of the section `kernels`."""
     names = ("attention", "gated_gelu", "rms_norm", "td_layer_norm", "td_parameters")
     names = ("model_kernels", *names, "td_rms_norm", "td_rms_norm_into", "upsample_add")
+    names = (*names, "fp8", "gated_gelu_fp8", "td_layer_norm_fp8", "td_rms_norm_fp8")
     files: list[str | Path] = [find_test(f"test_{name}") for name in names]
     return [*files, f"{find_test('test_inference')}::test_triton_adds_the_mlp_in_place"]
 
@@ -289,7 +291,7 @@ def tune(section: SectionRun) -> None:
 def model(section: SectionRun) -> None:
     """Time the whole model, in sampling and training, without torch.compile."""
     rows = DRY_MODEL if section.dry_run else ON_GPU
-    run_benchmarks(section, [MODEL], f"{rows} and not compile")
+    run_benchmarks(section, [MODEL], f"{rows} and not compile and not fp8")
 
 
 def operators(section: SectionRun) -> None:
@@ -301,11 +303,30 @@ def operators(section: SectionRun) -> None:
 def compiled(section: SectionRun) -> None:
     """Time the model and the operators under torch.compile, which compiles for long."""
     if section.dry_run:
-        run_benchmarks(section, _operators(section), f"{DRY_OPERATORS} and compile", compiled=True)
+        run_benchmarks(
+            section, _operators(section), f"{DRY_OPERATORS} and compile", shown=is_compiled
+        )
     else:
         run_benchmarks(
-            section, [MODEL, *_operators(section)], f"{ON_GPU} and compile", compiled=True
+            section,
+            [MODEL, *_operators(section)],
+            f"{ON_GPU} and compile and not torchao",
+            shown=is_compiled,
         )
+
+
+def fp8(section: SectionRun) -> None:
+    """Time sampling in FP8: ours against ours in bf16, and torchao's quantisation, which compiles.
+
+    The rows of bf16 are timed again, so that all are of one run. A dry run checks them and times
+    none, since FP8 is slow on a CPU.
+    """
+    if section.dry_run:
+        arguments = [MODEL, "--benchmark-disable", "-k", f"{DRY_MODEL} and fp8"]
+        section.run_pytest("fp8: checked, not timed", arguments)
+        return
+    providers = (OURS, *FP8_PROVIDERS)
+    run_benchmarks(section, [MODEL], f"{ON_GPU} and ({FP8_ROWS})", shown=lambda p: p in providers)
 
 
 def plots(section: SectionRun) -> None:
@@ -329,6 +350,10 @@ MOST_IMPORTANT = ("td_rms_norm", "depthwise_conv2d", "attention", "upsample_add"
 """Operators that run first, in this order."""
 
 
+FP8_ROWS = "XL/2R and forward and ours or fp8"
+"""Pytest -k expression of the rows of section `fp8`: the model that FP8 is measured on."""
+
+
 def _operators(section: SectionRun) -> list[Path]:
     """Return the operators' benchmark files, the most important first."""
     files = list((BENCHMARKS / "ops").glob("bench_*.py"))
@@ -350,6 +375,7 @@ SECTIONS = {
         model,
         operators,
         compiled,
+        fp8,
         plots,
         memory,
     )

@@ -11,9 +11,11 @@ from benchmarks.utils.names import (
     BF16,
     FORWARD,
     OURS,
+    OURS_FP8,
     PUBLISHED,
     PUBLISHED_COMPILED,
     REFERENCE_COMPILED,
+    TORCHAO_FP8,
     TRAINING,
 )
 from benchmarks.utils.spread import Spread
@@ -67,6 +69,23 @@ def model_speedup(provider: str, title: str = FORWARD, batches: range = LARGE_BA
     def measure(sections: Sections) -> Iterator[Spread]:
         theirs = model_rows(sections, provider, title, batches)
         yield from ratios(theirs, model_rows(sections, OURS, title, batches))
+
+    return measure
+
+
+def fp8_speedup(provider: str) -> Measure:
+    """Return a function that yields the speedups of our model in FP8 over a provider."""
+
+    def measure(sections: Sections) -> Iterator[Spread]:
+        rows = {
+            name: [
+                row
+                for row in find_rows(sections, ["fp8"], "benchmarks", implementation=name)
+                if row.get("batch") in LARGE_BATCHES
+            ]
+            for name in (provider, OURS_FP8)
+        }
+        yield from ratios(rows[provider], rows[OURS_FP8])
 
     return measure
 
@@ -145,6 +164,8 @@ TARGETS: tuple[Target[Sections], ...] = (
         model_speedup(PUBLISHED_COMPILED, batches=BATCH_1),
     ),
     Target("sampling, batch ≥ 64, share of the GEMM rate", 60, 70, gemm_share, " %"),
+    Target("sampling in FP8, batch ≥ 64, against bf16", 1.15, 1.4, fp8_speedup(OURS)),
+    Target("… against torchao's FP8, torch.compile", 1, 1.3, fp8_speedup(TORCHAO_FP8)),
     Target(
         "training step against published", 2.5, 3.5, model_speedup(PUBLISHED, TRAINING, ANY_BATCH)
     ),

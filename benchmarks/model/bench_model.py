@@ -2,10 +2,11 @@
 
 Providers: "published" is the authors' execution (`published.py`), under autocast unless the row is
 in fp32; "reference" is our model in plain PyTorch, with weights in the row's dtype except in
-training; "ours" is `optimize_for_inference`, or our model in training. Compiled providers keep
-their activations, as a user of torch.compile would have it. The providers of a row run one after
-another. Before timing, the outputs, and in training the gradients, of each are compared with the
-reference: in fp32 against fp64, in bf16 against fp32.
+training; "ours" is `optimize_for_inference`, or our model in training. "ours, fp8" quantises it,
+"torchao fp8" the published execution. Compiled providers keep their activations, as a user of
+torch.compile would have it. The providers of a row run one after another. Before timing, the
+outputs, and in training the gradients, of each are compared with the reference: in fp32 against
+fp64, in bf16 against fp32.
 
 A training step is forward, loss, backward and a fused AdamW step, always on the same batch. `flops`
 count no recomputation. With `--benchmark-disable` models are shallow and compilation stops before
@@ -15,13 +16,14 @@ machine code, which only shows that the rows run.
 import copy
 import dataclasses
 import gc
+import importlib.util
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -34,19 +36,23 @@ from benchmarks.model.published import PublishedDiMR
 from benchmarks.ops.harness import DEVICES, check_close, describe, dtype_name
 from benchmarks.utils.names import (
     FORWARD,
+    FP8_PROVIDERS,
     OURS,
+    OURS_FP8,
     OUT_OF_MEMORY,
     PROVIDERS,
     PUBLISHED,
     PUBLISHED_COMPILED,
     PUBLISHED_NO_CHECKPOINTING,
     REFERENCE_COMPILED,
+    TORCHAO_FP8,
     TRAINING,
 )
 from benchmarks.utils.spread import Spread
 from dimr_fast import PRESETS, DiMR, DiMRConfig
 from dimr_fast.diffusion import multi_scale_loss
 from dimr_fast.inference import optimize_for_inference
+from dimr_fast.ops import why_not_fp8
 from dimr_fast.optim import adamw
 from dimr_fast.utils.device import keep_freed_memory
 
@@ -147,6 +153,9 @@ def rows() -> Iterator[Row]:
         groups["cuda"].append((preset, 32, bf16, True, PROVIDERS))
         if preset == "XL/2R":
             groups["cuda"].append((preset, 64, bf16, True, EAGER_PROVIDERS))
+            groups["cuda"] += [(preset, batch, bf16, False, FP8_PROVIDERS) for batch in (64, 1)]
+    # Never timed: on a CPU FP8 products are slow.
+    groups["cpu"].append(("demo", 1, bf16, False, FP8_PROVIDERS))
     for device in DEVICES:
         for *settings, providers in groups[device]:
             yield from (Row(device, *settings, provider) for provider in providers)
@@ -160,6 +169,8 @@ def _memory() -> None:
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.label) for row in rows()])
 def test_model(benchmark: BenchmarkFixture, row: Row) -> None:
+    if row.provider in FP8_PROVIDERS:
+        skip_unusable_fp8(row, timed=not benchmark.disabled)
     measure_or_skip(benchmark, dataclasses.replace(row, shallow=benchmark.disabled))
 
 
@@ -180,6 +191,20 @@ def measure_or_skip(
     pytest.skip(reason)
 
 
+def skip_unusable_fp8(row: Row, timed: bool) -> None:
+    """Skip an FP8 row, with the reason, if it cannot run, or would be timed on a CPU."""
+    reason = why_not_fp8(torch.device(row.device))
+    if reason is None and row.provider == TORCHAO_FP8:
+        if importlib.util.find_spec("torchao") is None:
+            reason = "torchao is not installed"
+        elif row.device == "cpu":
+            reason = "torchao quantises to FP8 on a GPU only"
+    if reason is None and timed and row.device == "cpu":
+        reason = "FP8 products on a CPU are for tests"
+    if reason is not None:
+        pytest.skip(f"{row.provider}: {reason}")
+
+
 def release_memory() -> None:
     """Release the GPU memory of a row for the next one."""
     torch.compiler.reset()
@@ -198,6 +223,8 @@ def measure_row(benchmark: BenchmarkFixture, row: Row) -> None:
     run, model = build_provider(row)
     # The published execution rounds in another order; a wrong result differs by far more.
     times = 4 if row.provider.startswith(PUBLISHED) else 2
+    if row.provider in FP8_PROVIDERS:
+        times *= 16  # a rounding step of e4m3 in steps of bfloat16
     for actual, *others in zip(tensors_to_check(row, run, model, inputs), *expected, strict=True):
         check_close(actual.cpu(), *others, times=times)
     call = (
@@ -231,9 +258,25 @@ def build_provider(row: Row) -> tuple[Run, DiMR]:
         if not row.training:
             model = copy.deepcopy(model).to(row.dtype)
         return compiled(row, model.set_implementation("reference")), model
+    if row.provider == TORCHAO_FP8:
+        return compiled(row, quantized_by_torchao(PublishedDiMR.of(model, False))), model
     if row.training:
         return model, model
-    return optimize_for_inference(model, dtype=row.dtype, cuda_graphs="auto"), model
+    quantize: Literal["fp8"] | None = "fp8" if row.provider == OURS_FP8 else None
+    return optimize_for_inference(model, row.dtype, "auto", quantize), model
+
+
+def quantized_by_torchao(model: torch.nn.Module) -> torch.nn.Module:
+    """Quantise all linear layers of a copy of `model` as `quantize="fp8"` does, by row."""
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        PerRow,
+        quantize_,
+    )
+
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    return model
 
 
 def compiled(row: Row, model: torch.nn.Module) -> Run:
@@ -287,7 +330,7 @@ def draw_inputs(row: Row) -> dict[str, Tensor]:
 
 def forward(row: Row, run: Run, inputs: dict[str, Tensor]) -> list[Tensor]:
     """Return the predictions, computed without gradients."""
-    published = row.provider.startswith(PUBLISHED)
+    published = row.provider.startswith((PUBLISHED, TORCHAO_FP8))
     with torch.no_grad(), row.autocast(published):
         return run(inputs["x"], log_snr=inputs["log_snr"], y=inputs["y"])
 

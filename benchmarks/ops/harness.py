@@ -62,22 +62,24 @@ def parametrize_rows(
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
     on_cpu: int = 1,
     gpu_batch: int = 64,
+    backward: Sequence[bool] = (False, True),
 ) -> pytest.MarkDecorator:
     """Parametrise a benchmark with devices, dtypes, passes and providers.
 
     `presets` maps names to shapes without their batch dimension. On a GPU all of them are used with
     batch `gpu_batch`; on a CPU the first `on_cpu` with batch 1; interpreted kernels use the first.
+    `backward` lists the passes: False is forward, True forward and backward.
     """
     found = []
-    for device, dtype, backward, provider in itertools.product(
-        DEVICES, dtypes, (False, True), [*OPERATORS[operator].names, COMPILE]
+    for device, dtype, with_backward, provider in itertools.product(
+        DEVICES, dtypes, backward, [*OPERATORS[operator].names, COMPILE]
     ):
         batch, count = (gpu_batch, len(presets)) if device == "cuda" else (1, on_cpu)
         if interpreted(provider, device):
             count = 1
         for preset, shape in list(presets.items())[:count]:
-            row = Row(operator, provider, preset, (batch, *shape), dtype, device, backward)
-            passes = "forward+backward" if backward else "forward"
+            row = Row(operator, provider, preset, (batch, *shape), dtype, device, with_backward)
+            passes = "forward+backward" if with_backward else "forward"
             title = "-".join([device, preset, dtype_name(dtype), passes, provider])
             found.append(pytest.param(row, id=title.replace(" ", "_")))
     return pytest.mark.parametrize("row", found)
@@ -239,6 +241,7 @@ def check_close(
     Its largest error may be `times` that of `reference`, which is the reference in the same dtype,
     plus one rounding step at the output's scale. `exact` is the reference in fp64.
     """
+    exact = exact.double()
     step = torch.finfo(actual.dtype).eps * exact.abs().max()
     allowed = times * (reference.double() - exact).abs().max() + step
     assert (actual.detach().double() - exact).abs().max() <= allowed

@@ -88,6 +88,9 @@ def _demo_text(run: dict[str, Any]) -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "Whole model": whole_model,
+    "Samples in lower precision": lambda: _from_file(
+        "sample_accuracy.json", model.sample_accuracy_text
+    ),
     "Memory of a training step": lambda: _from_file("memory.json", operators.memory_table),
     "Kernel launches": lambda: _from_file("launches.json", operators.launch_table),
     "What the architecture is worth": ablation,

@@ -14,6 +14,7 @@ from benchmarks.utils.markdown import table
 from benchmarks.utils.names import (
     BF16,
     FORWARD,
+    FP8_PROVIDERS,
     FP32,
     OURS,
     PROVIDERS,
@@ -40,7 +41,11 @@ README_PROVIDERS = (PUBLISHED, PUBLISHED_COMPILED, REFERENCE_COMPILED)
 def model_table(results: ModelResults) -> str:
     """Return our rate in each group, and our speedup over each other provider."""
     groups = results.groups()
-    others = [p for p in PROVIDERS if p != OURS and any(p in found for found in groups.values())]
+    others = [
+        p
+        for p in (*PROVIDERS, *FP8_PROVIDERS)
+        if p != OURS and any(p in found for found in groups.values())
+    ]
     rows = []
     for group, found in groups.items():
         ours = found.get(OURS)
@@ -123,4 +128,17 @@ def scaling_text(report: Mapping[str, Any]) -> str:
     return (
         f"Time of a model like the demo's as a power of its size ({machine.summary(report)}, "
         f"{report['dtype']}). Fitted exponents: {'; '.join(found)}."
+    )
+
+
+def sample_accuracy_text(report: Mapping[str, Any]) -> str:
+    """Return the table of `results/sample_accuracy.json`."""
+    rows = [
+        {"precision": precision} | {f"{name}, dB": f"{db:.1f}" for name, db in found.items()}
+        for precision, found in report["psnr_db"].items()
+    ]
+    return (
+        f"PSNR against fp32 of {report['count']} samples of the demo's model, drawn in "
+        f"{report['steps']} steps from the same noise ({machine.summary(report)}); the median of a "
+        f"quantised format must be {report['required_db']:g} dB or more:\n\n{table(rows)}"
     )

@@ -13,10 +13,12 @@ from benchmarks.utils import machine
 from benchmarks.utils.files import PLOTS, RESULTS
 from benchmarks.utils.names import (
     OURS,
+    OURS_FP8,
     PUBLISHED,
     PUBLISHED_COMPILED,
     PUBLISHED_NO_CHECKPOINTING,
     REFERENCE_COMPILED,
+    TORCHAO_FP8,
 )
 
 matplotlib.use("Agg")
@@ -27,7 +29,9 @@ COLORS = {
     PUBLISHED_NO_CHECKPOINTING: "#c4c4c4",
     PUBLISHED_COMPILED: "#e0a458",
     REFERENCE_COMPILED: "#7fb069",
+    TORCHAO_FP8: "#b07aa1",
     OURS: "#2f6fb0",
+    OURS_FP8: "#76b7d8",
 }
 
 

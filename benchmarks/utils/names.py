@@ -8,7 +8,12 @@ PUBLISHED_COMPILED = "published, compiled"
 REFERENCE_COMPILED = "reference, compiled"
 """Provider: `torch.compile` of dimr_fast's plain PyTorch model."""
 OURS = "ours"
+OURS_FP8 = "ours, fp8"
+"""Provider: `optimize_for_inference(quantize="fp8")`."""
+TORCHAO_FP8 = "torchao fp8, compiled"
+"""Provider: `torch.compile` of the published execution whose linear layers torchao quantised."""
 PROVIDERS = (PUBLISHED, PUBLISHED_NO_CHECKPOINTING, PUBLISHED_COMPILED, REFERENCE_COMPILED, OURS)
+FP8_PROVIDERS = (OURS_FP8, TORCHAO_FP8)
 
 FORWARD, TRAINING = "forward", "training step"
 """Passes of the whole model."""

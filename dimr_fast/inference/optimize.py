@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dimr_fast import ops
 from dimr_fast.inference.cpu import CPUBranch, CPUFeatures
+from dimr_fast.inference.fp8 import FP8Linear, FP8Norm, check_fp8, implementation_in_fp8
 from dimr_fast.layers import (
     Attention,
     Block,
@@ -28,7 +29,7 @@ from dimr_fast.utils.cuda_graphs import Capture, CUDAGraphs, capture_graph
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-Quantization = Literal["int8"]
+Quantization = Literal["int8", "fp8"]
 """Formats of `optimize_for_inference(quantize=…)`; `None` there means no quantisation."""
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -53,8 +54,13 @@ def optimize_for_inference(
     With `quantize="int8"` the linear layers of the blocks and of the cascade multiply 8-bit
     integers. Each row of a weight has a scale, which is found here, and so has each row of the
     layer's input, which is found when it is computed. All else is as without it. It needs a model
-    on a CPU whose operators all run by the compiled library. Predictions differ more than by
-    rounding: see docs/sampling.md.
+    on a CPU whose operators all run by the compiled library.
+
+    With `quantize="fp8"` the linear layers that follow a norm or the gate of an MLP multiply e4m3
+    numbers, with such scales; all else is computed in `dtype`, which is bfloat16. It needs a GPU of
+    compute capability 8.9 or later; a CPU computes the same, but slowly.
+
+    Predictions of a quantised model differ more than by rounding: see docs/sampling.md.
 
     Raises ValueError for any other dtype, for `cuda_graphs=True` if the model is not on a GPU, and
     for `quantize` where it cannot be used.
@@ -81,6 +87,8 @@ def _check_quantize(quantize: object, model: DiMR, dtype: torch.dtype) -> None:
             "quantize: got 'int8', expected a model on a CPU whose operators all have the "
             "implementation 'auto' or 'cpu', and the compiled library"
         )
+    if quantize == "fp8":
+        check_fp8(model, dtype)
 
 
 class InferenceDiMR(nn.Module):
@@ -109,12 +117,12 @@ class InferenceDiMR(nn.Module):
         self.dtype = dtype
         self.device = next(model.parameters()).device
         self.implementation = model.implementation
-        self.uses_cpu_library = _uses_cpu_library(model, dtype)
+        self.uses_cpu_library = quantize != "fp8" and _uses_cpu_library(model, dtype)
         factors = ops.Factors.INT8 if quantize == "int8" else _FACTORS[dtype]
         self.stages = nn.ModuleList(
             CPUBranch(cast(Branch, branch), dtype, factors)
             if self.uses_cpu_library
-            else _Branch(cast(Branch, branch), dtype)
+            else _Branch(cast(Branch, branch), dtype, quantize == "fp8")
             for branch in model.stages
         )
         # Concatenated, all time-dependent parameters are one wide parameter.
@@ -230,7 +238,7 @@ class _Buffers(NamedTuple):
 class _Branch(nn.Module):
     """`model.Branch` that keeps its features in `_Buffers`."""
 
-    def __init__(self, branch: Branch, dtype: torch.dtype) -> None:
+    def __init__(self, branch: Branch, dtype: torch.dtype, fp8: bool) -> None:
         super().__init__()
         self.depth = branch.depth
         self.is_transformer = branch.is_transformer
@@ -239,7 +247,9 @@ class _Branch(nn.Module):
             self.class_embeds = _copy(branch.class_embeds, dtype)
         if hasattr(branch, "upsample"):
             self.upsample = _copy(branch.upsample, dtype)
-        self.blocks = nn.ModuleList(_Block(cast(Block, block), dtype) for block in branch.blocks)
+        self.blocks = nn.ModuleList(
+            _Block(cast(Block, block), dtype, fp8) for block in branch.blocks
+        )
         self.skip_denses = nn.ModuleList(
             _Linear.of(cast(Linear, dense), dtype) for dense in branch.skip_denses
         )
@@ -314,13 +324,13 @@ def _uses_cpu_library(model: DiMR, dtype: torch.dtype) -> bool:
 class _Block(nn.Module):
     """`layers.Block` that writes its result to `out`, if given."""
 
-    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype, fp8: bool) -> None:
         super().__init__()
         if isinstance(block.block1, Attention):
-            self.block1: nn.Module = _attention(block.block1, dtype)
+            self.block1: nn.Module = _attention(block.block1, dtype, fp8)
         else:
             self.block1 = _copy(block.block1, dtype)
-        self.block2 = _GatedMLP(block.block2, dtype)
+        self.block2 = _GatedMLP(block.block2, dtype, fp8)
 
     def forward(self, x: Tensor, td: TDValues, out: Tensor | None) -> Tensor:
         if isinstance(self.block1, DepthwiseConv2d):
@@ -331,14 +341,20 @@ class _Block(nn.Module):
 class _GatedMLP(nn.Module):
     """`layers.GatedMLP` with its input projections merged, including the residual add."""
 
-    def __init__(self, mlp: GatedMLP, dtype: torch.dtype) -> None:
+    def __init__(self, mlp: GatedMLP, dtype: torch.dtype, fp8: bool) -> None:
         super().__init__()
         self.implementation = mlp.implementation
-        self.norm = _copy(mlp.norm, dtype)
-        self.w01 = _Linear(
+        self.gate: Any = ops.gated_gelu
+        self.norm: nn.Module = _copy(mlp.norm, dtype)
+        if fp8:
+            self.implementation = implementation_in_fp8("gated_gelu", mlp.implementation)
+            self.gate = ops.gated_gelu_fp8
+            self.norm = FP8Norm(self.norm)
+        linear = FP8Linear if fp8 else _Linear
+        self.w01 = linear(
             torch.cat([mlp.w0.weight, mlp.w1.weight]), torch.cat([mlp.w0.bias, mlp.w1.bias]), dtype
         )
-        self.w2 = _Linear.of(mlp.w2, dtype)
+        self.w2 = linear.of(mlp.w2, dtype)
 
     def forward(
         self, x: Tensor, td: TDValues, residual: Tensor | None, out: Tensor | None
@@ -357,7 +373,7 @@ class _GatedMLP(nn.Module):
         return torch.add(x, self.w2(self._hidden(normed)), out=out)
 
     def _hidden(self, normed: Tensor) -> Tensor:
-        return ops.gated_gelu(self.w01(normed), implementation=self.implementation)
+        return self.gate(self.w01(normed), implementation=self.implementation)
 
     def _adds_in_place(self, x: Tensor) -> bool:
         if not isinstance(self.norm, TDRMSNorm | RMSNorm) or self.w2.uses_onednn:
@@ -366,14 +382,19 @@ class _GatedMLP(nn.Module):
         return operator.select(self.norm.implementation, x) == "triton"
 
 
-def _attention(attention: Attention, dtype: torch.dtype) -> Attention:
+def _attention(attention: Attention, dtype: torch.dtype, fp8: bool) -> Attention:
     """Return a copy; on a GPU its heads are padded to multiples of 16 bytes, the widest load."""
     head_dim = attention.dense.weight.shape[1] // attention.num_heads
-    on_gpu = attention.dense.weight.device.type == "cuda"
-    return pad_heads(attention, head_dim + (-head_dim % 8 if on_gpu else 0), dtype)
+    multiple = 1
+    if attention.dense.weight.device.type == "cuda":
+        # In FP8 the width of all heads together must be a multiple of 16.
+        multiple = 16 if fp8 and attention.num_heads % 2 else 8
+    return pad_heads(attention, head_dim + -head_dim % multiple, dtype, fp8)
 
 
-def pad_heads(attention: Attention, head_dim: int, dtype: torch.dtype) -> Attention:
+def pad_heads(
+    attention: Attention, head_dim: int, dtype: torch.dtype, fp8: bool = False
+) -> Attention:
     """Return a copy of `attention` with heads padded by zero weights, which computes the same.
 
     Wider heads have a smaller scale `head_dim^-½`; the weights of the queries compensate for it
@@ -388,7 +409,9 @@ def pad_heads(attention: Attention, head_dim: int, dtype: torch.dtype) -> Attent
         qkv = F.pad(qkv * scale, (0, 0, 0, head_dim - narrow))
         dense = F.pad(dense, (0, head_dim - narrow))
     copied = _copy(attention, dtype)
-    copied.query_key_value = _Linear(qkv.flatten(0, 2), None, dtype)
+    if fp8:
+        copied.norm = cast(Any, FP8Norm(copied.norm))
+    copied.query_key_value = (FP8Linear if fp8 else _Linear)(qkv.flatten(0, 2), None, dtype)
     copied.dense = _Linear(dense.flatten(1), attention.dense.bias, dtype)
     return copied
 

@@ -8,9 +8,11 @@ from dimr_fast import reference
 from dimr_fast.ops._checks import check_floating
 from dimr_fast.ops._compiled import CPU
 from dimr_fast.ops._triton import TRITON
+from dimr_fast.ops.fp8 import FP8Rows, fp8_implementations, fp8_shapes
 from dimr_fast.ops.registration import Operator, differentiable
 
 operator = Operator("gated_gelu", TRITON, CPU, example=(4, 257, 3840))
+fp8 = fp8_implementations("gated_gelu_fp8", example=(4, 257, 3840))
 
 
 def gated_gelu(x: Tensor, *, implementation: str = "auto") -> Tensor:
@@ -21,11 +23,31 @@ def gated_gelu(x: Tensor, *, implementation: str = "auto") -> Tensor:
     Raises ValueError if the last axis is odd, the dtype is not floating point or the implementation
     cannot run.
     """
+    _check(x)
+    chosen = operator.select(implementation, x)
+    return reference.gated_gelu(x) if chosen == "reference" else _run(x, chosen)
+
+
+def gated_gelu_fp8(x: Tensor, *, implementation: str = "auto") -> FP8Rows:
+    """Compute `gated_gelu` of `x` `[…, 2·hidden]` as FP8 rows `[…, hidden]`.
+
+    The input of `linear_fp8`: the result is quantised in the same pass, without being rounded to
+    the dtype of `x` first. No gradients are recorded.
+    Raises ValueError if the last axis is odd or empty, the dtype is not floating point or the
+    implementation cannot run.
+    """
+    _check(x)
+    if not x.shape[-1]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected a last axis of 2 or more")
+    if fp8.select(implementation, x) == "triton":
+        return FP8Rows(*_fp8(x))
+    return FP8Rows(*reference.gated_gelu_fp8(x))
+
+
+def _check(x: Tensor) -> None:
     if x.dim() < 1 or x.shape[-1] % 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected an even last axis, 2·hidden")
     check_floating(x=x)
-    chosen = operator.select(implementation, x)
-    return reference.gated_gelu(x) if chosen == "reference" else _run(x, chosen)
 
 
 def _fwd_shapes(x: Tensor) -> Tensor:
@@ -36,8 +58,13 @@ def _bwd_shapes(dy: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _fp8_shapes(x: Tensor) -> tuple[Tensor, Tensor]:
+    return fp8_shapes(x, x.shape[-1] // 2)
+
+
 _fwd = operator.define("fwd", "(Tensor x) -> Tensor", _fwd_shapes)
 _bwd = operator.define("bwd", "(Tensor dy, Tensor x) -> Tensor", _bwd_shapes)
+_fp8 = operator.define("fp8", "(Tensor x) -> (Tensor, Tensor)", _fp8_shapes, "triton")["triton"]
 
 
 def _forward(ctx: Any, x: Tensor, implementation: str) -> Tensor:

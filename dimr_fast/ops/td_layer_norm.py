@@ -11,9 +11,11 @@ from dimr_fast import reference
 from dimr_fast.ops._checks import check_residual, check_time_values, compute_dtype
 from dimr_fast.ops._compiled import CPU
 from dimr_fast.ops._triton import TRITON
+from dimr_fast.ops.fp8 import FP8Rows, fp8_implementations, fp8_shapes
 from dimr_fast.ops.registration import Operator, differentiable
 
 operator = Operator("td_layer_norm", TRITON, CPU, example=(4, 257, 960))
+fp8 = fp8_implementations("td_layer_norm_fp8", example=(4, 257, 960))
 
 
 @overload
@@ -47,6 +49,29 @@ def td_layer_norm(
     summed = x if residual is None else residual + x
     y = reference.td_layer_norm(summed, weight, bias).to(compute_dtype(x))
     return y if residual is None else (summed, y)
+
+
+def td_layer_norm_fp8(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    *,
+    implementation: str = "auto",
+) -> tuple[Tensor, FP8Rows]:
+    """Return `s` and its norm as FP8 rows, where `s = x` or `s = residual + x`.
+
+    The input of `linear_fp8`: the norm is quantised in the same pass, without being rounded to the
+    dtype of `x` first. No gradients are recorded. All else is as in `td_layer_norm`.
+    Raises ValueError if shapes or devices do not fit or the implementation cannot run.
+    """
+    check_time_values(x, weight=weight, bias=bias)
+    check_residual(x, residual)
+    if fp8.select(implementation, x) == "triton":
+        summed, values, scales = _fp8(x, residual, weight, bias)
+        return x if residual is None else summed, FP8Rows(values, scales)
+    summed = x if residual is None else residual + x
+    return summed, FP8Rows(*reference.td_layer_norm_fp8(summed, weight, bias))
 
 
 def _fwd_shapes(
@@ -84,6 +109,15 @@ def _bwd_shapes(
     return dx, parameters, dy.new_empty(dy.shape if needs_y else (0,))
 
 
+def _fp8_shapes(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    summed = x.new_empty(0)
+    if residual is not None:
+        summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return summed, *fp8_shapes(x, x.shape[-1])
+
+
 _FWD = (
     "(Tensor weight, Tensor bias, Tensor[] pieces, Tensor? residual, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
@@ -92,8 +126,10 @@ _BWD = (
     "(Tensor dy, Tensor? dsum, Tensor[] pieces, Tensor weight, Tensor bias, Tensor mean,"
     " Tensor rstd, bool needs_dx, bool needs_y) -> (Tensor, Tensor, Tensor)"
 )
+_FP8 = "(Tensor x, Tensor? residual, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)"
 fwd = operator.define("fwd", _FWD, _fwd_shapes)
 bwd = operator.define("bwd", _BWD, _bwd_shapes)
+_fp8 = operator.define("fp8", _FP8, _fp8_shapes, "triton")["triton"]
 
 
 def parameter_gradients(both: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

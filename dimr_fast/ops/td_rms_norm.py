@@ -16,9 +16,11 @@ from dimr_fast.ops._checks import (
 )
 from dimr_fast.ops._compiled import CPU
 from dimr_fast.ops._triton import TRITON
+from dimr_fast.ops.fp8 import FP8Rows, fp8_implementations, fp8_shapes
 from dimr_fast.ops.registration import Operator, differentiable
 
 operator = Operator("td_rms_norm", TRITON, CPU, example=(4, 257, 960))
+fp8 = fp8_implementations("td_rms_norm_fp8", example=(4, 257, 960))
 
 
 @overload
@@ -72,6 +74,24 @@ def td_rms_norm_into(
     return _into(out, x, residual, scale, bias)
 
 
+def td_rms_norm_fp8(
+    x: Tensor, scale: Tensor, residual: Tensor | None = None, *, implementation: str = "auto"
+) -> tuple[Tensor, FP8Rows]:
+    """Return `s` and its norm as FP8 rows, where `s = x` or `s = residual + x`.
+
+    The input of `linear_fp8`: the norm is quantised in the same pass, without being rounded to the
+    dtype of `x` first. No gradients are recorded. All else is as in `td_rms_norm`.
+    Raises ValueError if shapes or devices do not fit or the implementation cannot run.
+    """
+    check_time_values(x, scale=scale)
+    check_residual(x, residual)
+    if fp8.select(implementation, x) == "triton":
+        summed, values, scales = _fp8(x, residual, scale)
+        return x if residual is None else summed, FP8Rows(values, scales)
+    summed = x if residual is None else residual + x
+    return summed, FP8Rows(*reference.td_rms_norm_fp8(summed, scale))
+
+
 def _fwd_shapes(
     x: Tensor, residual: Tensor | None, scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,12 +115,21 @@ def _into_shapes(
     return x.new_empty(x.shape)
 
 
+def _fp8_shapes(x: Tensor, residual: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    summed = x.new_empty(0)
+    if residual is not None:
+        summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return summed, *fp8_shapes(x, x.shape[-1])
+
+
 _FWD = "(Tensor x, Tensor? residual, Tensor scale, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
 _BWD = "(Tensor dy, Tensor? dsum, Tensor x, Tensor scale, Tensor rms) -> (Tensor, Tensor)"
 _INTO = "(Tensor(a!) out, Tensor x, Tensor? residual, Tensor scale, Tensor bias) -> Tensor"
+_FP8 = "(Tensor x, Tensor? residual, Tensor scale) -> (Tensor, Tensor, Tensor)"
 _fwd = operator.define("fwd", _FWD, _fwd_shapes)
 _bwd = operator.define("bwd", _BWD, _bwd_shapes)
 _into = operator.define("into", _INTO, _into_shapes, "triton")["triton"]
+_fp8 = operator.define("fp8", _FP8, _fp8_shapes, "triton")["triton"]
 
 
 def _forward(

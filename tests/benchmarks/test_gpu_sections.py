@@ -326,7 +326,7 @@ def test_targets_and_sections_select_rows_by_the_names_in_the_benchmark() -> Non
     assert any(on_cpu in label for label in labels)
     assert any(on_gpu in label for label in labels)
     # Section `compiled` selects rows by name, reports select them by provider.
-    for provider in names.PROVIDERS:
+    for provider in (*names.PROVIDERS, *names.FP8_PROVIDERS):
         label = dataclasses.replace(cases[0], provider=provider).label
         assert ("compile" in label) == ("compile" in provider)
 
@@ -352,7 +352,7 @@ def test_a_dry_run_end_to_end(tmp_path: Path) -> None:
 def test_the_tests_that_sections_run_exist() -> None:
     """`find_test` fails if a name is missing or ambiguous."""
     *files, single = sections.kernel_tests()
-    assert len(files) == 9
+    assert len(files) == 13
     path, _, name = str(single).partition("::")
     assert f"def {name}(" in Path(path).read_text()
     sections.find_test("test_depthwise_conv2d_gpu")

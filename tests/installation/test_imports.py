@@ -192,6 +192,7 @@ SHARED_BY_KERNELS = {
     "dimr_fast.kernels.attention_backward",
     "dimr_fast.kernels.attention_tiles",
     "dimr_fast.kernels.configuration",
+    "dimr_fast.kernels.fp8",
     "dimr_fast.kernels.rows",
     "dimr_fast.kernels.td_layer_norm_pieces",
 }

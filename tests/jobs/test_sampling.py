@@ -141,7 +141,7 @@ def test_an_autoencoder_for_a_pixel_model_is_refused(trained: TrainedModel, tmp_
     [
         ({"steps": 0}, "steps: got 0"),
         ({"batch_size": 0}, "batch_size: got 0"),
-        ({"precision": "fp8"}, "precision: got 'fp8', expected one of auto, fp32"),
+        ({"precision": "fp4"}, "precision: got 'fp4', expected one of auto, fp32"),
         ({"seed": -1}, "seed: got -1"),
         ({"guidance": math.inf}, "guidance: got inf"),
         ({"guidance": -0.1}, r"guidance: got -0\.1"),

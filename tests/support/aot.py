@@ -31,11 +31,15 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 @dataclass(frozen=True)
 class Launch:
-    """A call whose kernels are compiled: its name, the call, and the targets."""
+    """A call whose kernels are compiled: its name, the call, and the targets.
+
+    `oldest` is the first NVIDIA architecture that the kernels can be compiled for.
+    """
 
     name: str
     call: Callable[[], Any]
     targets: tuple[str, ...] = ("sm_90",)
+    oldest: int = 80
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,8 @@ def _compile(module: str) -> list[Compiled]:
             for target in launch.targets if file.stem == "default" else _targets(file.stem):
                 arch = target.removeprefix("sm_")
                 is_cuda = target != arch
+                if is_cuda and int(arch) < launch.oldest:
+                    continue
                 gpu = GPUTarget("cuda", int(arch), 32) if is_cuda else GPUTarget("hip", arch, 64)
                 driver.set_active(_Driver(gpu))
                 found.clear()

@@ -1,0 +1,72 @@
+"""Compare samples of the packaged model in lower precision with those in fp32.
+
+    python -m benchmarks.model.sample_accuracy [--precisions bf16 fp8] [--out FILE]
+
+All start from the same noise; solver and guidance are the defaults of `dimr-fast sample`. The
+results file has percentiles over the images of the PSNR of an image, in dB, from its levels of 0 to
+255. A quantised format passes with a median of 45 dB. On a CPU, FP8 products have the values of a
+GPU's but for the order of sums.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.utils import machine
+from benchmarks.utils.files import RESULTS
+from dimr_fast.checkpoint import TrainedModel, demo_model, load_model
+from dimr_fast.sampling import ImageSampler, SamplerConfig, balanced_labels
+from dimr_fast.utils.files import write_json
+
+REQUIRED_DB = 45.0
+PERCENTILES = {"minimum": 0.0, "p20": 0.2, "median": 0.5, "p80": 0.8}
+
+
+def draw(trained: TrainedModel, count: int, **settings: object) -> Tensor:
+    """Return uint8 images `[count, 3, H, W]` of all classes."""
+    sampler = ImageSampler(trained, SamplerConfig(**settings))  # type: ignore[arg-type]
+    return sampler(balanced_labels(count, len(trained.classes)))
+
+
+def psnr(images: Tensor, truth: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio of each image, in dB.
+
+    Equal images count as if one number differed by one level.
+    """
+    squares = (images.double() - truth.double()).square().flatten(1)
+    return 10 * torch.log10(255**2 / squares.mean(1).clamp(min=1 / squares.shape[1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp8"])
+    parser.add_argument("--count", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--out", type=Path, default=RESULTS / "sample_accuracy.json")
+    arguments = parser.parse_args()
+    trained = load_model(demo_model())
+    settings = {"steps": arguments.steps, "batch_size": 32}
+    truth = draw(trained, arguments.count, precision="fp32", **settings)
+    found = {}
+    for precision in arguments.precisions:
+        images = draw(trained, arguments.count, precision=precision, **settings)
+        levels = torch.tensor(list(PERCENTILES.values()), dtype=torch.float64)
+        values = psnr(images, truth).quantile(levels)
+        found[precision] = dict(zip(PERCENTILES, values.tolist(), strict=True))
+    result = machine.description() | {
+        "steps": arguments.steps,
+        "count": arguments.count,
+        "required_db": REQUIRED_DB,
+        "psnr_db": found,
+    }
+    write_json(arguments.out, result)
+    print(result)
+    low = [precision for precision, db in found.items() if db["median"] < REQUIRED_DB]
+    if low:
+        raise SystemExit(f"the median is below {REQUIRED_DB:g} dB: {', '.join(low)}")
+
+
+if __name__ == "__main__":
+    main()
