@@ -133,12 +133,21 @@ def scaling_text(report: Mapping[str, Any]) -> str:
 
 def sample_accuracy_text(report: Mapping[str, Any]) -> str:
     """Return the table of `results/sample_accuracy.json`."""
+    distances = report.get("frechet", {})
     rows = [
-        {"precision": precision} | {f"{name}, dB": f"{db:.1f}" for name, db in found.items()}
+        {"precision": precision}
+        | {f"{name}, dB": f"{db:.1f}" for name, db in found.items()}
+        | {"Fréchet distance": f"{distances[precision]:.2f}" if precision in distances else None}
         for precision, found in report["psnr_db"].items()
     ]
+    scored = (
+        f" The Fréchet distance on {report['frechet_recipe']} is that of "
+        f"{report['frechet_count']} samples to the held-out tiles."
+        if distances
+        else ""
+    )
     return (
         f"PSNR against fp32 of {report['count']} samples of the demo's model, drawn in "
         f"{report['steps']} steps from the same noise ({machine.summary(report)}); the median of a "
-        f"quantised format must be {report['required_db']:g} dB or more:\n\n{table(rows)}"
+        f"quantised format must be {report['required_db']:g} dB or more.{scored}\n\n{table(rows)}"
     )
