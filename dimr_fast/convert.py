@@ -223,7 +223,8 @@ def _outputs(model: DiMR) -> list[Tensor]:
     config = model.config
     generator = torch.Generator().manual_seed(0)
     dtype = next(model.parameters()).dtype
-    x = torch.randn(2, config.channels, *config.image_size, generator=generator).to(dtype)
+    shape = (2, config.channels, *config.image_size)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
     y = torch.tensor([0, config.null_class])
     with torch.inference_mode():
         return model(x, log_snr=torch.tensor([-3.0, 2.0]), y=y)

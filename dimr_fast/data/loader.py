@@ -90,8 +90,8 @@ class Loader:
             if "Bus error" in str(error):
                 raise self._no_shared_memory(error) from error
             raise OSError(
-                f"workers: got {self._workers}, one of which was killed, perhaps because memory was "
-                f"short ({error}); expected fewer, or 0"
+                f"workers: got {self._workers}, one of which was killed, perhaps for lack of "
+                f"memory ({error}); expected fewer, or 0"
             ) from error
         except OSError as error:
             # The queues of the workers need shared memory too.
@@ -135,7 +135,8 @@ class _BatchOfStep(Dataset[Batch | OSError]):
         own = slice(self.rank * share, (self.rank + 1) * share)
         indices = batch_indices(len(self.examples.labels), self.batch_size, self.seed, step)[own]
         generator = torch.Generator().manual_seed(derived_seed(self.seed, 2, step))
-        mirrored = torch.rand(self.batch_size, generator=generator)[own] < 0.5 * self.mirror
+        drawn = torch.rand(self.batch_size, generator=generator, dtype=torch.float32)
+        mirrored = drawn[own] < 0.5 * self.mirror
         try:
             raw = self.examples.read(indices, mirrored)
         except OSError as error:

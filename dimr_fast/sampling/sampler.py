@@ -178,7 +178,7 @@ class ImageSampler:
     @torch.inference_mode()
     def _batch(self, labels: Tensor, first: int) -> Tensor:
         shape = self._config.shape
-        noise = torch.empty(len(labels), *shape)
+        noise = torch.empty(len(labels), *shape, dtype=torch.float32)
         for i in range(len(labels)):
             generator = torch.Generator().manual_seed(derived_seed(self._sampler.seed, first + i))
             torch.randn(shape, generator=generator, out=noise[i])

@@ -165,7 +165,7 @@ def _build(
     stored = read_state(path) if resume else None
     config = dataclasses.replace(config, precision=_precision(config, stored, communicator))
     torch.manual_seed(config.seed)
-    model = _new_model(config, examples).to(device)
+    model = _new_model(config, examples).to(device, torch.float32)
     parallel = parallelize(model, config, communicator)
     state = TrainState(
         model=model,

@@ -74,6 +74,18 @@ def test_initial_noise_is_limited_for_pixels_only(trained: TrainedModel) -> None
     assert abs(drawn.std().item() - 1) < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_default_dtype_changes_no_image(trained: TrainedModel, dtype: torch.dtype) -> None:
+    sampler = SamplerConfig(steps=4, precision="fp32", guidance_power=2.0)
+    expected = sample_images(trained, torch.arange(3), sampler)
+    torch.set_default_dtype(dtype)
+    try:
+        found = sample_images(trained, torch.arange(3), sampler)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 def test_no_images_for_no_labels(trained: TrainedModel) -> None:
     assert sample_images(trained, torch.empty(0, dtype=torch.int64), SamplerConfig()).shape == (
         0,
