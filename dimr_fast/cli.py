@@ -1,11 +1,12 @@
 """The command line, `dimr-fast COMMAND …`. Each command imports its job when it runs."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from dimr_fast.errors import CheckpointError, DataUnavailableError
 
@@ -164,14 +165,30 @@ def _run(name: str, words: list[str]) -> None:
     command = COMMANDS[name]
 
     def parse(settings: type[T]) -> T:
-        return tyro.cli(
+        found = tyro.cli(
             tyro.conf.configure(tyro.conf.OmitArgPrefixes)(settings),
             prog=f"dimr-fast {name}",
             description=command.__doc__,
             args=words,
         )
+        return _expand_user(found)
 
     command(parse)
+
+
+def _expand_user(value: T) -> T:
+    """Return settings with the home folder for the `~` of paths, which shells leave in
+    --output=~/runs."""
+    found: Any = value
+    if isinstance(value, Path):
+        found = Path(os.path.expanduser(value))
+    elif isinstance(value, tuple):
+        found = tuple(map(_expand_user, value))
+    elif dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        changes = {name: _expand_user(getattr(value, name)) for name in names}
+        found = dataclasses.replace(found, **changes)
+    return found
 
 
 def _help() -> str:

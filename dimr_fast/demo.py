@@ -20,6 +20,7 @@ from dimr_fast.sampling import ImageSampler, SampleConfig, SamplerConfig, sample
 from dimr_fast.training import TrainConfig, train
 from dimr_fast.utils.device import resolve_device
 from dimr_fast.utils.files import prepare_output, write_json
+from dimr_fast.utils.validation import check_seed, require_fields
 
 REPORT = "demo.json"
 BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}{postfix}"
@@ -36,6 +37,12 @@ class DemoConfig:
     device: str = "auto"
     seed: int = 0
 
+    def validate(self) -> None:
+        """Raise ValueError naming a setting that is out of range."""
+        require_fields(
+            self, minutes=(self.minutes > 0, "a positive number"), seed=check_seed(self.seed)
+        )
+
 
 def demo(
     config: DemoConfig, *, tiles: Tiles | None = None, sampler: SamplerConfig | None = None
@@ -46,6 +53,7 @@ def demo(
     training ends the demo with the files of `train`. `tiles` and `sampler` replace the tiles of the
     installed picture and the default settings of sampling. Raises as `train` and `sample` do.
     """
+    config.validate()
     output = config.output or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     # Before training, because a missing package should not fail after ten minutes.
     features = EfficientNetLite0Features()
@@ -100,7 +108,7 @@ def _samples_for_score(
 ) -> tuple[Tensor, float]:
     """Draw images for `seconds`, at least one batch; return them and the time they took."""
     # Another seed: the images must differ from those of the grid.
-    draw = ImageSampler(trained, dataclasses.replace(sampler, seed=sampler.seed + 1))
+    draw = ImageSampler(trained, dataclasses.replace(sampler, seed=(sampler.seed + 1) % 2**64))
     begun = time.monotonic()
     batches: list[Tensor] = []
     count, elapsed = 0, 0.0

@@ -92,7 +92,7 @@ def _without_paths(values: Any) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: got no JSON ({error}), expected a JSON object") from error
     if not isinstance(values, dict):

@@ -63,7 +63,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     expected = "expected a folder that dimr-fast extract has finished"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"latents: got {folder}, {expected} ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

@@ -253,7 +253,7 @@ def _sampling(config: EvaluateConfig, images: ImageSet) -> dict[str, Any] | str:
         beside.insert(0, config.images / SAMPLE_REPORT)
     for path in beside:
         try:
-            return {"said in": str(path), **json.loads(path.read_text())}
+            return {"said in": str(path), **json.loads(path.read_bytes())}
         except (OSError, ValueError, TypeError):
             continue
     return f"unknown: no {SAMPLE_REPORT} beside the images"

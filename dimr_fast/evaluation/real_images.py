@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ class Reference:
             tiles = load_tiles(size[0])
             counts = counts_in_words(tiles.val_labels.bincount().tolist())
             return cls(TensorImages(tiles.val_images, "satellite tiles, validation", counts), None)
-        path = Path(text)
+        path = Path(os.path.expanduser(text))
         names = npz_names(path) if path.suffix == ".npz" and path.is_file() else ()
         statistics_file = path if {"mu", "sigma"} <= set(names) else None
         if statistics_file is not None and "arr_0" not in names:

@@ -135,7 +135,7 @@ def read_config(path: Path) -> tuple[DiMRConfig, dict[str, Any]]:
     Raises CheckpointError where the file is missing, damaged or of another kind of model.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())
         if not isinstance(values, dict):
             raise ValueError(f"holds {type(values).__name__}, expected an object")
         notes = {name: values.pop(name) for name in NOTES if name in values}

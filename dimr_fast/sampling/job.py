@@ -261,7 +261,7 @@ def _read_report(output: Path) -> dict[str, Any] | None:
     """Read the report of a job in `output`, or return None where no job has begun there."""
     path = output / SAMPLE_REPORT
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -25,7 +25,7 @@ from dimr_fast.diffusion import (
 from dimr_fast.inference import optimize_for_inference
 from dimr_fast.utils.device import Precision, precision_name, resolve_precision
 from dimr_fast.utils.seeds import derived_seed
-from dimr_fast.utils.validation import require_fields
+from dimr_fast.utils.validation import check_seed, require_fields
 
 DECODER_BATCH_SIZE = 8
 """Latents in one call of the autoencoder, whose activations are far larger than the model's."""
@@ -85,7 +85,7 @@ class SamplerConfig:
                 self.precision in get_args(Precision),
                 f"one of {', '.join(get_args(Precision))}",
             ),
-            seed=(self.seed >= 0, "0 or more"),
+            seed=check_seed(self.seed),
         )
 
     def resolved(self, scale: Scale, device: torch.device) -> "SamplerConfig":

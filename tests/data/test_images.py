@@ -25,17 +25,8 @@ from dimr_fast.data.images import (
     read_image,
 )
 from dimr_fast.data.scaling import PixelScale
+from tests.support.image_files import noise, save
 from tests.support.photographs import photographs
-
-
-def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def save(path: Path, pixels: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return path
 
 
 @pytest.fixture

@@ -200,6 +200,15 @@ def test_a_damaged_or_unfitting_folder_is_named(folder: Path, harm: Any, message
         load_model(folder)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_configuration_that_an_editor_saved_in_another_encoding_is_read(
+    folder: Path, encoding: str
+) -> None:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text, encoding=encoding)
+    assert load_model(folder).classes == CLASSES
+
+
 def test_weights_have_the_permissions_of_the_configuration(folder: Path) -> None:
     modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
     assert modes["model.safetensors"] == modes["config.json"]

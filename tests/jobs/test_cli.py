@@ -149,6 +149,16 @@ def test_a_bad_setting_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "batch_size?" in message
 
 
+def test_a_tilde_in_a_path_is_the_home_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "sample.json").write_text("precious")
+    message = failure(capsys, "sample", "--output=~/here", "--steps=1")
+    assert str(tmp_path / "here" / "sample.json") in message
+
+
 def test_a_closed_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m dimr_fast info | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
