@@ -52,6 +52,8 @@ FILES = (OUTPUTS["grid"], SAMPLE_REPORT)
 """Files that `sample` writes by default."""
 
 SHARDS = "parts"
+NO_CLASS = "none"
+"""Name of the null class, unless a class is called so."""
 GRID_ROWS, GRID_COLUMNS = 32, 16
 """Maximum size of a grid in images: about 1,600 × 3,100 pixels for the demo's images."""
 
@@ -72,7 +74,8 @@ class SampleConfig:
     """Total number of images, instead of `per_class`; the classes are balanced as far as it
     allows."""
     classes: tuple[str, ...] = ()
-    """Classes to draw, by name or number; all classes by default."""
+    """Classes to draw, by name or number; all classes by default. "none" draws images without
+    class."""
     formats: tuple[Format, ...] = ("grid",)
     """grid: `grid.png`, one row for each of at most 32 classes; if it is the only format, further
     classes are not drawn. png: `images/000000.png` and so on. npz: `samples.npz` as the ADM
@@ -213,6 +216,7 @@ def _job(
     chosen = _select_classes(config.classes, trained.classes)
     if config.formats == ("grid",):
         chosen = chosen[:GRID_ROWS]
+    names = (*trained.classes, NO_CLASS)  # the last label is that of the null class
     count = config.count or config.per_class * len(chosen)
     sampler = config.sampler
     if sampler.precision == "auto" and stored is not None:
@@ -224,7 +228,7 @@ def _job(
         "checkpoint": str(config.checkpoint or "the model that comes with the package"),
         "weights": _weights_digest(trained.model),
         "count": count,
-        "classes": [trained.classes[i] for i in chosen.tolist()],
+        "classes": [names[i] for i in chosen.tolist()],
         # Compared when a job is resumed, also one of an earlier version: the text stays as it is.
         "labels": "each class equally often, or once more, going round the classes",
         "autoencoder": config.autoencoder,
@@ -232,23 +236,29 @@ def _job(
         "sampler": sampler.recipe(trained.scale, device),
     }
     labels = chosen[balanced_labels(count, len(chosen))]
-    return _Job(config, sampler, labels, trained.classes, record)
+    return _Job(config, sampler, labels, names, record)
 
 
 def _select_classes(wanted: tuple[str, ...], classes: tuple[str, ...]) -> Tensor:
-    """Return the labels of classes given by name or number, in that order, without duplicates."""
-    if not wanted:
+    """Return the labels of classes given by name or number, in that order, without duplicates.
+
+    The label after those of the classes means no class.
+    """
+    if not wanted and classes:
         return torch.arange(len(classes))
     labels = []
-    for name in wanted:
+    for name in wanted or (NO_CLASS,):
         if name in classes:
             labels.append(classes.index(name))
+        elif name == NO_CLASS:
+            labels.append(len(classes))
         elif name.isdecimal() and int(name) < len(classes):
             labels.append(int(name))
         else:
             known = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
             raise ValueError(
-                f"classes: got {name!r}, expected a name ({known}) or 0..{len(classes) - 1}"
+                f"classes: got {name!r}, expected a name ({known}) or 0..{len(classes) - 1}, "
+                f"or {NO_CLASS!r}"
             )
     return torch.tensor(list(dict.fromkeys(labels)))
 

@@ -52,13 +52,14 @@ class SamplerConfig:
     """Solver times are uniform in `time`, as published, or in `log_snr`."""
     guidance: float = 1.0
     """Classifier-free guidance s: ε = ε_c + s·(ε_c − ε_u), where ε_c is conditional and ε_u
-    unconditional. 0 disables it; a guidance scale of 1.4 in other libraries is 0.4 here."""
+    unconditional. 0 disables it, -1 draws images without class; a guidance scale of 1.4 in other
+    libraries is 0.4 here."""
     guidance_power: float | None = None
     """Power p of the schedule s·½(1 − cos(π·(1 − t)^p)), which rises from 0 at t = 1 to s at
     t = 0. None: constant guidance."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Guidance is applied for times in [low, high]. Outside it the unconditional half of the batch
-    is skipped."""
+    """Guidance is applied for times in [low, high], a part of [0, 1]. Outside it the unconditional
+    half of the batch is skipped."""
     noise_limit: float | None = None
     """Initial noise is clamped to ± this value: a briefly trained model underestimates larger
     noise, which then remains as bright dots. None means 2.5 for pixel models and inf for latent
@@ -71,14 +72,23 @@ class SamplerConfig:
     def validate(self) -> None:
         """Raise ValueError naming a setting that is out of range."""
         power, interval = self.guidance_power, self.guidance_interval
+        least = -1 if power is None else 0
         require_fields(
             self,
             solver=(self.solver in SOLVERS, f"one of {', '.join(SOLVERS)}"),
             steps=(self.steps > 0, "1 or more"),
             spacing=(self.spacing in ("time", "log_snr"), "time or log_snr"),
-            guidance=(0 <= self.guidance < math.inf, "a finite number, 0 or more"),
+            guidance=(
+                least <= self.guidance < math.inf,
+                "a finite number, -1 (without class) or more"
+                if power is None
+                else "a finite number, 0 or more with guidance_power",
+            ),
             guidance_power=(power is None or 0 < power < math.inf, "a positive number, or None"),
-            guidance_interval=(interval[0] <= interval[1], "(low, high) with low <= high"),
+            guidance_interval=(
+                0 <= interval[0] <= interval[1] <= 1,
+                "(low, high) with 0 <= low <= high <= 1",
+            ),
             noise_limit=(self.noise_limit is None or self.noise_limit > 0, "a positive number"),
             batch_size=(self.batch_size > 0, "1 or more"),
             precision=(
@@ -186,11 +196,14 @@ class ImageSampler:
         assert limit is not None
         x = noise.clamp(-limit, limit).to(self._device)
         if len(labels):
+            null, guidance = self._config.null_class, self._sampler.guidance_schedule()
+            if (labels == null).all():
+                guidance = ConstantGuidance(0)  # would change nothing and cost a second evaluation
             predict = guided(
                 self._predict,
                 labels.to(self._device),
-                self._config.null_class,
-                self._sampler.guidance_schedule(),
+                null,
+                guidance,
                 interval=self._sampler.guidance_interval,
             )
             x = SOLVERS[self._sampler.solver](

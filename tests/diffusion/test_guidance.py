@@ -61,6 +61,19 @@ def test_no_guidance_skips_the_null_half(
     torch.testing.assert_close(noise, with_class(x, t))
 
 
+def test_guidance_of_minus_one_is_the_unconditional_prediction_alone() -> None:
+    model = ClassModel()
+    x, y, t = torch.randn(3, 4, 8, 8), torch.tensor([5, 6, 7]), torch.tensor(0.3)
+    noise = guided(model, y, 0, ConstantGuidance(-1.0), interval=(0.2, 0.4))
+    found = noise(x, t)
+    [(alone, _, labels)] = model.calls
+    assert alone is x
+    assert labels.tolist() == [0, 0, 0]
+    torch.testing.assert_close(found, without_class(x, t))
+    outside = torch.tensor(0.5)
+    torch.testing.assert_close(noise(x, outside), with_class(x, outside))
+
+
 @given(st.floats(0, 1), st.floats(1, 20), st.floats(0.1, 8))
 def test_power_cosine_weight(t: float, peak: float, power: float) -> None:
     extra = PowerCosineGuidance(peak, power).extra(torch.tensor(t, dtype=torch.float64)).item()
@@ -90,12 +103,14 @@ CONSTANT = ConstantGuidance(1.0)
 @pytest.mark.parametrize(
     ("call", "argument"),
     [
-        (lambda: ConstantGuidance(-0.1), "scale"),
+        (lambda: ConstantGuidance(-1.1), "scale"),
         (lambda: ConstantGuidance(math.nan), "scale"),
         (lambda: PowerCosineGuidance(0.9, 1.0), "peak"),
         (lambda: PowerCosineGuidance(2.0, 0.0), "power"),
         (lambda: guided(ClassModel(), LABELS.float(), 0, CONSTANT), "y"),
         (lambda: guided(ClassModel(), LABELS[None], 0, CONSTANT), "y"),
+        (lambda: guided(ClassModel(), LABELS, 0, CONSTANT, interval=(2, 3)), "interval"),
+        (lambda: guided(ClassModel(), LABELS, 0, CONSTANT, interval=(-2, 0.5)), "interval"),
         (lambda: guided(ClassModel(), LABELS, 0, CONSTANT)(X[:1], T), "x"),
         (lambda: guided(ClassModel(), LABELS, 0, CONSTANT)(X, T.expand(3)), "t"),
         (lambda: guided(lambda x, c, y: x[:2], LABELS, 0, CONSTANT)(X, T), "model_fn"),
