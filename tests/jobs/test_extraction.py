@@ -340,6 +340,42 @@ def test_a_full_disk_keeps_the_shards_that_exist(again: ExtractConfig, latents: 
     assert contents(again.output) == contents(latents)
 
 
+def test_a_class_without_a_readable_image_is_named(config: ExtractConfig, tmp_path: Path) -> None:
+    copy_photographs(tmp_path / "photos", {"cats": 2})
+    (tmp_path / "photos" / "dogs").mkdir()
+    (tmp_path / "photos" / "dogs" / "a.png").write_text("no image")
+    summary = extract(
+        dataclasses.replace(config, images=tmp_path / "photos", output=tmp_path / "out")
+    )
+    assert summary.empty_classes == ("dogs",)
+    assert "no image of dogs could be read: a model cannot learn to draw it" in summary.sentence()
+
+
+@pytest.mark.parametrize("key", ["scale", "shape", "classes", "dtype", "shards", "settings"])
+def test_a_manifest_that_lacks_an_entry_is_named(
+    again: ExtractConfig, latents: Path, key: str
+) -> None:
+    path = again.output / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest[key]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"latents: got .*manifest\.json without {key}, expected"):
+        LatentShards(again.output)
+    with pytest.raises(ValueError, match=f"without {key}"):
+        extract(again)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "5"])
+def test_a_shard_with_other_metadata_is_made_anew(
+    again: ExtractConfig, latents: Path, text: str
+) -> None:
+    shard_file = shard(again, 1)
+    save_file(load_file(shard_file), shard_file, {"dimr_fast": text})
+    (again.output / "manifest.json").unlink()
+    extract(again)
+    assert contents(again.output) == contents(latents)
+
+
 def test_nothing_readable_is_an_error(config: ExtractConfig, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_text("no image")
