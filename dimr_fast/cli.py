@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -137,7 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, CheckpointError, DataUnavailableError) as error:
-        print(f"dimr-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        # Libraries colour some of their errors.
+        text = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(error).split()))
+        print(f"dimr-fast: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("dimr-fast: interrupted", file=sys.stderr)

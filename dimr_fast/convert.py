@@ -169,13 +169,15 @@ def model_of_preset(weights: dict[str, Tensor], path: Path) -> DiMR:
 
     Raises CheckpointError naming `path` where they fit none.
     """
+    nearest = ""
     for name in _candidates(weights):
         try:
             return DiMR.from_weights(_sized(name, weights), weights, path)
-        except CheckpointError:
-            continue
+        except CheckpointError as error:
+            nearest = f" (with {name}, {str(error).removeprefix(f'{path}: ')})"
     raise CheckpointError(
-        f"{path}: its weights fit none of {', '.join(PRESETS)}; describe the model by --config"
+        f"{path}: its weights fit none of {', '.join(PRESETS)}{nearest}; describe the model by "
+        "--config"
     )
 
 

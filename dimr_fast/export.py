@@ -53,7 +53,11 @@ def export(config: ExportConfig) -> Path:
     if config.output.exists():
         raise FileExistsError(f"{config.output} exists already; choose another output")
     if config.checkpoint.is_dir():
-        raise CheckpointError(f"{config.checkpoint}: a folder, expected a checkpoint of training")
+        checkpoint = config.checkpoint / "checkpoint.safetensors"
+        hint = f"; its checkpoint is {checkpoint}" if checkpoint.is_file() else ""
+        raise CheckpointError(
+            f"{config.checkpoint}: a folder, expected a checkpoint of training{hint}"
+        )
     scores = None if config.scores is None else _read_json(config.scores)
     recipe = _recipe(config.checkpoint)
     curve = config.checkpoint.parent / "loss.png"

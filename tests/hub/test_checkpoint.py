@@ -187,9 +187,9 @@ DAMAGES = [
     (lambda f: damage(f, scale={"kind": "volts"}), "kind: got 'volts'"),
     (
         lambda f: damage(f, num_classes=9),
-        r"1 weights do not fit .*class_embeds.weight: got \[7, 24\], expected \[9, 24\]",
+        r"1 weight does not fit .*class_embeds.weight: got \[7, 24\], expected \[9, 24\]",
     ),
-    (lambda f: damage(f, norm_type="RMSN"), r"weights do not fit .*got nothing, expected"),
+    (lambda f: damage(f, norm_type="RMSN"), r"weights do not fit .*is missing"),
 ]
 
 
