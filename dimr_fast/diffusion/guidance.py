@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dimr_fast.diffusion.schedule import time_condition
 from dimr_fast.diffusion.solvers import NoiseFn
+from dimr_fast.utils.validation import check_tensors
 
 ModelFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A function that predicts noise from `x` [N, ...], the condition (`log_snr`, [1] or [N]) and
@@ -113,6 +114,7 @@ def guided(
 
     Source of the interval: Kynkäänniemi et al. 2024, arXiv 2404.07724.
     """
+    check_tensors(y=y)
     if y.ndim != 1 or y.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"y: got {y.dtype} {tuple(y.shape)}, expected int32 or int64 labels [B]")
     low, high = interval

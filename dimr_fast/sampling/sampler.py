@@ -25,7 +25,7 @@ from dimr_fast.diffusion import (
 from dimr_fast.inference import optimize_for_inference
 from dimr_fast.utils.device import Precision, precision_name, resolve_precision
 from dimr_fast.utils.seeds import derived_seed
-from dimr_fast.utils.validation import check_seed, require_fields
+from dimr_fast.utils.validation import check_seed, check_tensors, require_fields
 
 DECODER_BATCH_SIZE = 8
 """Latents in one call of the autoencoder, whose activations are far larger than the model's."""
@@ -168,6 +168,7 @@ class ImageSampler:
         images of each finished batch. Raises ValueError for labels out of range and
         FloatingPointError for images that are not finite.
         """
+        check_tensors(labels=labels)
         if labels.dim() != 1 or labels.dtype != torch.int64:
             raise ValueError(
                 f"labels: got {labels.dtype} {tuple(labels.shape)}, expected int64 [N]"

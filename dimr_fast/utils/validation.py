@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from torch import Tensor
+
 T = TypeVar("T")
 
 
@@ -19,6 +21,13 @@ def require_fields(settings: object, **checks: tuple[bool, str]) -> None:
     """Check fields of a dataclass: each name maps to (condition holds, expected value in words)."""
     for name, (ok, expected) in checks.items():
         require(ok, name, getattr(settings, name), expected)
+
+
+def check_tensors(**values: object) -> None:
+    """Raise TypeError naming a value that is no tensor."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
 
 
 def check_seed(seed: int) -> tuple[bool, str]:

@@ -9,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dimr_fast.diffusion import (
+    SOLVERS,
     ConstantGuidance,
+    DiscreteSchedule,
     PowerCosineGuidance,
     guided,
+    multi_scale_loss,
 )
 from tests.support.diffusion import (
     ClassModel,
@@ -118,3 +121,25 @@ CONSTANT = ConstantGuidance(1.0)
 )
 def test_bad_arguments_of_guidance_are_named(call: Callable[[], object], argument: str) -> None:
     assert_argument_is_named(call, argument)
+
+
+X0 = torch.zeros(2, 3, 8, 8)
+SCHEDULE = DiscreteSchedule()
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda: guided(ClassModel(), 1, 0, CONSTANT), "y"),
+        (lambda: SCHEDULE.condition(5), "step"),
+        (lambda: SCHEDULE.add_noise(X0, X0, 5), "step"),
+        (lambda: SCHEDULE.add_noise(X0, 0.5, torch.tensor([1, 2])), "noise"),
+        (lambda: SCHEDULE.add_noise(0.5, X0, torch.tensor([1, 2])), "x0"),
+        (lambda: multi_scale_loss([X0], 0.5), "noise"),
+        (lambda: multi_scale_loss([0.5], X0), r"predictions\[0\]"),
+        *((lambda solve=solve: solve(None, 0.5, SCHEDULE, 4), "x") for solve in SOLVERS.values()),
+    ],
+)
+def test_numbers_in_place_of_tensors_are_errors(call: Callable[[], object], argument: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{argument}: got (int|float), expected a tensor"):
+        call()
