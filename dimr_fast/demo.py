@@ -14,6 +14,7 @@ from dimr_fast import sampling, training
 from dimr_fast.checkpoint import TrainedModel, load_model
 from dimr_fast.data.arrays import ImageArray
 from dimr_fast.data.tiles import Tiles, load_tiles
+from dimr_fast.errors import Interrupted
 from dimr_fast.evaluation.features import EfficientNetLite0Features
 from dimr_fast.evaluation.frechet import frechet_scores
 from dimr_fast.sampling import ImageSampler, SampleConfig, SamplerConfig, sample
@@ -49,9 +50,10 @@ def demo(
 ) -> Path:
     """Train the `demo` preset on satellite tiles, draw a grid of each class, and score it.
 
-    Returns the output folder, with the files of `train` and `sample` and `demo.json`. Ctrl-C during
-    training ends the demo with the files of `train`. `tiles` and `sampler` replace the tiles of the
-    installed picture and the default settings of sampling. Raises as `train` and `sample` do.
+    Returns the output folder, with the files of `train` and `sample` and `demo.json`. A signal
+    during training ends the demo with the files of `train` and raises Interrupted. `tiles` and
+    `sampler` replace the tiles of the installed picture and the default settings of sampling.
+    Raises as `train` and `sample` do.
     """
     config.validate()
     output = config.output or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
@@ -65,8 +67,8 @@ def demo(
     examples = ImageArray(tiles.train_images, tiles.train_labels, tiles.classes)
     summary = train(recipe, examples=examples)
     print(summary.sentence(recipe))
-    if summary.interrupted:
-        return output
+    if summary.signal is not None:
+        raise Interrupted(summary.signal)
     sampler = SamplerConfig(seed=config.seed) if sampler is None else sampler
     checkpoint = output / training.CHECKPOINT
     sample(

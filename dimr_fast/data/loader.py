@@ -155,12 +155,12 @@ class _BatchOfStep(Dataset[Batch | OSError]):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ignore SIGINT and SIGTERM, which launchers and terminals send to workers too.
+    """Ignore SIGINT, SIGTERM and SIGHUP, which launchers and terminals send to workers too.
 
     A worker that ended on its own would end the job before it can save. Workers exit when the job
     stops them or has died.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         signal.signal(number, signal.SIG_IGN)
 
 
