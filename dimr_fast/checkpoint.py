@@ -197,8 +197,8 @@ def load_published(path: Path) -> dict[str, Tensor]:
             'it: torch.save(model.state_dict(), "weights.pth")'
         ) from None
     except Exception as error:  # a file of another kind can raise anything
-        reason = why_unreadable(path) if not mapped else None
-        reason = reason or str(error).partition("\n")[0]
+        known = None if mapped else why_unreadable(path)
+        reason = known or str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: not a readable .pth file ({reason})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds {type(state).__name__}, expected a state dict")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -250,7 +251,7 @@ def decode_image(path: Path) -> Image.Image:
             elif image.mode == "F":
                 raise ValueError("its pixels are real numbers of unknown range")
             elif image.has_transparency_data:
-                value = image.info.get("transparency")
+                value: Any = image.info.get("transparency")
                 # Pillow leaves the transparent value of a PNG file in units of the file's samples.
                 if raw_mode in ("L;2", "L;4"):
                     image.info["transparency"] = value * (85 if raw_mode == "L;2" else 17)

@@ -109,7 +109,7 @@ def evaluate(config: EvaluateConfig, *, network: FeatureNetwork | None = None) -
 
     Raises, before any work, ValueError for an unusable setting, image, weights file or reference,
     CheckpointError and DataUnavailableError as loading does, FileExistsError where the report is
-    there already and OSError where it or the cache cannot be written.
+    there already and OSError where it cannot be written.
     """
     config.validate()
     device = resolve_device(config.device)

@@ -73,8 +73,9 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
             raise CheckpointError(
                 f"{source}: {count} not fit the configuration, first {misfits[0]}"
             )
-        # The first weight of each dtype.
-        dtypes = {value.dtype: name for name, value in reversed(weights.items())}
+        dtypes: dict[torch.dtype, str] = {}
+        for name, value in weights.items():
+            dtypes.setdefault(value.dtype, name)
         if len(dtypes) > 1:
             found = ", ".join(f"{dtype}, such as {name}" for dtype, name in dtypes.items())
             raise CheckpointError(f"{source}: got weights of {found}; expected one dtype for all")
