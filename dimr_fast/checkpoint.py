@@ -177,6 +177,7 @@ def load_published(path: Path) -> dict[str, Tensor]:
     Only tensors are unpickled; they are memory-mapped where the format allows it. Raises
     CheckpointError where the file is missing, damaged or holds anything else.
     """
+    mapped = False
     try:
         mapped = path.is_file() and zipfile.is_zipfile(path)
         if mapped:
