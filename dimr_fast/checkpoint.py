@@ -1,6 +1,7 @@
 """Read and write training checkpoints and model folders; read published `.pth` files."""
 
 import json
+import pickle
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,14 @@ from dimr_fast.errors import CheckpointError
 from dimr_fast.hub.mixin import CONFIG
 from dimr_fast.model import DiMR
 from dimr_fast.utils.files import write_folder
-from dimr_fast.utils.tensors import crc32, read_tensors, to_storable, write_tensors
+from dimr_fast.utils.tensors import (
+    crc32,
+    how_to_convert,
+    read_tensors,
+    to_storable,
+    why_unreadable,
+    write_tensors,
+)
 
 __all__ = [
     "EMA_PREFIX",
@@ -33,6 +41,7 @@ __all__ = [
 
 EMA_PREFIX = "ema."
 _CHECKSUMS = "crc32"
+_BARE_WEIGHTS = "not a checkpoint of a DiMR model, but weights without its configuration"
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -56,7 +65,7 @@ def load_checkpoint(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], di
     try:
         metadata = {name: json.loads(value) for name, value in text.items()}
     except ValueError as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
+        raise CheckpointError(f"{path}: {_BARE_WEIGHTS}; {how_to_convert(path)}") from error
     # Files of early versions have no checksums.
     checksums = metadata.pop(_CHECKSUMS, None)
     for name, tensor in tensors.items() if checksums is not None else ():
@@ -85,9 +94,11 @@ def load_model(path: Path) -> TrainedModel:
         model, notes = DiMR.from_folder(path)
         return TrainedModel(model, *_classes_and_scale(path, notes, model.config))
     tensors, metadata = load_checkpoint(path, EMA_PREFIX)
+    if "config" not in metadata:
+        raise CheckpointError(f"{path}: {_BARE_WEIGHTS}; {how_to_convert(path)}")
     try:
         config = DiMRConfig.from_dict(metadata["config"])
-    except (KeyError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of a DiMR model ({error})") from error
     classes, scale = _classes_and_scale(path, metadata, config)
     weights = {name.removeprefix(EMA_PREFIX): value.clone() for name, value in tensors.items()}
@@ -166,11 +177,29 @@ def load_published(path: Path) -> dict[str, Tensor]:
     Only tensors are unpickled; they are memory-mapped where the format allows it. Raises
     CheckpointError where the file is missing, damaged or holds anything else.
     """
+    mapped = False
     try:
         mapped = path.is_file() and zipfile.is_zipfile(path)
+        if mapped:
+            _verify_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        # Its text advises to run the file's code.
+        if "GLOBAL" not in str(error):
+            reason = why_unreadable(path) or "not a file of torch.save"
+            raise CheckpointError(f"{path}: not a readable .pth file ({reason})") from None
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
+        names = f" ({', '.join(unsafe)})" if unsafe else ""
+        raise CheckpointError(
+            f"{path}: not a readable .pth file: it holds Python objects{names}, which are not "
+            "loaded, since they can run code; save the weights alone, in the project that wrote "
+            'it: torch.save(model.state_dict(), "weights.pth")'
+        ) from None
     except Exception as error:  # a file of another kind can raise anything
-        reason = str(error).partition("\n")[0]
+        known = None if mapped else why_unreadable(path)
+        reason = known or str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: not a readable .pth file ({reason})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds {type(state).__name__}, expected a state dict")
@@ -180,3 +209,23 @@ def load_published(path: Path) -> dict[str, Tensor]:
                 f"{path}: holds {type(value).__name__} at {name!r}, expected a tensor there"
             )
     return state
+
+
+def _verify_archive(path: Path) -> None:
+    """Compare the checksums in a zip archive, which torch does not do.
+
+    0 means that there is none (`torch.serialization.set_crc32_options`).
+    """
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.CRC == 0:
+                continue
+            try:
+                with archive.open(entry) as file:
+                    while file.read(1 << 20):
+                        pass
+            except zipfile.BadZipFile as error:
+                raise CheckpointError(
+                    f"{path}: damaged: the checksum of {entry.filename} is another; copy or "
+                    "download it again"
+                ) from error

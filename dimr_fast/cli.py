@@ -1,13 +1,19 @@
 """The command line, `dimr-fast COMMAND …`. Each command imports its job when it runs."""
 
+import dataclasses
+import errno
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TextIO, TypeVar
 
-from dimr_fast.errors import CheckpointError, DataUnavailableError
+from dimr_fast.errors import CheckpointError, DataUnavailableError, Interrupted
 
 T = TypeVar("T")
 
@@ -54,8 +60,11 @@ def train(parse: Parse) -> None:
         config = str(given.output / CONFIG)
     settings = TrainConfig.read(config or "demo", given.set, given.output)
     summary = run_training(settings, resume=given.resume)
+    # The other processes of a launch end well: the launcher would kill rank 0 otherwise.
     if int(os.environ.get("RANK", "0")) == 0:
-        print(summary.sentence(settings))
+        print(summary.sentence(settings), flush=True)
+        if summary.signal is not None:
+            raise Interrupted(summary.signal)
 
 
 def sample(parse: Parse) -> None:
@@ -119,32 +128,117 @@ COMMANDS: dict[str, Callable[[Parse], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 2 for an error that the user can correct."""
+    """Run a command and return its exit status.
+
+    It is 2 for an error that the user can correct, and 128 + N after signal N: 130 after Ctrl-C.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if not words or words[0] in ("-h", "--help"):
-            print(_help())
-            return 0 if words else 2
-        if words[0] not in COMMANDS:
-            raise ValueError(
-                f"command: got {words[0]!r}, expected one of {', '.join(COMMANDS)}; "
-                "see dimr-fast --help"
-            )
-        _run(words[0], words[1:])
-    except BrokenPipeError:
-        # The reader of the pipe has closed it: any further output, also at exit, would fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError, CheckpointError, DataUnavailableError) as error:
-        print(f"dimr-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dimr-fast: interrupted", file=sys.stderr)
-        return 130
-    except FloatingPointError as error:
-        print(f"dimr-fast: stopped: {error}", file=sys.stderr)
-        return 1
+    with _robust_streams():
+        try:
+            with _signals_raise():
+                return _run_words(words)
+        except (ValueError, OSError, CheckpointError, DataUnavailableError) as error:
+            # Libraries colour some of their errors.
+            text = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(error).split()))
+            print(f"dimr-fast: error: {text}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as error:
+            print("dimr-fast: interrupted", file=sys.stderr)
+            return 128 + (error.signal if isinstance(error, Interrupted) else signal.SIGINT)
+        except FloatingPointError as error:
+            print(f"dimr-fast: stopped: {error}", file=sys.stderr)
+            return 1
+
+
+def _run_words(words: list[str]) -> int:
+    """Run the command that the words name and return its exit status."""
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if words else 2
+    if words[0] not in COMMANDS:
+        raise ValueError(
+            f"command: got {words[0]!r}, expected one of {', '.join(COMMANDS)}; "
+            "see dimr-fast --help"
+        )
+    _run(words[0], words[1:])
+    sys.stdout.flush()
     return 0
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Raise Interrupted at SIGTERM and SIGHUP, so that unfinished files are removed."""
+
+    def receive(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+                previous[number] = signal.signal(number, receive)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Output:
+    """A standard stream whose errors do not end a job: what cannot be written is lost.
+
+    `ignored` are the numbers of these errors; None means all.
+    """
+
+    def __init__(self, stream: TextIO, ignored: tuple[int, ...] | None) -> None:
+        self._stream, self._ignored = stream, ignored
+
+    def write(self, text: str) -> int:
+        self._ignore_errors(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._ignore_errors(self._stream.flush)
+
+    def _ignore_errors(self, call: Callable[..., object], *arguments: str) -> None:
+        try:
+            call(*arguments)
+        except OSError as error:
+            if self._ignored is not None and error.errno not in self._ignored:
+                raise
+            # What is still in the buffer would fail again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _robust_streams() -> Iterator[None]:
+    """Let no job end because of the standard streams.
+
+    Nobody may read them any more, they may be closed, or show no Unicode. Only results that cannot
+    be written to standard output for another reason, such as a full disk, are an error.
+    """
+    names = {"stdin": None, "stdout": (errno.EPIPE, errno.EIO), "stderr": None}
+    before = {name: getattr(sys, name) for name in names}
+    for name, ignored in names.items():
+        if before[name] is None:
+            # It takes the stream's number, which a file of the job would get otherwise.
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if name != "stdin":
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, _Output(stream, ignored))
+    try:
+        yield
+    finally:
+        try:
+            sys.stdout.flush()
+        finally:
+            for name, stream in before.items():
+                setattr(sys, name, stream)
 
 
 def main_of_process(arguments: Sequence[str] | None = None) -> int:
@@ -164,14 +258,30 @@ def _run(name: str, words: list[str]) -> None:
     command = COMMANDS[name]
 
     def parse(settings: type[T]) -> T:
-        return tyro.cli(
+        found = tyro.cli(
             tyro.conf.configure(tyro.conf.OmitArgPrefixes)(settings),
             prog=f"dimr-fast {name}",
             description=command.__doc__,
             args=words,
         )
+        return _expand_user(found)
 
     command(parse)
+
+
+def _expand_user(value: T) -> T:
+    """Return settings with the home folder for the `~` of paths, which shells leave in
+    --output=~/runs."""
+    found: Any = value
+    if isinstance(value, Path):
+        found = Path(os.path.expanduser(value))
+    elif isinstance(value, tuple):
+        found = tuple(map(_expand_user, value))
+    elif dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        changes = {name: _expand_user(getattr(value, name)) for name in names}
+        found = dataclasses.replace(found, **changes)
+    return found
 
 
 def _help() -> str:

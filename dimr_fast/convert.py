@@ -169,13 +169,15 @@ def model_of_preset(weights: dict[str, Tensor], path: Path) -> DiMR:
 
     Raises CheckpointError naming `path` where they fit none.
     """
+    nearest = ""
     for name in _candidates(weights):
         try:
             return DiMR.from_weights(_sized(name, weights), weights, path)
-        except CheckpointError:
-            continue
+        except CheckpointError as error:
+            nearest = f" (with {name}, {str(error).removeprefix(f'{path}: ')})"
     raise CheckpointError(
-        f"{path}: its weights fit none of {', '.join(PRESETS)}; describe the model by --config"
+        f"{path}: its weights fit none of {', '.join(PRESETS)}{nearest}; describe the model by "
+        "--config"
     )
 
 
@@ -223,7 +225,8 @@ def _outputs(model: DiMR) -> list[Tensor]:
     config = model.config
     generator = torch.Generator().manual_seed(0)
     dtype = next(model.parameters()).dtype
-    x = torch.randn(2, config.channels, *config.image_size, generator=generator).to(dtype)
+    shape = (2, config.channels, *config.image_size)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
     y = torch.tensor([0, config.null_class])
     with torch.inference_mode():
         return model(x, log_snr=torch.tensor([-3.0, 2.0]), y=y)

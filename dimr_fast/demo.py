@@ -14,12 +14,14 @@ from dimr_fast import sampling, training
 from dimr_fast.checkpoint import TrainedModel, load_model
 from dimr_fast.data.arrays import ImageArray
 from dimr_fast.data.tiles import Tiles, load_tiles
+from dimr_fast.errors import Interrupted
 from dimr_fast.evaluation.features import EfficientNetLite0Features
 from dimr_fast.evaluation.frechet import frechet_scores
 from dimr_fast.sampling import ImageSampler, SampleConfig, SamplerConfig, sample
 from dimr_fast.training import TrainConfig, train
 from dimr_fast.utils.device import resolve_device
 from dimr_fast.utils.files import prepare_output, write_json
+from dimr_fast.utils.validation import check_seed, require_fields
 
 REPORT = "demo.json"
 BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}{postfix}"
@@ -36,16 +38,24 @@ class DemoConfig:
     device: str = "auto"
     seed: int = 0
 
+    def validate(self) -> None:
+        """Raise ValueError naming a setting that is out of range."""
+        require_fields(
+            self, minutes=(self.minutes > 0, "a positive number"), seed=check_seed(self.seed)
+        )
+
 
 def demo(
     config: DemoConfig, *, tiles: Tiles | None = None, sampler: SamplerConfig | None = None
 ) -> Path:
     """Train the `demo` preset on satellite tiles, draw a grid of each class, and score it.
 
-    Returns the output folder, with the files of `train` and `sample` and `demo.json`. Ctrl-C during
-    training ends the demo with the files of `train`. `tiles` and `sampler` replace the tiles of the
-    installed picture and the default settings of sampling. Raises as `train` and `sample` do.
+    Returns the output folder, with the files of `train` and `sample` and `demo.json`. A signal
+    during training ends the demo with the files of `train` and raises Interrupted. `tiles` and
+    `sampler` replace the tiles of the installed picture and the default settings of sampling.
+    Raises as `train` and `sample` do.
     """
+    config.validate()
     output = config.output or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     # Before training, because a missing package should not fail after ten minutes.
     features = EfficientNetLite0Features()
@@ -57,8 +67,8 @@ def demo(
     examples = ImageArray(tiles.train_images, tiles.train_labels, tiles.classes)
     summary = train(recipe, examples=examples)
     print(summary.sentence(recipe))
-    if summary.interrupted:
-        return output
+    if summary.signal is not None:
+        raise Interrupted(summary.signal)
     sampler = SamplerConfig(seed=config.seed) if sampler is None else sampler
     checkpoint = output / training.CHECKPOINT
     sample(
@@ -100,7 +110,7 @@ def _samples_for_score(
 ) -> tuple[Tensor, float]:
     """Draw images for `seconds`, at least one batch; return them and the time they took."""
     # Another seed: the images must differ from those of the grid.
-    draw = ImageSampler(trained, dataclasses.replace(sampler, seed=sampler.seed + 1))
+    draw = ImageSampler(trained, dataclasses.replace(sampler, seed=(sampler.seed + 1) % 2**64))
     begun = time.monotonic()
     batches: list[Tensor] = []
     count, elapsed = 0, 0.0

@@ -8,6 +8,14 @@ class CheckpointError(RuntimeError):
     """Report a checkpoint that is missing, damaged or of another kind. The message names it."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Report a job that a signal has ended; `signal` is its number."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"ended by signal {signal}")
+        self.signal = signal
+
+
 class DataUnavailableError(RuntimeError):
     """Report an optional package that is missing or incomplete, and the extra that installs it."""
 

@@ -53,7 +53,11 @@ def export(config: ExportConfig) -> Path:
     if config.output.exists():
         raise FileExistsError(f"{config.output} exists already; choose another output")
     if config.checkpoint.is_dir():
-        raise CheckpointError(f"{config.checkpoint}: a folder, expected a checkpoint of training")
+        checkpoint = config.checkpoint / "checkpoint.safetensors"
+        hint = f"; its checkpoint is {checkpoint}" if checkpoint.is_file() else ""
+        raise CheckpointError(
+            f"{config.checkpoint}: a folder, expected a checkpoint of training{hint}"
+        )
     scores = None if config.scores is None else _read_json(config.scores)
     recipe = _recipe(config.checkpoint)
     curve = config.checkpoint.parent / "loss.png"
@@ -92,7 +96,7 @@ def _without_paths(values: Any) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: got no JSON ({error}), expected a JSON object") from error
     if not isinstance(values, dict):

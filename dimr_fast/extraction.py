@@ -88,6 +88,8 @@ class ExtractSummary:
     classes: int
     shards: int
     skipped: tuple[tuple[str, str], ...]
+    empty_classes: tuple[str, ...]
+    """Classes of which no image was readable."""
     finished: bool
     """True if all shards exist; otherwise other processes of the launch are still working."""
 
@@ -103,6 +105,10 @@ class ExtractSummary:
         lines = [f"  {name}: {reason}" for name, reason in self.skipped[:10]]
         if len(self.skipped) > 10:
             lines.append(f"  … and {len(self.skipped) - 10:,} more, listed in {MANIFEST}")
+        lines += [
+            f"no image of {name} could be read: a model cannot learn to draw it"
+            for name in self.empty_classes
+        ]
         return "\n".join([text, *lines])
 
 
@@ -176,7 +182,8 @@ class _Job:
             found = open_shard(shard.path)
         except DamagedShardError:
             return False
-        return found.about["number"] == shard.index and found.about["sha256"] == found.checksum()
+        about = found.about
+        return about.get("number") == shard.index and about.get("sha256") == found.checksum()
 
     def make(self, shard: Shard, model: Autoencoder, worker: Worker, progress: Progress) -> None:
         threads = torch.get_num_threads()
@@ -205,7 +212,8 @@ def _refuse_other_latents(job: _Job) -> None:
     for path in output.glob("shard-*.safetensors"):
         # A damaged shard is written anew.
         with contextlib.suppress(DamagedShardError):
-            found.append(open_shard(path).about.get("settings", {}))
+            about = open_shard(path).about
+            found += [about["settings"]] if "settings" in about else []
     for settings in found:
         for name, value in job.settings.items():
             if settings.get(name) != value:
@@ -290,7 +298,7 @@ def _finish(job: _Job, scale: LatentScale, alone: bool) -> ExtractSummary:
     except DamagedShardError:
         if alone:
             raise
-        return ExtractSummary(output, 0, len(classes), 0, (), finished=False)
+        return ExtractSummary(output, 0, len(classes), 0, (), (), finished=False)
     skipped = [(name, reason) for shard in shards for name, reason in shard.about["skipped"]]
     counts = torch.cat([shard.labels for shard in shards]).bincount(minlength=len(classes))
     if counts.sum() == 0:
@@ -316,5 +324,11 @@ def _finish(job: _Job, scale: LatentScale, alone: bool) -> ExtractSummary:
     }
     write_json(output / MANIFEST, manifest)
     return ExtractSummary(
-        output, int(counts.sum()), len(classes), len(shards), tuple(skipped), finished=True
+        output,
+        int(counts.sum()),
+        len(classes),
+        len(shards),
+        tuple(skipped),
+        tuple(name for name, count in zip(classes, counts.tolist(), strict=True) if count == 0),
+        finished=True,
     )

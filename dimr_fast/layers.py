@@ -49,6 +49,18 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.weight, std=0.02)
 
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the vector of each label; ValueError for a label out of range.
+
+        That is so on a CPU: on a GPU a check would have to wait for the device.
+        """
+        try:
+            return super().forward(y)
+        except IndexError as error:
+            count = self.num_embeddings
+            outside = y[(y < 0) | (y >= count)].flatten()[0]
+            raise ValueError(f"y: got {outside}, expected 0..{count - 1}") from error
+
 
 class TDParameter(nn.Module):
     """A time-dependent parameter of width D (paper eq. 4–5), stored as four vectors.

@@ -21,6 +21,7 @@ from dimr_fast.layers import (
     TDValues,
     UpsampleAdd,
 )
+from dimr_fast.utils.validation import check_tensors
 
 
 class Branch(nn.Module):
@@ -174,7 +175,7 @@ class DiMR(Operation, HubModel):
 
         Returns a list of `[B, C, h, w]`, one per branch; the last has the size of `x`.
         Raises ValueError with the name of an argument that is missing or has a wrong shape, dtype
-        or device.
+        or device, and, on a CPU, of a label out of range; TypeError if `x` or `y` is no tensor.
         """
         weight = next(self.parameters())
         log_snr, y = check_inputs(self.config, weight.device, x, log_snr, y)
@@ -204,8 +205,10 @@ def check_inputs(
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of `DiMR.forward`; return `log_snr` as `[B]` or `[1]`, and `y`.
 
-    Any floating-point dtype of `x` is accepted. Raises ValueError if an argument does not fit.
+    Any floating-point dtype of `x` is accepted. Raises ValueError if an argument does not fit,
+    TypeError if `x` or `y` is no tensor.
     """
+    check_tensors(x=x)
     expected = (config.channels, *config.image_size)
     if x.dim() != 4 or tuple(x.shape[1:]) != expected:
         raise ValueError(
@@ -226,6 +229,7 @@ def check_inputs(
         )
     if y is None:
         raise ValueError("y: got None, expected the class of each image, [B]")
+    check_tensors(y=y)
     if y.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"y: got dtype {y.dtype}, expected int64 or int32")
     if tuple(y.shape) != (x.shape[0],):

@@ -35,13 +35,17 @@ def adamw(
 class EMA:
     """Exponential moving average of a model's parameters, by name, updated in one call.
 
-    `tensors` starts as a copy of the parameters, sharded like them (FSDP2). DiMR has no buffers, so
+    `tensors` starts as a copy of the parameters, sharded like them (FSDP2), in fp32 for parameters
+    in half precision, which would round most updates away. DiMR has no buffers, so
     `model.load_state_dict(ema.tensors)` loads the average.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters: list[Tensor] = list(model.parameters())
-        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.tensors = {
+            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            for name, p in model.named_parameters()
+        }
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
@@ -52,7 +56,8 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"decay: got {decay}, expected 0 <= decay < 1")
         averages = [_local(tensor) for tensor in self.tensors.values()]
-        torch._foreach_lerp_(averages, [_local(p) for p in self._parameters], 1 - decay)
+        pairs = zip(self._parameters, averages, strict=True)
+        torch._foreach_lerp_(averages, [_local(p).to(a.dtype) for p, a in pairs], 1 - decay)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The autoencoder between pixels and latents: diffusers' AutoencoderKL."""
 
+import os
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -42,6 +43,7 @@ class Autoencoder:
             from diffusers import AutoencoderKL
         except ImportError as error:
             raise DataUnavailableError("the diffusers package", extra="hub") from error
+        path_or_name = os.path.expanduser(path_or_name)
         wanted = f"autoencoder: got {path_or_name!r}, expected a folder or name of an AutoencoderKL"
         try:
             kind = AutoencoderKL.load_config(path_or_name).get("_class_name")

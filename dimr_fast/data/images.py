@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,6 +22,20 @@ EXTENSIONS = (
     *(".png", ".ppm", ".tif", ".tiff", ".webp"),
 )
 """File name extensions of images, in any case; other files are ignored."""
+
+IGNORED_FOLDERS = {
+    *("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"),
+    *("@eaDir", "#recycle", "@Recycle", "@Recently-Snapshot"),
+}
+"""Folders that operating systems, archives and network drives add: copies, thumbnails, waste."""
+
+LONGEST = 16
+"""Images longer than this many times their width are cut to it before they are resized: enlarged as
+a whole, a line of 60,000 pixels would take gigabytes."""
+
+# Pillow limits a text or colour profile to 1 MiB, and all texts of an image to 64 MiB: the second
+# limit suffices against decompression bombs.
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 
 _SCALE_SAMPLE = 512
 """Maximum number of images for the pixel scale: reading all of a large folder would take hours."""
@@ -53,16 +68,20 @@ def list_images(folder: Path) -> ImageFiles:
 
     Each sub-folder is a class with its name, and holds images at any depth; classes are numbered
     in alphabetical order. A folder with images and without sub-folders is one class with the
-    folder's name. Names that begin with a dot are ignored.
+    folder's name. Names that begin with a dot and `IGNORED_FOLDERS` are ignored; links are
+    followed.
 
-    Raises ValueError where there is no folder, where it has both images and sub-folders, and where
-    a class has no image.
+    Raises ValueError where there is no folder, where it has both images and sub-folders, where a
+    class has no image and where a link leads to a folder above it; OSError where a sub-folder
+    cannot be read.
     """
     if not folder.is_dir():
         raise ValueError(f"image folder: got {folder}, expected an existing folder")
     with os.scandir(folder) as entries:
         seen = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != "."]
-    classes = tuple(sorted(name for name, is_folder in seen if is_folder))
+    classes = tuple(
+        sorted(name for name, is_folder in seen if is_folder and name not in IGNORED_FOLDERS)
+    )
     loose = sorted(name for name, is_folder in seen if not is_folder and is_image(name))
     if loose and classes:
         raise ValueError(
@@ -91,20 +110,27 @@ def read_image(path: Path, size: int) -> Tensor:
     first is read; 16-bit values are converted to 8 bits. The crop is the one of the published
     ImageNet latents and of ADM's reference statistics: halve with a box filter while the short side
     is at least 2·size, resize it to `size` bicubically with antialiasing, then crop. Smaller images
-    are enlarged.
+    are enlarged. See `LONGEST` for extremely long ones.
 
     Raises UnreadableImageError for a file that is missing, damaged or no image.
     """
     image = decode_image(path)
+    longest = LONGEST * min(image.size)
+    if max(image.size) > longest:
+        image = _crop_centre(image, min(image.width, longest), min(image.height, longest))
     while min(image.size) >= 2 * size:
         half = (image.width // 2, image.height // 2)
         image = image.resize(half, Image.Resampling.BOX)
     scale = size / min(image.size)
     whole = (round(image.width * scale), round(image.height * scale))
     image = image.resize(whole, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    square = np.array(image.crop((left, top, left + size, top + size)))
+    square = np.array(_crop_centre(image, size, size))
     return torch.from_numpy(square).permute(2, 0, 1).contiguous()
+
+
+def _crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def find_unreadable(folder: Path) -> dict[str, str]:
@@ -180,23 +206,57 @@ def is_image(name: str) -> bool:
 
 
 def images_below(root: Path, folder: str) -> Iterator[str]:
-    """Yield image paths relative to `root`, also broken links; reading them raises an error."""
-    for path, folders, names in os.walk(root / folder, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        inside = os.path.relpath(path, root)
-        yield from (f"{inside}/{name}" for name in names if is_image(name))
+    """Yield image paths relative to `root`, also broken links; reading them raises an error.
+
+    Raises as `list_images` does.
+    """
+    # A link to one of these, or to a folder above one, would repeat the images without end.
+    above = [os.path.realpath(root)]
+
+    def below(inside: str) -> Iterator[str]:
+        path = root / inside
+        with os.scandir(path) as entries:
+            seen = [(e.name, e.is_dir(), e.is_symlink()) for e in entries if e.name[0] != "."]
+        for name, is_folder, is_link in seen:
+            if not is_folder:
+                if is_image(name):
+                    yield f"{inside}/{name}"
+            elif name not in IGNORED_FOLDERS:
+                target = os.path.realpath(path / name) if is_link else None
+                if target is not None:
+                    above.append(os.path.realpath(path))
+                    if any(Path(other).is_relative_to(target) for other in above):
+                        raise ValueError(
+                            f"image folder: got {path / name}, a link to {target}, expected no "
+                            "link to a folder above it"
+                        )
+                yield from below(f"{inside}/{name}")
+                if target is not None:
+                    above.pop()
+
+    return below(folder)
 
 
 def decode_image(path: Path) -> Image.Image:
     """Decode a whole image to RGB as `read_image` does. Raises UnreadableImageError likewise."""
     try:
         with Image.open(path) as file:
+            raw_mode = _raw_mode(file)
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+                largest = 4095 if raw_mode == "I;12" else 65_535
+                tags = getattr(file, "tag_v2", {})  # of a TIFF file
+                inverted = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+                image = _to_8_bits(image, largest, inverted)
             elif image.mode == "F":
                 raise ValueError("its pixels are real numbers of unknown range")
             elif image.has_transparency_data:
+                value: Any = image.info.get("transparency")
+                # Pillow leaves the transparent value of a PNG file in units of the file's samples.
+                if raw_mode in ("L;2", "L;4"):
+                    image.info["transparency"] = value * (85 if raw_mode == "L;2" else 17)
+                elif raw_mode == "RGB;16B" and value is not None:
+                    image.info["transparency"] = tuple(sample >> 8 for sample in value)
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
@@ -204,3 +264,27 @@ def decode_image(path: Path) -> Image.Image:
     except Exception as error:  # a damaged file can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImageError(f"{path}: not a readable image ({reason})", reason) from error
+
+
+def _raw_mode(file: Image.Image) -> object:
+    """Return Pillow's name of the samples in an opened file, which loading forgets, such as
+    "L;4"."""
+    tiles = getattr(file, "tile", None)
+    if not tiles:
+        return None
+    arguments = tiles[0][3]
+    return arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+
+
+def _to_8_bits(image: Image.Image, largest: int, inverted: bool) -> Image.Image:
+    """Convert gray values 0..`largest` to 0..255; `inverted`: 0 is white."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > largest:
+        raise ValueError(f"its pixels are integers outside 0..{largest}, of unknown range")
+    gray = (values * 255 / largest).astype(np.uint8)
+    if inverted:
+        gray = 255 - gray
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        gray[values == transparent] = 255
+    return Image.fromarray(gray)

@@ -20,6 +20,8 @@ from dimr_fast.utils.tensors import read_tensors, sha256, write_tensors
 
 MANIFEST = "manifest.json"
 FORMAT = "dimr_fast latents 1"
+ENTRIES = ("classes", "dtype", "scale", "settings", "shape", "shards")
+"""Entries of the manifest that are read."""
 METADATA_KEY = "dimr_fast"
 """The only entry of a shard's metadata: safetensors writes several entries in random order, and
 equal shards must be equal files."""
@@ -44,6 +46,8 @@ def open_shard(path: Path) -> LatentShard:
     try:
         tensors, metadata = read_tensors(path)
         about = json.loads(metadata[METADATA_KEY])
+        if not isinstance(about, dict):
+            raise TypeError(f"its metadata is {type(about).__name__}, expected an object")
         return LatentShard(tensors["moments"], tensors["labels"], about)
     except (CheckpointError, ValueError, TypeError, KeyError) as error:
         raise DamagedShardError(f"{path}: not a readable shard ({error})") from error
@@ -59,15 +63,21 @@ def write_shard(path: Path, moments: Tensor, labels: Tensor, about: dict[str, An
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a finished extraction. Raises ValueError where there is none."""
+    """Read the manifest of a finished extraction.
+
+    Raises ValueError where there is none, or it lacks an entry.
+    """
     path = folder / MANIFEST
     expected = "expected a folder that dimr-fast extract has finished"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"latents: got {folder}, {expected} ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"latents: got {path} of another kind, {expected}")
+    missing = [name for name in ENTRIES if name not in manifest]
+    if missing:
+        raise ValueError(f"latents: got {path} without {', '.join(missing)}, {expected}")
     return manifest
 
 

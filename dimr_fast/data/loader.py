@@ -1,5 +1,6 @@
 """Batches of a training run, for any number of processes, from any step."""
 
+import errno
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from itertools import count
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dimr_fast.data.examples import Examples
 from dimr_fast.utils.seeds import derived_seed
@@ -37,7 +38,8 @@ class Loader:
     the seed and the step, so the loader's state is the next step.
 
     `workers` processes read ahead; `pin_memory` as in torch's DataLoader. Raises ValueError where
-    the batch cannot be split, or there are no examples.
+    the batch cannot be split, or there are no examples. Iterating raises OSError for an example
+    that cannot be read, and where workers are killed or lack shared memory.
     """
 
     def __init__(
@@ -73,11 +75,36 @@ class Loader:
             pin_memory=self._pin_memory,
             worker_init_fn=_ignore_signals,
         )
-        for batch in loader:
-            if isinstance(batch, OSError):
-                raise batch
-            self.step = batch.step + 1
-            yield batch
+        try:
+            for batch in loader:
+                if isinstance(batch, _NoSharedMemory):
+                    raise self._no_shared_memory(batch)
+                if isinstance(batch, OSError):
+                    raise batch
+                self.step = batch.step + 1
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            # A bus error is an access to shared memory that the system could not provide.
+            if "Bus error" in str(error):
+                raise self._no_shared_memory(error) from error
+            raise OSError(
+                f"workers: got {self._workers}, one of which was killed, perhaps for lack of "
+                f"memory ({error}); expected fewer, or 0"
+            ) from error
+        except OSError as error:
+            # The queues of the workers need shared memory too.
+            if error.errno != errno.ENOSPC:
+                raise
+            raise self._no_shared_memory(error) from error
+
+    def _no_shared_memory(self, reason: Exception) -> OSError:
+        return OSError(
+            f"workers: got {self._workers}, whose batches need more shared memory (/dev/shm) than "
+            f"there is ({reason}), expected fewer or 0, or more shared memory, such as by "
+            "`docker run --shm-size=2g`"
+        )
 
     def state_dict(self) -> dict[str, int]:
         """Return the position, for a checkpoint."""
@@ -86,6 +113,10 @@ class Loader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restore the position; takes effect at the next `__iter__`."""
         self.step = state["step"]
+
+
+class _NoSharedMemory(OSError):
+    """Report that a worker has no room in shared memory for its batch."""
 
 
 @dataclass(frozen=True)
@@ -104,22 +135,32 @@ class _BatchOfStep(Dataset[Batch | OSError]):
         own = slice(self.rank * share, (self.rank + 1) * share)
         indices = batch_indices(len(self.examples.labels), self.batch_size, self.seed, step)[own]
         generator = torch.Generator().manual_seed(derived_seed(self.seed, 2, step))
-        mirrored = torch.rand(self.batch_size, generator=generator)[own] < 0.5 * self.mirror
+        drawn = torch.rand(self.batch_size, generator=generator, dtype=torch.float32)
+        mirrored = drawn[own] < 0.5 * self.mirror
         try:
             raw = self.examples.read(indices, mirrored)
         except OSError as error:
             # Raised in a worker process it would arrive as a long traceback text.
             return error
-        return Batch(step, indices, raw, self.examples.labels[indices])
+        batch = Batch(step, indices, raw, self.examples.labels[indices])
+        if get_worker_info() is not None:
+            # torch would do it in a thread of the worker, whose errors it prints and forgets: the
+            # training process would wait for the batch for ever.
+            try:
+                for tensor in (batch.indices, batch.raw, batch.labels):
+                    tensor.share_memory_()
+            except RuntimeError as error:
+                return _NoSharedMemory(error)
+        return batch
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ignore SIGINT and SIGTERM, which launchers and terminals send to workers too.
+    """Ignore SIGINT, SIGTERM and SIGHUP, which launchers and terminals send to workers too.
 
     A worker that ended on its own would end the job before it can save. Workers exit when the job
     stops them or has died.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         signal.signal(number, signal.SIG_IGN)
 
 

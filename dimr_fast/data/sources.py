@@ -1,5 +1,6 @@
 """Open the examples that a `data:` setting names."""
 
+import os
 from pathlib import Path
 
 from dimr_fast.data.arrays import ImageArray
@@ -24,7 +25,7 @@ def open_examples(data: str, image_size: int | None, default_size: int) -> Examp
     if data == "tiles":
         tiles = load_tiles(size, TILE_STRIDE)
         return ImageArray(tiles.train_images, tiles.train_labels, tiles.classes)
-    folder = Path(data)
+    folder = Path(os.path.expanduser(data))
     if not folder.is_dir():
         raise FileNotFoundError(f"data: got {data!r}, expected 'tiles' or a folder")
     if not (folder / MANIFEST).exists():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dimr_fast.diffusion.schedule import time_condition
 from dimr_fast.diffusion.solvers import NoiseFn
+from dimr_fast.utils.validation import check_tensors
 
 ModelFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A function that predicts noise from `x` [N, ...], the condition (`log_snr`, [1] or [N]) and
@@ -19,7 +20,8 @@ labels [N]."""
 class ConstantGuidance:
     """Apply the same guidance at every time: `ε = ε_c + scale·(ε_c − ε_u)`. Published scale: 0.4.
 
-    Raises ValueError unless `scale` is finite and at least 0, where 0 means no guidance.
+    A scale of 0 means no guidance, −1 the unconditional prediction. Raises ValueError unless
+    `scale` is finite and at least −1.
 
     Source: Ho and Salimans 2022, arXiv 2207.12598, equation 6.
     """
@@ -27,13 +29,18 @@ class ConstantGuidance:
     scale: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise ValueError(f"scale: got {self.scale}, expected a finite number of at least 0")
+        if not (math.isfinite(self.scale) and self.scale >= -1):
+            raise ValueError(f"scale: got {self.scale}, expected a finite number of at least -1")
 
     @property
     def off(self) -> bool:
         """True where guidance never changes the prediction."""
         return self.scale == 0
+
+    @property
+    def unconditional(self) -> bool:
+        """True where the result is the unconditional prediction alone."""
+        return self.scale == -1
 
     def extra(self, t: Tensor) -> Tensor:
         """Return the factor of `ε_c − ε_u` that is added to `ε_c` at time `t`; shape of `t`."""
@@ -67,6 +74,11 @@ class PowerCosineGuidance:
         """True where guidance never changes the prediction."""
         return self.peak == 1
 
+    @property
+    def unconditional(self) -> bool:
+        """False: the result is the conditional prediction at t = 1."""
+        return False
+
     def extra(self, t: Tensor) -> Tensor:
         """Return the factor of `ε_c − ε_u` that is added to `ε_c` at time `t`; shape of `t`."""
         return (self.peak - 1) * 0.5 * (1 - torch.cos(math.pi * (1 - t) ** self.power))
@@ -86,28 +98,31 @@ def guided(
     """Return the guided noise prediction of a class-conditional model, for a solver.
 
     Each call of the result calls `model_fn` once, with a batch of 2B: the images with their labels,
-    then the same images with the null label. If guidance is off or the time is outside `interval`,
-    the batch has only the B images. The condition of `model_fn` is `8·t − 4`, of shape [1] if `t`
-    is 0-d, otherwise with one entry per row of the batch.
+    then the same images with the null label. If guidance is off or unconditional, or the time is
+    outside `interval`, the batch has only the B images. The condition of `model_fn` is `8·t − 4`,
+    of shape [1] if `t` is 0-d, otherwise with one entry per row of the batch.
 
     `y`: integer labels [B]. `null_label`: the label of the unconditional prediction. The result
     takes `x` [B, ...] and `t` (0-d or [B]) and returns the shape and dtype of `x`; guidance is
     computed in that dtype, also if the model predicts in a lower one. `interval`: guidance is
-    applied for times in [low, high]. If that is only a part of (0, 1], `t` must be 0-d and on the
-    CPU, as solvers pass it: the host must choose the batch without waiting for the device.
+    applied for times in [low, high], which lies in [0, 1]. If that is only a part, `t` must be 0-d
+    and on the CPU, as solvers pass it: the host must choose the batch without waiting for the
+    device.
 
-    Raises ValueError for a wrong shape or dtype of `y` and for low > high. The returned function
-    raises ValueError for a wrong shape of `x`, of `t` or of the prediction.
+    Raises ValueError for a wrong shape or dtype of `y` and for another interval. The returned
+    function raises ValueError for a wrong shape of `x`, of `t` or of the prediction.
 
     Source of the interval: Kynkäänniemi et al. 2024, arXiv 2404.07724.
     """
+    check_tensors(y=y)
     if y.ndim != 1 or y.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"y: got {y.dtype} {tuple(y.shape)}, expected int32 or int64 labels [B]")
     low, high = interval
-    if not low <= high:
-        raise ValueError(f"interval: got {interval}, expected (low, high) with low <= high")
-    always = low <= 0 and high >= 1
-    labels = torch.cat([y, torch.full_like(y, null_label)])
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"interval: got {interval}, expected (low, high), 0 <= low <= high <= 1")
+    always = (low, high) == (0, 1)
+    without_class = torch.full_like(y, null_label)
+    labels = torch.cat([y, without_class])
 
     def noise_fn(x: Tensor, t: Tensor) -> Tensor:
         if x.shape[:1] != y.shape:
@@ -121,11 +136,13 @@ def guided(
                 f"t: got shape {tuple(t.shape)} on {t.device}, expected one time on the CPU for "
                 f"guidance in the interval {interval}"
             )
-        alone = guidance.off or not (always or low <= t.item() <= high)
+        inside = always or low <= t.item() <= high
         t = t.to(x.device, non_blocking=True)
         condition = time_condition(t.reshape(-1))
-        if alone:
+        if guidance.off or not inside:
             return _predict(model_fn, x, condition, y)
+        if guidance.unconditional:
+            return _predict(model_fn, x, condition, without_class)
         both = condition if t.ndim == 0 else torch.cat([condition, condition])
         conditional, null = _predict(model_fn, torch.cat([x, x]), both, labels).chunk(2)
         extra = guidance.extra(t).to(x.dtype).view(-1, *[1] * (x.ndim - 1))

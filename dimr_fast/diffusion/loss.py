@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dimr_fast.utils.validation import check_tensors
+
 _DEFAULT_COEFFICIENTS = {1: (1.0,), 2: (0.25, 1.0), 3: (0.25, 0.5, 1.0)}
 
 
@@ -67,6 +69,7 @@ def multi_scale_loss(
 
 
 def _check_noise(noise: Tensor) -> None:
+    check_tensors(noise=noise)
     if noise.ndim != 4 or not noise.is_floating_point():
         raise ValueError(
             f"noise: got {noise.dtype} {tuple(noise.shape)}, expected floating point [B, C, H, W]"
@@ -75,6 +78,7 @@ def _check_noise(noise: Tensor) -> None:
 
 def _pooling_factor(index: int, prediction: Tensor, noise: Tensor) -> int:
     """Return the ratio of the noise's size to a prediction's, the same for height and width."""
+    check_tensors(**{f"predictions[{index}]": prediction})
     if prediction.shape[:2] == noise.shape[:2] and prediction.ndim == 4:
         height, width = prediction.shape[2:]
         factor = noise.shape[2] // max(height, 1)

@@ -9,6 +9,8 @@ from operator import mul
 import torch
 from torch import Tensor
 
+from dimr_fast.utils.validation import check_tensors
+
 
 def time_condition(t: Tensor) -> Tensor:
     """Return the network's argument `log_snr` at time `t`: `8·t − 4`.
@@ -59,6 +61,7 @@ class DiscreteSchedule:
 
         Source: Ho et al. 2020, arXiv 2006.11239, equation 4.
         """
+        check_tensors(x0=x0, noise=noise)
         if not x0.is_floating_point() or x0.ndim < 1:
             raise ValueError(
                 f"x0: got {x0.dtype} {tuple(x0.shape)}, expected a floating-point batch [B, ...]"
@@ -136,6 +139,7 @@ class DiscreteSchedule:
 
 
 def _check_step(step: Tensor) -> None:
+    check_tensors(step=step)
     if step.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"step: got {step.dtype}, expected int32 or int64")
 

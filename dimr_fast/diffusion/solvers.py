@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dimr_fast.diffusion.schedule import DiscreteSchedule
+from dimr_fast.utils.validation import check_tensors
 
 NoiseFn = Callable[[Tensor, Tensor], Tensor]
 """A function that predicts noise from `x` [B, ...] and the time `t` in (0, 1], 0-d or [B]."""
@@ -180,6 +181,7 @@ def _check(x: Tensor, steps: int, spacing: Spacing, clip: tuple[float, float] | 
         raise ValueError(f"spacing: got {spacing!r}, expected one of {get_args(Spacing)}")
     if clip is not None and not clip[0] < clip[1]:
         raise ValueError(f"clip: got {clip}, expected a lower and a higher number")
+    check_tensors(x=x)
     if not x.is_floating_point():
         raise ValueError(f"x: got {x.dtype}, expected a floating-point dtype")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dimr_fast.checkpoint import load_published
 from dimr_fast.errors import DataUnavailableError
 from dimr_fast.utils.files import file_sha256
 
@@ -111,7 +112,7 @@ class InceptionFeatures(nn.Module):
             )
         try:
             # torch-fidelity loads the file without weights_only.
-            torch.load(weights, map_location="cpu", weights_only=True)
+            load_published(weights)
             with bare_package("torch_fidelity"):
                 module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
                 self.network = module.FeatureExtractorInceptionV3(

@@ -109,7 +109,7 @@ def evaluate(config: EvaluateConfig, *, network: FeatureNetwork | None = None) -
 
     Raises, before any work, ValueError for an unusable setting, image, weights file or reference,
     CheckpointError and DataUnavailableError as loading does, FileExistsError where the report is
-    there already and OSError where it or the cache cannot be written.
+    there already and OSError where it cannot be written.
     """
     config.validate()
     device = resolve_device(config.device)
@@ -253,7 +253,7 @@ def _sampling(config: EvaluateConfig, images: ImageSet) -> dict[str, Any] | str:
         beside.insert(0, config.images / SAMPLE_REPORT)
     for path in beside:
         try:
-            return {"said in": str(path), **json.loads(path.read_text())}
+            return {"said in": str(path), **json.loads(path.read_bytes())}
         except (OSError, ValueError, TypeError):
             continue
     return f"unknown: no {SAMPLE_REPORT} beside the images"

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from dimr_fast.evaluation.image_sets import (
 )
 from dimr_fast.evaluation.metrics import covariance_factor
 from dimr_fast.evaluation.statistics import MAX_FEATURES, FeatureStatistics, compute_statistics
-from dimr_fast.utils.files import file_sha256, prepare_output
+from dimr_fast.utils.files import file_sha256
 from dimr_fast.utils.tensors import read_tensors, sha256_of_named, write_tensors
 
 CACHE_VERSION = 1
@@ -53,7 +55,7 @@ class Reference:
             tiles = load_tiles(size[0])
             counts = counts_in_words(tiles.val_labels.bincount().tolist())
             return cls(TensorImages(tiles.val_images, "satellite tiles, validation", counts), None)
-        path = Path(text)
+        path = Path(os.path.expanduser(text))
         names = npz_names(path) if path.suffix == ".npz" and path.is_file() else ()
         statistics_file = path if {"mu", "sigma"} <= set(names) else None
         if statistics_file is not None and "arr_0" not in names:
@@ -123,8 +125,8 @@ def cached_statistics(
 ) -> FeatureStatistics:
     """Compute statistics as `compute_statistics` does, or read them from the folder `cache`.
 
-    A cache entry that is damaged or of other images or another network is computed anew. Raises
-    OSError where the entry cannot be written.
+    A cache entry that is damaged or of other images or another network is computed anew. One that
+    cannot be written is reported.
     """
     key = json.dumps(
         {
@@ -135,14 +137,17 @@ def cached_statistics(
         },
         sort_keys=True,
     )
-    prepare_output(cache, ())
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     found = _read_entry(path, key)
     if found is not None:
         return found
     statistics = compute_statistics(network, images, progress)
     digest = sha256_of_named(_with_shapes(statistics.tensors()))
-    write_tensors(path, statistics.tensors(), {"key": key, "hash": digest})
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, statistics.tensors(), {"key": key, "hash": digest})
+    except OSError as error:
+        tqdm.write(f"statistics of the reference not cached: {error}", file=sys.stderr)
     return statistics
 
 

@@ -69,9 +69,16 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
             model = cls(config)
         misfits = _misfits(model.state_dict(), weights)
         if misfits:
+            count = "1 weight does" if len(misfits) == 1 else f"{len(misfits)} weights do"
             raise CheckpointError(
-                f"{source}: {len(misfits)} weights do not fit the configuration, first {misfits[0]}"
+                f"{source}: {count} not fit the configuration, first {misfits[0]}"
             )
+        dtypes: dict[torch.dtype, str] = {}
+        for name, value in weights.items():
+            dtypes.setdefault(value.dtype, name)
+        if len(dtypes) > 1:
+            found = ", ".join(f"{dtype}, such as {name}" for dtype, name in dtypes.items())
+            raise CheckpointError(f"{source}: got weights of {found}; expected one dtype for all")
         model.load_state_dict(dict(weights), strict=True, assign=True)
         return model.eval()
 
@@ -135,11 +142,18 @@ def read_config(path: Path) -> tuple[DiMRConfig, dict[str, Any]]:
     Raises CheckpointError where the file is missing, damaged or of another kind of model.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())
         if not isinstance(values, dict):
             raise ValueError(f"holds {type(values).__name__}, expected an object")
         notes = {name: values.pop(name) for name in NOTES if name in values}
         return DiMRConfig.from_dict(values), notes
+    except FileNotFoundError as error:
+        # In the folder of a training run.
+        checkpoint = path.parent / "checkpoint.safetensors"
+        hint = f"; its checkpoint is {checkpoint}" if checkpoint.is_file() else ""
+        raise CheckpointError(
+            f"{path.parent}: not a readable checkpoint (there is no {path.name} in it{hint})"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path.parent}: not a readable checkpoint ({error})") from error
     except ValueError as error:
@@ -167,14 +181,16 @@ def _local_folder(name: str, download: dict[str, Any]) -> Path:
 def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
     """Describe where names, shapes or number kinds differ."""
 
-    def describe(tensor: Tensor | None) -> str:
-        if tensor is None:
-            return "nothing"
+    def describe(tensor: Tensor) -> str:
         kind = "" if tensor.is_floating_point() else f"{tensor.dtype} "
         return f"{kind}{list(tensor.shape)}"
 
+    missing = [f"{name} is missing" for name in expected if name not in found]
+    unknown = [f"{name} is not a weight of the model" for name in found if name not in expected]
     pairs = {
-        name: (describe(found.get(name)), describe(expected.get(name)))
-        for name in [*expected, *(name for name in found if name not in expected)]
+        name: (describe(found[name]), describe(tensor))
+        for name, tensor in expected.items()
+        if name in found
     }
-    return [f"{name}: got {a}, expected {b}" for name, (a, b) in pairs.items() if a != b]
+    other = [f"{name}: got {a}, expected {b}" for name, (a, b) in pairs.items() if a != b]
+    return [*missing, *unknown, *other]

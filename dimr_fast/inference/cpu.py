@@ -1,5 +1,6 @@
 """A branch of a model optimised for inference that runs as one operator of the CPU library."""
 
+import copy
 from collections.abc import Iterator
 from typing import NamedTuple, cast
 
@@ -48,8 +49,7 @@ class CPUBranch(nn.Module):
         )
         self.norms = [value for norm in _norms(branch) for value in _values(norm)]
         if self.is_transformer:
-            tokens = branch.class_embeds.weight.detach().to(dtype, copy=True)
-            self.class_embeds = nn.Parameter(tokens, requires_grad=False)
+            self.class_embeds = copy.deepcopy(branch.class_embeds).requires_grad_(False).to(dtype)
 
     def allocate(self, batch: int) -> CPUFeatures:
         """Return memory for the features of a batch."""
@@ -73,7 +73,7 @@ class CPUBranch(nn.Module):
             image,
             *memory,
             lower or (),
-            self.class_embeds[y] if self.is_transformer else None,
+            self.class_embeds(y) if self.is_transformer else None,
             [td[value] if isinstance(value, int) else value for value in self.norms],
             list(self.arguments),
             heads=self.heads,

@@ -36,7 +36,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def optimize_for_inference(
-    model: DiMR,
+    model: nn.Module,
     dtype: torch.dtype = torch.bfloat16,
     cuda_graphs: Literal["auto"] | bool = "auto",
     quantize: Quantization | None = None,
@@ -62,9 +62,13 @@ def optimize_for_inference(
 
     Predictions of a quantised model differ more than by rounding: see docs/sampling.md.
 
-    Raises ValueError for any other dtype, for `cuda_graphs=True` if the model is not on a GPU, and
-    for `quantize` where it cannot be used.
+    `model` is a DiMR, or one in DataParallel, DistributedDataParallel or `torch.compile`. The copy
+    can be copied and pickled.
+
+    Raises TypeError for another model; ValueError for any other dtype, for `cuda_graphs=True` if
+    the model is not on a GPU, and for `quantize` where it cannot be used.
     """
+    model = _unwrapped(model)
     device = next(model.parameters()).device
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype}, expected one of {DTYPES}")
@@ -89,6 +93,17 @@ def _check_quantize(quantize: object, model: DiMR, dtype: torch.dtype) -> None:
         )
     if quantize == "fp8":
         check_fp8(model, dtype)
+
+
+def _unwrapped(model: nn.Module) -> DiMR:
+    """Return the DiMR in a model that DataParallel, DDP or `torch.compile` has wrapped."""
+    found: Any = model
+    while not isinstance(found, DiMR):
+        inner = getattr(found, "_orig_mod", None) or getattr(found, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}, expected a DiMR or one in DDP")
+        found = inner
+    return found
 
 
 class InferenceDiMR(nn.Module):
@@ -135,6 +150,9 @@ class InferenceDiMR(nn.Module):
         self.shared_buffers = self._allocate(0)
         self._graphs = CUDAGraphs(self._compute, capture or capture_graph) if cuda_graphs else None
         self.eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "shared_buffers": self._allocate(0)}
 
     @property
     def cuda_graphs(self) -> bool:
@@ -429,14 +447,28 @@ class _Linear(Linear):
         self.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
         if bias is not None:
             self.bias = nn.Parameter(bias.to(dtype, copy=True), requires_grad=False)
+        self._pack()
+
+    def _pack(self) -> None:
         self.uses_onednn = (
-            (weight.device.type, dtype) == ("cpu", torch.bfloat16)
+            (self.weight.device.type, self.weight.dtype) == ("cpu", torch.bfloat16)
             and torch.backends.mkldnn.is_available()
             and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         )
         if self.uses_onednn:
             packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
             self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state with the weight in PyTorch's layout, which can be copied."""
+        if not self.uses_onednn:
+            return self.__dict__
+        weight = nn.Parameter(self.weight.to_dense(), requires_grad=False)
+        return {**self.__dict__, "_parameters": {**self._parameters, "weight": weight}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack()
 
     @classmethod
     def of(cls, linear: nn.Linear, dtype: torch.dtype) -> Self:

@@ -24,7 +24,7 @@ from dimr_fast.data.autoencoder import Decode, load_decoder
 from dimr_fast.errors import CheckpointError
 from dimr_fast.model import DiMR
 from dimr_fast.sampling.sampler import ImageSampler, SamplerConfig, balanced_labels
-from dimr_fast.sampling.writers import SAMPLE_REPORT, write_array, write_npz, write_png
+from dimr_fast.sampling.writers import SAMPLE_REPORT, is_array, write_array, write_npz, write_png
 from dimr_fast.utils.device import keep_freed_memory, resolve_device
 from dimr_fast.utils.distributed import Worker, exit_with_launcher
 from dimr_fast.utils.files import (
@@ -52,6 +52,8 @@ FILES = (OUTPUTS["grid"], SAMPLE_REPORT)
 """Files that `sample` writes by default."""
 
 SHARDS = "parts"
+NO_CLASS = "none"
+"""Name of the null class, unless a class is called so."""
 GRID_ROWS, GRID_COLUMNS = 32, 16
 """Maximum size of a grid in images: about 1,600 × 3,100 pixels for the demo's images."""
 
@@ -72,7 +74,8 @@ class SampleConfig:
     """Total number of images, instead of `per_class`; the classes are balanced as far as it
     allows."""
     classes: tuple[str, ...] = ()
-    """Classes to draw, by name or number; all classes by default."""
+    """Classes to draw, by name or number; all classes by default. "none" draws images without
+    class."""
     formats: tuple[Format, ...] = ("grid",)
     """grid: `grid.png`, one row for each of at most 32 classes; if it is the only format, further
     classes are not drawn. png: `images/000000.png` and so on. npz: `samples.npz` as the ADM
@@ -127,10 +130,10 @@ def sample(
     processes = choose_process_count(config.processes, worker, device, on_cpu=1)
     stored = _read_unfinished(config.output) if worker.is_main else None
     own_device = torch.device("cpu") if processes > 1 else worker.device(device)
-    trained, decode = _load(config, own_device)
+    trained, decode, size = _load(config, own_device)
     if not worker.is_main:
         stored = _wait_for_report(config.output, start_timeout)
-    job = _job(config, trained, device, stored)
+    job = _job(config, trained, size, device, stored)
     if stored is not None:
         _check_same_job(job, stored)
     else:
@@ -158,6 +161,8 @@ class _Job:
     sampler: SamplerConfig
     """Resolved settings, so that all processes and runs draw alike."""
     labels: Tensor
+    size: tuple[int, int]
+    """(height, width) of the images."""
     class_names: tuple[str, ...]
     record: dict[str, Any]
     """Everything that decides the images and files."""
@@ -173,14 +178,18 @@ class _Job:
         )
 
     def load(self, device: torch.device) -> ImageSampler:
-        trained, decode = _load(self.config, device)
+        trained, decode, _ = _load(self.config, device)
         if _weights_digest(trained.model) != self.record["weights"]:
             raise CheckpointError(f"{self.config.checkpoint}: has changed since the job began")
         return ImageSampler(trained, self.sampler, decode)
 
+    def is_written(self, shard: Shard) -> bool:
+        """Return whether the file of a shard is there and whole."""
+        return is_array(shard.path, (len(shard), 3, *self.size))
+
     def is_complete(self, shard: Shard) -> bool:
         # Rank 0 removes the shards of a finished job, maybe before a late worker has looked.
-        return shard.path.exists() or _is_finished(self.config.output)
+        return self.is_written(shard) or _is_finished(self.config.output)
 
     def make(self, shard: Shard, model: ImageSampler, worker: Worker, progress: Progress) -> None:
         png_folder = self.config.output / OUTPUTS["png"]
@@ -194,37 +203,45 @@ class _Job:
         progress(len(shard))
 
 
-def _load(config: SampleConfig, device: torch.device) -> tuple[TrainedModel, Decode | None]:
-    """Load the model on `device` and, for a latent model, its decoder."""
+def _load(
+    config: SampleConfig, device: torch.device
+) -> tuple[TrainedModel, Decode | None, tuple[int, int]]:
+    """Load the model on `device` and, for a latent model, its decoder.
+
+    Returns them and the size (height, width) of images.
+    """
     if device.type == "cpu":
         keep_freed_memory()
     trained = load_model(config.checkpoint or demo_model())
     trained.model.to(device)
-    decode, _ = load_decoder(config.autoencoder, trained.scale, trained.model.config.shape, device)
-    return trained, decode
+    shape = trained.model.config.shape
+    decode, size = load_decoder(config.autoencoder, trained.scale, shape, device)
+    return trained, decode, size
 
 
 def _job(
     config: SampleConfig,
     trained: TrainedModel,
+    size: tuple[int, int],
     device: torch.device,
     stored: dict[str, Any] | None,
 ) -> _Job:
     chosen = _select_classes(config.classes, trained.classes)
     if config.formats == ("grid",):
         chosen = chosen[:GRID_ROWS]
+    names = (*trained.classes, NO_CLASS)  # the last label is that of the null class
     count = config.count or config.per_class * len(chosen)
     sampler = config.sampler
     if sampler.precision == "auto" and stored is not None:
         # A resumed job keeps its precision, also on a machine where "auto" means another one.
-        sampler = replace(sampler, precision=stored["sampler"]["precision"])
+        sampler = replace(sampler, precision=stored["sampler"].get("precision", "auto"))
     sampler = sampler.resolved(trained.scale, device)
     record = {
         "dimr_fast": importlib.metadata.version("dimr_fast"),
         "checkpoint": str(config.checkpoint or "the model that comes with the package"),
         "weights": _weights_digest(trained.model),
         "count": count,
-        "classes": [trained.classes[i] for i in chosen.tolist()],
+        "classes": [names[i] for i in chosen.tolist()],
         # Compared when a job is resumed, also one of an earlier version: the text stays as it is.
         "labels": "each class equally often, or once more, going round the classes",
         "autoencoder": config.autoencoder,
@@ -232,23 +249,29 @@ def _job(
         "sampler": sampler.recipe(trained.scale, device),
     }
     labels = chosen[balanced_labels(count, len(chosen))]
-    return _Job(config, sampler, labels, trained.classes, record)
+    return _Job(config, sampler, labels, size, names, record)
 
 
 def _select_classes(wanted: tuple[str, ...], classes: tuple[str, ...]) -> Tensor:
-    """Return the labels of classes given by name or number, in that order, without duplicates."""
-    if not wanted:
+    """Return the labels of classes given by name or number, in that order, without duplicates.
+
+    The label after those of the classes means no class.
+    """
+    if not wanted and classes:
         return torch.arange(len(classes))
     labels = []
-    for name in wanted:
+    for name in wanted or (NO_CLASS,):
         if name in classes:
             labels.append(classes.index(name))
+        elif name == NO_CLASS:
+            labels.append(len(classes))
         elif name.isdecimal() and int(name) < len(classes):
             labels.append(int(name))
         else:
             known = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
             raise ValueError(
-                f"classes: got {name!r}, expected a name ({known}) or 0..{len(classes) - 1}"
+                f"classes: got {name!r}, expected a name ({known}) or 0..{len(classes) - 1}, "
+                f"or {NO_CLASS!r}"
             )
     return torch.tensor(list(dict.fromkeys(labels)))
 
@@ -261,12 +284,13 @@ def _read_report(output: Path) -> dict[str, Any] | None:
     """Read the report of a job in `output`, or return None where no job has begun there."""
     path = output / SAMPLE_REPORT
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise OSError(f"{path}: not readable ({error}); choose another output") from error
-    if not isinstance(stored, dict) or not {"finished", "sampler"} <= stored.keys():
+    begun = isinstance(stored, dict) and "finished" in stored
+    if not (begun and isinstance(stored.get("sampler"), dict)):
         raise FileExistsError(f"{path} exists already; choose another output")
     return stored
 
@@ -301,7 +325,7 @@ def _wait_for_shards(job: _Job) -> None:
     """Wait on rank 0 for the shards of the other processes of the launch."""
 
     def count() -> int:
-        return sum(shard.path.exists() for shard in job.shards)
+        return sum(map(job.is_written, job.shards))
 
     done, total = count(), len(job.shards)
     if done == total:

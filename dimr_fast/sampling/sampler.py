@@ -25,7 +25,7 @@ from dimr_fast.diffusion import (
 from dimr_fast.inference import Quantization, optimize_for_inference
 from dimr_fast.utils.device import Precision, precision_name, resolve_precision
 from dimr_fast.utils.seeds import derived_seed
-from dimr_fast.utils.validation import require_fields
+from dimr_fast.utils.validation import check_seed, check_tensors, require_fields
 
 DECODER_BATCH_SIZE = 8
 """Latents in one call of the autoencoder, whose activations are far larger than the model's."""
@@ -56,13 +56,14 @@ class SamplerConfig:
     """Solver times are uniform in `time`, as published, or in `log_snr`."""
     guidance: float = 1.0
     """Classifier-free guidance s: ε = ε_c + s·(ε_c − ε_u), where ε_c is conditional and ε_u
-    unconditional. 0 disables it; a guidance scale of 1.4 in other libraries is 0.4 here."""
+    unconditional. 0 disables it, -1 draws images without class; a guidance scale of 1.4 in other
+    libraries is 0.4 here."""
     guidance_power: float | None = None
     """Power p of the schedule s·½(1 − cos(π·(1 − t)^p)), which rises from 0 at t = 1 to s at
     t = 0. None: constant guidance."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Guidance is applied for times in [low, high]. Outside it the unconditional half of the batch
-    is skipped."""
+    """Guidance is applied for times in [low, high], a part of [0, 1]. Outside it the unconditional
+    half of the batch is skipped."""
     noise_limit: float | None = None
     """Initial noise is clamped to ± this value: a briefly trained model underestimates larger
     noise, which then remains as bright dots. None means 2.5 for pixel models and inf for latent
@@ -77,21 +78,30 @@ class SamplerConfig:
     def validate(self) -> None:
         """Raise ValueError naming a setting that is out of range."""
         power, interval = self.guidance_power, self.guidance_interval
+        least = -1 if power is None else 0
         require_fields(
             self,
             solver=(self.solver in SOLVERS, f"one of {', '.join(SOLVERS)}"),
             steps=(self.steps > 0, "1 or more"),
             spacing=(self.spacing in ("time", "log_snr"), "time or log_snr"),
-            guidance=(0 <= self.guidance < math.inf, "a finite number, 0 or more"),
+            guidance=(
+                least <= self.guidance < math.inf,
+                "a finite number, -1 (without class) or more"
+                if power is None
+                else "a finite number, 0 or more with guidance_power",
+            ),
             guidance_power=(power is None or 0 < power < math.inf, "a positive number, or None"),
-            guidance_interval=(interval[0] <= interval[1], "(low, high) with low <= high"),
+            guidance_interval=(
+                0 <= interval[0] <= interval[1] <= 1,
+                "(low, high) with 0 <= low <= high <= 1",
+            ),
             noise_limit=(self.noise_limit is None or self.noise_limit > 0, "a positive number"),
             batch_size=(self.batch_size > 0, "1 or more"),
             precision=(
                 self.precision in get_args(SamplingPrecision),
                 f"one of {', '.join(get_args(SamplingPrecision))}",
             ),
-            seed=(self.seed >= 0, "0 or more"),
+            seed=check_seed(self.seed),
         )
 
     @property
@@ -176,6 +186,7 @@ class ImageSampler:
         images of each finished batch. Raises ValueError for labels out of range and
         FloatingPointError for images that are not finite.
         """
+        check_tensors(labels=labels)
         if labels.dim() != 1 or labels.dtype != torch.int64:
             raise ValueError(
                 f"labels: got {labels.dtype} {tuple(labels.shape)}, expected int64 [N]"
@@ -196,7 +207,7 @@ class ImageSampler:
     @torch.inference_mode()
     def _batch(self, labels: Tensor, first: int) -> Tensor:
         shape = self._config.shape
-        noise = torch.empty(len(labels), *shape)
+        noise = torch.empty(len(labels), *shape, dtype=torch.float32)
         for i in range(len(labels)):
             generator = torch.Generator().manual_seed(derived_seed(self._sampler.seed, first + i))
             torch.randn(shape, generator=generator, out=noise[i])
@@ -204,11 +215,14 @@ class ImageSampler:
         assert limit is not None
         x = noise.clamp(-limit, limit).to(self._device)
         if len(labels):
+            null, guidance = self._config.null_class, self._sampler.guidance_schedule()
+            if (labels == null).all():
+                guidance = ConstantGuidance(0)  # would change nothing and cost a second evaluation
             predict = guided(
                 self._predict,
                 labels.to(self._device),
-                self._config.null_class,
-                self._sampler.guidance_schedule(),
+                null,
+                guidance,
                 interval=self._sampler.guidance_interval,
             )
             x = SOLVERS[self._sampler.solver](

@@ -25,6 +25,15 @@ def write_array(array: np.ndarray, path: str | os.PathLike[str]) -> None:
     write_atomically(path, write)
 
 
+def is_array(path: Path, shape: tuple[int, ...]) -> bool:
+    """Return whether a file is a whole numpy file of uint8 values of this shape."""
+    try:
+        found = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError):
+        return False
+    return found.dtype == np.uint8 and found.shape == shape
+
+
 def write_png(image: np.ndarray, path: str | os.PathLike[str]) -> None:
     """Write an image uint8 [H, W, 3] as a PNG file."""
     picture = Image.fromarray(image)

@@ -1,8 +1,10 @@
 """Settings of a training run: one typed dataclass, read from YAML files and KEY=VALUE words."""
 
 import dataclasses
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,7 +14,13 @@ import yaml
 
 from dimr_fast.utils.device import Precision
 from dimr_fast.utils.files import write_atomically
-from dimr_fast.utils.validation import load_settings, require, require_fields
+from dimr_fast.utils.validation import (
+    check_seed,
+    load_settings,
+    require,
+    require_fields,
+    text_settings,
+)
 
 RESUME_OVERRIDES = {
     "output",
@@ -160,7 +168,7 @@ class TrainConfig:
             sample_steps=often("sample_steps"),
             score_steps=often("score_steps"),
             score_images=(self.score_images > 1, "2 or more"),
-            seed=(self.seed >= 0, "0 or more"),
+            seed=check_seed(self.seed),
         )
 
     @classmethod
@@ -169,15 +177,18 @@ class TrainConfig:
     ) -> Self:
         """Read the settings of a YAML file, or of the shipped recipe of that name.
 
-        `changes` are words like "batch_size=64" whose values are YAML; `output` replaces the
-        file's. Other settings keep their defaults. Raises ValueError naming a setting that is
-        unknown or of another type, and FileNotFoundError where the file is missing.
+        `changes` are words like "batch_size=64" whose values are YAML; values of text settings are
+        taken as they are, here and in the file, although YAML reads 0123 as a number. `output`
+        replaces the file's. Other settings keep their defaults. Raises ValueError naming a setting
+        that is unknown, given twice or of another type, and FileNotFoundError where the file is
+        missing.
         """
-        values = {} if source is None else _read_yaml(source)
+        texts = text_settings(cls)
+        values = {} if source is None else _read_yaml(source, texts)
         for word in changes:
             key, equals, text = word.partition("=")
             require(bool(equals), "set", word, "KEY=VALUE")
-            values[key] = _parse(text, key)
+            values[key] = text if key in texts else _parse(text, key)
         if output is not None:
             values["output"] = str(output)
         require("output" in values, "output", None, "the folder of the run")
@@ -208,16 +219,28 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _read_yaml(source: str | Path) -> dict[str, Any]:
-    path = shipped_recipes().get(str(source), Path(source))
+def _read_yaml(source: str | Path, texts: set[str]) -> dict[str, Any]:
+    path = shipped_recipes().get(str(source), Path(os.path.expanduser(source)))
     if not path.is_file():
         raise FileNotFoundError(
             f"config: got {str(source)!r}, expected a YAML file or one of "
             f"{', '.join(shipped_recipes())}"
         )
-    values = _parse(path.read_text(encoding="utf-8"), str(path))
-    require(isinstance(values, dict), str(path), type(values).__name__, "settings as KEY: VALUE")
-    return dict(values)
+    values: dict[str, Any] = {}
+    with _yaml_errors(str(path)):
+        # From bytes PyYAML recognises UTF-8 and UTF-16.
+        loader = _Loader(path.read_bytes())
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            found = type(loader.construct_object(root)).__name__ if root else "nothing"
+            raise ValueError(f"{path}: got {found}, expected settings as KEY: VALUE")
+        for key, node in root.value:
+            if key.value in values:
+                raise ValueError(f"{path}: got {key.value} twice, expected each setting once")
+            value = loader.construct_object(node, deep=True)
+            is_text = key.value in texts and isinstance(node, yaml.ScalarNode)
+            values[key.value] = node.value if is_text and value is not None else value
+    return values
 
 
 class _Loader(yaml.SafeLoader):
@@ -230,7 +253,13 @@ _Loader.add_implicit_resolver(
 
 
 def _parse(text: str, where: str) -> Any:
-    try:
+    with _yaml_errors(where):
         return yaml.load(text, _Loader)
+
+
+@contextmanager
+def _yaml_errors(where: str) -> Iterator[None]:
+    try:
+        yield
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from error

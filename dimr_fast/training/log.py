@@ -58,10 +58,10 @@ class TrainLog:
 
 
 def _step(line: str) -> float:
-    """Return the step of a line, or infinity for a line that was cut off."""
+    """Return the step of a line, or infinity for a line that is none."""
     try:
         return float(json.loads(line)["step"])
-    except ValueError:
+    except (KeyError, TypeError, ValueError):
         return math.inf
 
 

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +121,7 @@ class TrainLoop:
         config, state, device = self.config, self.state, self.communicator.device
         micro_batches = list(self._micro_batches(batch))
         state.optimizer.zero_grad()
-        total = torch.zeros((), device=device)
+        total = torch.zeros((), dtype=torch.float32, device=device)
         for index, (x0, y, step, noise) in enumerate(micro_batches):
             with gradient_sync(self.parallel, enabled=index == len(micro_batches) - 1):
                 with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -152,11 +153,12 @@ class TrainLoop:
         own = slice(self.communicator.rank * share, (self.communicator.rank + 1) * share)
         torch.manual_seed(derived_seed(config.seed, 0, batch.step))
         step = torch.randint(1, self.schedule.num_steps + 1, (size,), device=device)[own]
-        dropped = (torch.rand(size, device=device) < config.label_dropout)[own]
-        noise = torch.randn(size, *shape, device=device)[own]
+        draw: Any = {"dtype": torch.float32, "device": device}
+        dropped = (torch.rand(size, **draw) < config.label_dropout)[own]
+        noise = torch.randn(size, *shape, **draw)[own]
         raw = batch.raw.to(device, non_blocking=True)
         if isinstance(state.scale, LatentScale):
-            x0 = state.scale.to_model(raw, torch.randn(size, *shape, device=device)[own])
+            x0 = state.scale.to_model(raw, torch.randn(size, *shape, **draw)[own])
         else:
             x0 = state.scale.to_model(raw)
         y = batch.labels.to(device, non_blocking=True)

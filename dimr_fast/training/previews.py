@@ -18,7 +18,7 @@ from dimr_fast.model import DiMR
 from dimr_fast.sampling.sampler import SamplerConfig, sample_images
 from dimr_fast.training.config import TrainConfig
 from dimr_fast.training.log import TrainLog
-from dimr_fast.training.state import TrainState
+from dimr_fast.training.state import CHECKPOINT, TrainState
 from dimr_fast.utils.distributed import Communicator
 from dimr_fast.utils.plots import image_grid
 from dimr_fast.utils.seeds import derived_seed
@@ -91,11 +91,10 @@ class Previews:
     def _trained_model(self, weights: dict[str, Tensor]) -> TrainedModel:
         config = self.state.model.config
         branches = tuple(replace(branch, checkpointing=False) for branch in config.stage_configs)
-        model = DiMR(replace(config, stage_configs=branches))
-        model.load_state_dict(
-            {name.removeprefix(EMA_PREFIX): value for name, value in weights.items()}
-        )
-        model.to(self.communicator.device).eval()
+        named = {name.removeprefix(EMA_PREFIX): value for name, value in weights.items()}
+        source = self.config.output / CHECKPOINT
+        model = DiMR.from_weights(replace(config, stage_configs=branches), named, source)
+        model.to(self.communicator.device)
         return TrainedModel(model, self.state.classes, self.state.scale)
 
     def _draw_grid(self, trained: TrainedModel, log: TrainLog) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +62,8 @@ class TrainSummary:
     precision: str
     torch: str
     interrupted: bool
+    signal: int | None = None
+    """Number of the signal that ended the run, if one did."""
 
     def sentence(self, config: TrainConfig) -> str:
         """Return the summary in words; after an interruption, with the command that resumes."""
@@ -90,9 +92,10 @@ def train(
 
     Writes to `config.output`: `checkpoint.safetensors` (model, EMA, optimizer, position), every
     `checkpoint_minutes` and at the end; the settings, `config.yaml`; figures on the way,
-    `log.jsonl`; at the end `loss.png` and `train.json`. The first Ctrl-C ends the run after the
-    current step, with all of them written; the second ends it at once. A checkpoint that cannot be
-    written on the way is reported, the previous one stays, and the run continues.
+    `log.jsonl`; at the end `loss.png` and `train.json`. The first SIGINT (Ctrl-C), SIGTERM or
+    SIGHUP ends the run after the current step, with all of them written; the second ends it at
+    once. A checkpoint that cannot be written on the way is reported, the previous one stays, and
+    the run continues.
 
     If `examples` is given, it is used instead of `config.data`. With `resume` the run in
     `config.output` continues. All randomness of step n comes from the seed and n, so a run of a
@@ -127,8 +130,8 @@ def train(
                 locks.enter_context(lock_folder(config.output, lock_timeout))
             remove_unfinished(config.output)
         communicator.barrier()
-        interrupted = _run(run, resume)
-        return _summarize(run, interrupted)
+        ended_by = _run(run, resume)
+        return _summarize(run, ended_by)
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def _build(
     stored = read_state(path) if resume else None
     config = dataclasses.replace(config, precision=_precision(config, stored, communicator))
     torch.manual_seed(config.seed)
-    model = _new_model(config, examples).to(device)
+    model = _new_model(config, examples).to(device, torch.float32)
     parallel = parallelize(model, config, communicator)
     state = TrainState(
         model=model,
@@ -186,22 +189,25 @@ def _build(
     return _Run(config, state, communicator, loop)
 
 
-def _run(run: _Run, resume: bool) -> bool:
-    """Take the steps, between a first and a last checkpoint; return whether a signal ended it."""
+def _run(run: _Run, resume: bool) -> int | None:
+    """Take the steps, between a first and a last checkpoint; return the signal that ended it."""
     config, state, is_main = run.config, run.state, run.communicator.is_main
     path = config.output / CHECKPOINT
-    with _stop_on_signal() as stop_requested:
+    with _stop_on_signal() as received:
         if not resume:
             state.save(path, write=is_main)
         if is_main:
             # After the checkpoint: a run that was killed before it can be started again.
             config.write(config.output / CONFIG)
-        interrupted = run.loop.run(stop_requested)
+        interrupted = run.loop.run(lambda: bool(received))
         state.save(path, write=is_main)
-    return interrupted
+    if not interrupted:
+        return None
+    # Another process of the launch may have received it.
+    return received[0] if received else signal.SIGTERM
 
 
-def _summarize(run: _Run, interrupted: bool) -> TrainSummary:
+def _summarize(run: _Run, ended_by: int | None) -> TrainSummary:
     """Return the summary; write it and the loss curve on rank 0."""
     config, state, communicator = run.config, run.state, run.communicator
     losses = [loss for loss in state.losses if math.isfinite(loss)]
@@ -216,7 +222,8 @@ def _summarize(run: _Run, interrupted: bool) -> TrainSummary:
         device=device_name(communicator.device),
         precision=config.precision,
         torch=torch.__version__,
-        interrupted=interrupted,
+        interrupted=ended_by is not None,
+        signal=ended_by,
     )
     if communicator.is_main:
         if losses:
@@ -262,8 +269,8 @@ def _new_model(config: TrainConfig, examples: Examples) -> DiMR:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a flag, which the yielded function returns."""
+def _stop_on_signal() -> Iterator[list[int]]:
+    """Append the first SIGINT, SIGTERM or SIGHUP to the yielded list instead of ending at once."""
     received: list[int] = []
     previous: dict[signal.Signals, Any] = {}
 
@@ -273,10 +280,12 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
 
     # Only the main thread may set handlers; in other threads signals keep their handlers.
     if threading.current_thread() is threading.main_thread():
-        for name in (signal.SIGINT, signal.SIGTERM):
-            previous[name] = signal.signal(name, receive)
+        for name in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            # nohup ignores SIGHUP.
+            if name not in previous and signal.getsignal(name) != signal.SIG_IGN:
+                previous[name] = signal.signal(name, receive)
     try:
-        yield lambda: bool(received)
+        yield received
     finally:
         for name, handler in previous.items():
             signal.signal(name, handler)

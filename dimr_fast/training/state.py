@@ -99,13 +99,13 @@ class TrainState:
         """
         if metadata.get("config") != json.loads(json.dumps(self._config)):
             raise CheckpointError(f"{path}: its model configuration differs from that of this run")
-        classes = tuple(metadata.get("classes", ()))
+        classes = tuple(metadata.get("classes") or ())
         if classes != self.classes:
             raise CheckpointError(
                 f"{path}: was trained with classes {_abbreviate(classes)}, "
                 f"not {_abbreviate(self.classes)}"
             )
-        for name, value in metadata.get("recipe", {}).items():
+        for name, value in (metadata.get("recipe") or {}).items():
             if self.recipe.get(name) != value:
                 ours = self.recipe.get(name)
                 raise CheckpointError(f"{path}: was trained with {name} {value}, not {ours}")
@@ -124,7 +124,7 @@ class TrainState:
                         key: _as_stored_in(tensors[f"{OPTIMIZER_PREFIX}{key}.{name}"], parameter)
                         for key in (_MOMENTS if stepped else ())
                     }
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: not a checkpoint of this run ({error})") from error
 
 

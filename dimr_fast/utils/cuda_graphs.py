@@ -31,6 +31,10 @@ class CUDAGraphs:
         # Graphs never run at the same time, so they can share memory.
         self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle without the captured graphs."""
+        return CUDAGraphs, (self._function, self._capture)
+
     def __call__(self, flag: bool, *inputs: Tensor) -> list[Tensor]:
         key = flag, *((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
         replay = self._replays.pop(key, None)

@@ -2,7 +2,10 @@
 
 import math
 import os
+import unicodedata
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,13 +14,18 @@ from PIL import Image, ImageDraw, ImageFont
 from dimr_fast.errors import DataUnavailableError
 from dimr_fast.utils.files import write_atomically
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+FONT_SIZE = 14
+
 
 def image_grid(
     images: torch.Tensor, row_names: Sequence[str], path: str | os.PathLike[str], scale: int = 3
 ) -> None:
     """Write images uint8 [rows, columns, 3, h, w] as a PNG, with the name of each row on the left.
 
-    Images are enlarged `scale` times without smoothing. The file is written atomically.
+    Images are enlarged `scale` times without smoothing. A name in a script that no installed font
+    has is replaced by the number of its row, and a text file beside the picture lists the numbers
+    and names. The files are written atomically.
     Raises ValueError for another dtype or shape, or where names and rows differ in number.
     """
     if images.dtype != torch.uint8 or images.ndim != 5 or images.shape[2] != 3:
@@ -28,14 +36,20 @@ def image_grid(
     if len(row_names) != rows:
         raise ValueError(f"row_names: got {len(row_names)}, expected one for each of {rows} rows")
     gap = 2
-    font = ImageFont.load_default(size=14)
-    margin = math.ceil(max((font.getlength(name) for name in row_names), default=0)) + 8
+    # macOS stores é as e and an accent; a font may have é only.
+    names = [" ".join(unicodedata.normalize("NFC", name).split()) for name in row_names]
+    fonts = [_font_for(name) for name in names]
+    labels = [
+        (str(row + 1), _default_font()) if font is None else (name, font)
+        for row, (name, font) in enumerate(zip(names, fonts, strict=True))
+    ]
+    margin = math.ceil(max((font.getlength(text) for text, font in labels), default=0)) + 8
     cell_height, cell_width = height * scale + gap, width * scale + gap
     grid = Image.new("RGB", (margin + columns * cell_width, rows * cell_height), "white")
     draw = ImageDraw.Draw(grid)
-    for row, name in enumerate(row_names):
+    for row, (text, font) in enumerate(labels):
         middle = row * cell_height + height * scale // 2
-        draw.text((4, middle), name, fill="black", font=font, anchor="lm")
+        draw.text((4, middle), text, fill="black", font=font, anchor="lm")
         for column in range(columns):
             pixels = images[row, column].permute(1, 2, 0).cpu().numpy()
             cell = Image.fromarray(pixels).resize(
@@ -43,6 +57,46 @@ def image_grid(
             )
             grid.paste(cell, (margin + column * cell_width, row * cell_height))
     write_atomically(path, lambda part: grid.save(part, format="PNG"))
+    if None in fonts:
+        legend = "".join(f"{row}: {name}\n" for row, name in enumerate(names, 1))
+        write_atomically(
+            Path(path).with_suffix(".txt"), lambda part: part.write_text(legend, encoding="utf-8")
+        )
+
+
+def _default_font() -> Font:
+    return ImageFont.load_default(size=FONT_SIZE)
+
+
+@cache
+def _font_for(text: str) -> Font | None:
+    """Return Pillow's font or an installed one that has all characters of `text`, or None."""
+    default = _default_font()
+    if _has(default, text):
+        return default
+    try:
+        from matplotlib import font_manager  # it lists the installed fonts, and has some itself
+    except ModuleNotFoundError:
+        return None
+    # Upright text of medium weight first. Last Resort draws a placeholder for every script.
+    entries = sorted(
+        (e for e in font_manager.fontManager.ttflist if not e.name.startswith("Last Resort")),
+        key=lambda entry: (entry.style != "normal", entry.weight != 400, "Sans" not in entry.name),
+    )
+    for entry in entries:
+        try:
+            font = ImageFont.truetype(entry.fname, FONT_SIZE)
+            if _has(font, text):
+                return font
+        except OSError:  # a font of bitmaps in other sizes
+            continue
+    return None
+
+
+def _has(font: Font, text: str) -> bool:
+    """Return whether a font has a glyph for every character, not the box for missing ones."""
+    missing = bytes(font.getmask("\U0010ffff"))  # no character, by definition
+    return all(bytes(font.getmask(letter)) != missing for letter in text if not letter.isspace())
 
 
 def loss_curve(losses: Sequence[float], path: str | os.PathLike[str]) -> None:

@@ -26,7 +26,35 @@ def read_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({error})") from error
+        reason = why_unreadable(path) or str(error)
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+
+
+def why_unreadable(path: Path) -> str | None:
+    """Return what a file is instead of a safetensors file, and what to do; None if unknown."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except FileNotFoundError:
+        return "there is no such file"
+    except PermissionError:
+        return "no permission to read it"
+    except IsADirectoryError:
+        return "it is a folder"
+    except OSError:
+        return None
+    if not start:
+        return "an empty file: copy or download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself; fetch it: git lfs pull"
+    if start.startswith((b"PK\3\4", b"\x80\2")):  # a zip archive, or a pickle of early versions
+        return f"a file of torch.save; {how_to_convert(path)}"
+    return None
+
+
+def how_to_convert(path: Path) -> str:
+    """Return the command that makes a usable folder of a file of weights."""
+    return f"convert it first: dimr-fast convert --input {path} --output FOLDER"
 
 
 def write_tensors(

@@ -1,9 +1,12 @@
 """Checks of arguments and settings, and the typed loading of settings."""
 
 import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -20,11 +23,36 @@ def require_fields(settings: object, **checks: tuple[bool, str]) -> None:
         require(ok, name, getattr(settings, name), expected)
 
 
+def check_tensors(**values: object) -> None:
+    """Raise TypeError naming a value that is no tensor."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+
+
+def check_seed(seed: int) -> tuple[bool, str]:
+    """Return the check of a seed for `require_fields`: torch takes seeds of 64 bits."""
+    return 0 <= seed < 2**64, f"0..{2**64 - 1}"
+
+
+def text_settings(cls: type[Any]) -> set[str]:
+    """Return the names of the fields of a dataclass that are text: names, paths and choices."""
+
+    found = set()
+    for name, kind in get_type_hints(cls).items():
+        if type(None) in get_args(kind):
+            kind = get_args(kind)[0]
+        if kind in (str, Path) or get_origin(kind) is Literal:
+            found.add(name)
+    return found
+
+
 def load_settings(cls: type[T], values: Mapping[str, Any]) -> T:
     """Build the dataclass `cls` from plain values (YAML or JSON), converted to its fields' types.
 
-    Numbers may be text ("1e-4"), "none" stands for None where a field allows it, and lists become
-    tuples. Raises ValueError naming a setting that is unknown or of another type.
+    Numbers may be text ("1e-4"), "none" stands for None where a field allows it, lists become
+    tuples, and a `~` at the start of a path becomes the home folder. Raises ValueError naming a
+    setting that is unknown or of another type.
     """
     # Here, because nothing else of the package needs it.
     from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -45,7 +73,7 @@ def load_settings(cls: type[T], values: Mapping[str, Any]) -> T:
             value = None
         # pydantic would take true for 1 and 1 for true.
         require(isinstance(value, bool) == (kind is bool), name, value, _in_words(kind))
-        value = str(value) if kind is Path else value
+        value = os.path.expanduser(str(value)) if kind is Path else value
         try:
             typed[name] = TypeAdapter(kind, config=lenient).validate_python(value)
         except ValidationError as error:

@@ -1,33 +1,32 @@
 """Folders of images: which files they hold, how an image is cropped, and what is refused."""
 
+import os
 import pickle
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from dimr_fast.data.images import (
     ImageFolder,
     UnreadableImageError,
+    decode_image,
     find_unreadable,
     list_images,
     read_image,
 )
 from dimr_fast.data.scaling import PixelScale
+from tests.support.image_files import noise, save
 from tests.support.photographs import photographs
-
-
-def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def save(path: Path, pixels: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return path
 
 
 @pytest.fixture
@@ -203,3 +202,171 @@ def test_images_of_one_colour_have_no_scale(tmp_path: Path) -> None:
     save(tmp_path / "grey" / "x.png", np.full((8, 8, 3), 7, np.uint8))
     with pytest.raises(ValueError, match="grey, whose images have one colour"):
         ImageFolder(tmp_path / "grey", 8)
+
+
+def test_a_thin_image_takes_little_memory(tmp_path: Path) -> None:
+    """A line of 60,000 pixels is not enlarged as a whole, which would take 12 GB."""
+    pixels = np.zeros((60_000, 1, 3), np.uint8)
+    pixels[29_999:30_001] = 200
+    path = save(tmp_path / "line.png", pixels)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    image = read_image(path, 256)
+    used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    assert used < 100, f"{used} MiB"
+    # The square is one pixel of the middle: the two bright ones are enlarged 256 times.
+    assert image.shape == (3, 256, 256)
+    assert (image > 150).all()
+
+
+@pytest.mark.parametrize(("width", "height"), [(160, 10), (10, 157), (40, 30), (7, 64)])
+def test_the_crop_of_an_image_up_to_16_times_as_long_as_wide_is_that_of_the_whole(
+    tmp_path: Path, width: int, height: int
+) -> None:
+    pixels = noise(width, height)
+    scale = 24 / min(width, height)
+    image = Image.fromarray(pixels)
+    while min(image.size) >= 48:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        scale = 24 / min(image.size)
+    whole = image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+    )
+    left, top = (whole.width - 24) // 2, (whole.height - 24) // 2
+    expected = np.asarray(whole)[top : top + 24, left : left + 24]
+    found = read_image(save(tmp_path / "x.png", pixels), 24)
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
+
+
+def test_a_png_with_much_text_or_a_large_profile_is_read(tmp_path: Path) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "x" * 2_000_000, zip=True)
+    image = Image.fromarray(noise(8, 8))
+    image.save(tmp_path / "text.png", pnginfo=text)
+    image.save(tmp_path / "profile.png", icc_profile=bytes(3_000_000))
+    assert find_unreadable(tmp_path) == {}
+
+
+def png(path: Path, depth: int, colour: int, rows: list[bytes], transparent: bytes) -> Path:
+    """Write a PNG file, one byte string for each row, as Pillow cannot write this depth."""
+    width = 8 * len(rows[0]) // (depth * (3 if colour == 2 else 1))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", pixels), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "row", "transparent", "expected"),
+    [
+        (16, 0, struct.pack(">2H", 300, 0), struct.pack(">H", 0), (1, 255)),
+        (16, 0, struct.pack(">2H", 257, 256), struct.pack(">H", 256), (1, 255)),
+        (8, 0, bytes([7, 0]), struct.pack(">H", 0), (7, 255)),
+        (4, 0, bytes([0x72]), struct.pack(">H", 2), (7 * 17, 255)),
+        (2, 0, bytes([0b01_10_10_01]), struct.pack(">H", 2), (85, 255, 255, 85)),
+        (1, 0, bytes([0b01010101]), struct.pack(">H", 0), (255,)),
+        (16, 2, struct.pack(">6H", *[0] * 3, *[0x1234] * 3), b"\x12\x34" * 3, (0, 255)),
+        (8, 2, bytes([9, 9, 9, 5, 5, 5]), struct.pack(">3H", 5, 5, 5), (9, 255)),
+    ],
+)
+def test_the_transparent_value_of_a_png_is_white(
+    tmp_path: Path,
+    depth: int,
+    colour: int,
+    row: bytes,
+    transparent: bytes,
+    expected: tuple[int, ...],
+) -> None:
+    """At every depth, the value is stored in units of the file's samples."""
+    path = png(tmp_path / "x.png", depth, colour, [row] * 2, transparent)
+    found = np.asarray(decode_image(path))[0]
+    assert (found == found[:, :1]).all()
+    wanted = expected * (len(found) // len(expected))
+    assert found[:, 0].tolist() == list(wanted)
+
+
+def test_greys_of_16_bits_in_other_formats(tmp_path: Path) -> None:
+    values = np.array([[0, 257, 25_700, 65_535]] * 2, np.uint16)
+    white_is_zero = TiffImagePlugin.ImageFileDirectory_v2()
+    white_is_zero[262] = 0
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    Image.fromarray(values).save(tmp_path / "inverted.tif", tiffinfo=white_is_zero)
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "wide.tif")
+    (tmp_path / "x.pgm").write_bytes(b"P5 4 2 65535\n" + values.astype(">u2").tobytes())
+    for name in ("x.tif", "wide.tif", "x.pgm"):
+        assert np.asarray(decode_image(tmp_path / name))[0, :, 0].tolist() == [0, 1, 100, 255], name
+    inverted = np.asarray(decode_image(tmp_path / "inverted.tif"))[0, :, 0]
+    assert inverted.tolist() == [255, 254, 155, 0]
+
+
+@pytest.mark.parametrize("values", [(-1, 0), (0, 65_536), (0, 2**31 - 1)])
+def test_integers_of_unknown_range_are_refused(tmp_path: Path, values: tuple[int, int]) -> None:
+    Image.fromarray(np.array([values] * 2, np.int32)).save(tmp_path / "x.tif")
+    with pytest.raises(UnreadableImageError, match=r"integers outside 0\.\.65535, of"):
+        read_image(tmp_path / "x.tif", 2)
+
+
+def without_privileges(folder: Path) -> subprocess.CompletedProcess[str]:
+    """List the images of a folder in a process that may not read everything, as root may."""
+    code = "import sys; from pathlib import Path; from dimr_fast.data.images import list_images; "
+    code += "print(list_images(Path(sys.argv[1])).names)"
+    words = [sys.executable, "-c", code, str(folder)]
+    if os.geteuid() == 0:
+        drop = "-dac_override,-dac_read_search"
+        words = ["setpriv", f"--bounding-set={drop}", f"--inh-caps={drop}", *words]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(
+    hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("setpriv") is None,
+    reason="root may read everything, and there is no setpriv to give that up",
+)
+def test_a_folder_that_cannot_be_read_is_an_error(folder: Path) -> None:
+    closed = folder / "a" / "deep"
+    closed.chmod(0)
+    try:
+        result = without_privileges(folder)
+    finally:
+        closed.chmod(0o755)
+    assert result.returncode == 1
+    assert "PermissionError" in result.stderr
+    assert "a/deep" in result.stderr
+
+
+@pytest.mark.parametrize("target", ["..", "../..", ".", "deep/.."])
+def test_a_link_upwards_is_refused(folder: Path, target: str) -> None:
+    (folder / "a" / "all").symlink_to(target)
+    with pytest.raises(ValueError, match=r"a/all, a link to .*, expected no link to a folder"):
+        list_images(folder)
+
+
+def test_links_that_lead_to_one_another_are_refused(folder: Path) -> None:
+    (folder / "a" / "other").symlink_to("../b")
+    (folder / "b" / "other").symlink_to("../a")
+    with pytest.raises(ValueError, match="other/other, a link to"):
+        list_images(folder)
+
+
+def test_links_to_other_folders_and_files_are_followed(folder: Path, tmp_path: Path) -> None:
+    save(tmp_path / "elsewhere" / "in" / "z.png", noise(8, 8))
+    (folder / "c").symlink_to(tmp_path / "elsewhere")
+    (folder / "a" / "more").symlink_to(tmp_path / "elsewhere" / "in")
+    (folder / "b" / "w.png").symlink_to(tmp_path / "elsewhere" / "in" / "z.png")
+    files = list_images(folder)
+    assert files.classes == ("a", "b", "c")
+    assert files.labels.bincount().tolist() == [3, 4, 1]
+    assert {"a/more/z.png", "b/w.png", "c/in/z.png"} < set(files.names)
+
+
+@pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"])
+def test_folders_of_operating_systems_are_passed_over(folder: Path, name: str) -> None:
+    before = list_images(folder)
+    save(folder / name / "a" / "1.png", noise(4, 4))
+    save(folder / "a" / name / "2.png", noise(4, 4))
+    assert list_images(folder).names == before.names
+    assert list_images(folder / "b").classes == ("b",)

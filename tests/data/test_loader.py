@@ -1,5 +1,11 @@
 """Batches of training: every example once per epoch, on any number of processes."""
 
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 from itertools import islice
 
 import pytest
@@ -8,6 +14,7 @@ import torch
 from dimr_fast.data.arrays import ImageArray
 from dimr_fast.data.images import UnreadableImageError
 from dimr_fast.data.loader import Batch, Loader, batch_indices
+from tests.support.files import file_size_limit
 
 COUNT = 53
 
@@ -89,6 +96,60 @@ def test_an_unreadable_example_is_a_one_line_error(examples: ImageArray, workers
     bad = Damaged(examples.images, examples.labels, examples.classes)
     with pytest.raises(UnreadableImageError, match=r"^a\.png: not a readable image \(cut short\)$"):
         next(iter(Loader(bad, 4, workers=workers)))
+
+
+TOO_LITTLE = r"workers: got 1, .* shared memory \(/dev/shm\).*, expected fewer or 0, or more shared"
+
+
+def large_images() -> ImageArray:
+    """Images of which a batch of eight takes 1.5 MiB."""
+    images = torch.arange(8, dtype=torch.uint8)[:, None, None, None].repeat(1, 3, 256, 256)
+    return ImageArray(images, torch.arange(8), tuple("abcdefgh"))
+
+
+def test_too_little_shared_memory_is_an_error_that_names_it() -> None:
+    """torch would print a traceback and wait for the batch for ever."""
+    with file_size_limit(2**20), pytest.raises(OSError, match=TOO_LITTLE):
+        next(iter(Loader(large_images(), 8, workers=1)))
+
+
+IN_SMALL_MEMORY = """
+from tests.data.test_loader import Loader, large_images
+try:
+    for batch in Loader(large_images(), 8, workers=1):
+        kept.append(batch) if batch.step else (kept := [batch])
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("size", ["4m", "4k"])
+def test_shared_memory_that_fills_up_later_and_has_no_room_at_all(size: str) -> None:
+    """As in a container: 4 MiB hold two batches; 4 KiB not even the queues of the workers."""
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    words = ["unshare", "--map-root-user", "--mount", "sh", "-ec"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*words, mount], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("this system lets nobody mount a small /dev/shm")
+    words += [f"{mount}; exec {sys.executable} -c '{IN_SMALL_MEMORY}'"]
+    result = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    assert re.match(TOO_LITTLE, result.stdout), result.stdout + result.stderr
+
+
+class Killed(ImageArray):
+    """Images whose reader is killed, as by a system without memory."""
+
+    def read(self, indices: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(indices, mirrored)
+
+
+def test_a_worker_that_is_killed_is_an_error_that_names_the_setting(examples: ImageArray) -> None:
+    bad = Killed(examples.images, examples.labels, examples.classes)
+    with pytest.raises(OSError, match=r"workers: got 1, one of which was killed, .*expected fewer"):
+        next(iter(Loader(bad, 4, workers=1)))
 
 
 def test_a_batch_may_hold_several_epochs() -> None:

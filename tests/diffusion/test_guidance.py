@@ -9,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dimr_fast.diffusion import (
+    SOLVERS,
     ConstantGuidance,
+    DiscreteSchedule,
     PowerCosineGuidance,
     guided,
+    multi_scale_loss,
 )
 from tests.support.diffusion import (
     ClassModel,
@@ -61,6 +64,19 @@ def test_no_guidance_skips_the_null_half(
     torch.testing.assert_close(noise, with_class(x, t))
 
 
+def test_guidance_of_minus_one_is_the_unconditional_prediction_alone() -> None:
+    model = ClassModel()
+    x, y, t = torch.randn(3, 4, 8, 8), torch.tensor([5, 6, 7]), torch.tensor(0.3)
+    noise = guided(model, y, 0, ConstantGuidance(-1.0), interval=(0.2, 0.4))
+    found = noise(x, t)
+    [(alone, _, labels)] = model.calls
+    assert alone is x
+    assert labels.tolist() == [0, 0, 0]
+    torch.testing.assert_close(found, without_class(x, t))
+    outside = torch.tensor(0.5)
+    torch.testing.assert_close(noise(x, outside), with_class(x, outside))
+
+
 @given(st.floats(0, 1), st.floats(1, 20), st.floats(0.1, 8))
 def test_power_cosine_weight(t: float, peak: float, power: float) -> None:
     extra = PowerCosineGuidance(peak, power).extra(torch.tensor(t, dtype=torch.float64)).item()
@@ -90,12 +106,14 @@ CONSTANT = ConstantGuidance(1.0)
 @pytest.mark.parametrize(
     ("call", "argument"),
     [
-        (lambda: ConstantGuidance(-0.1), "scale"),
+        (lambda: ConstantGuidance(-1.1), "scale"),
         (lambda: ConstantGuidance(math.nan), "scale"),
         (lambda: PowerCosineGuidance(0.9, 1.0), "peak"),
         (lambda: PowerCosineGuidance(2.0, 0.0), "power"),
         (lambda: guided(ClassModel(), LABELS.float(), 0, CONSTANT), "y"),
         (lambda: guided(ClassModel(), LABELS[None], 0, CONSTANT), "y"),
+        (lambda: guided(ClassModel(), LABELS, 0, CONSTANT, interval=(2, 3)), "interval"),
+        (lambda: guided(ClassModel(), LABELS, 0, CONSTANT, interval=(-2, 0.5)), "interval"),
         (lambda: guided(ClassModel(), LABELS, 0, CONSTANT)(X[:1], T), "x"),
         (lambda: guided(ClassModel(), LABELS, 0, CONSTANT)(X, T.expand(3)), "t"),
         (lambda: guided(lambda x, c, y: x[:2], LABELS, 0, CONSTANT)(X, T), "model_fn"),
@@ -103,3 +121,25 @@ CONSTANT = ConstantGuidance(1.0)
 )
 def test_bad_arguments_of_guidance_are_named(call: Callable[[], object], argument: str) -> None:
     assert_argument_is_named(call, argument)
+
+
+X0 = torch.zeros(2, 3, 8, 8)
+SCHEDULE = DiscreteSchedule()
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda: guided(ClassModel(), 1, 0, CONSTANT), "y"),
+        (lambda: SCHEDULE.condition(5), "step"),
+        (lambda: SCHEDULE.add_noise(X0, X0, 5), "step"),
+        (lambda: SCHEDULE.add_noise(X0, 0.5, torch.tensor([1, 2])), "noise"),
+        (lambda: SCHEDULE.add_noise(0.5, X0, torch.tensor([1, 2])), "x0"),
+        (lambda: multi_scale_loss([X0], 0.5), "noise"),
+        (lambda: multi_scale_loss([0.5], X0), r"predictions\[0\]"),
+        *((lambda solve=solve: solve(None, 0.5, SCHEDULE, 4), "x") for solve in SOLVERS.values()),
+    ],
+)
+def test_numbers_in_place_of_tensors_are_errors(call: Callable[[], object], argument: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{argument}: got (int|float), expected a tensor"):
+        call()

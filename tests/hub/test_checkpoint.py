@@ -187,9 +187,9 @@ DAMAGES = [
     (lambda f: damage(f, scale={"kind": "volts"}), "kind: got 'volts'"),
     (
         lambda f: damage(f, num_classes=9),
-        r"1 weights do not fit .*class_embeds.weight: got \[7, 24\], expected \[9, 24\]",
+        r"1 weight does not fit .*class_embeds.weight: got \[7, 24\], expected \[9, 24\]",
     ),
-    (lambda f: damage(f, norm_type="RMSN"), r"weights do not fit .*got nothing, expected"),
+    (lambda f: damage(f, norm_type="RMSN"), r"weights do not fit .*is missing"),
 ]
 
 
@@ -198,6 +198,15 @@ def test_a_damaged_or_unfitting_folder_is_named(folder: Path, harm: Any, message
     harm(folder)
     with pytest.raises(CheckpointError, match=f"{folder}.*{message}"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_configuration_that_an_editor_saved_in_another_encoding_is_read(
+    folder: Path, encoding: str
+) -> None:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text, encoding=encoding)
+    assert load_model(folder).classes == CLASSES
 
 
 def test_weights_have_the_permissions_of_the_configuration(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +149,36 @@ def test_a_bad_setting_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "config: got 'nowhere.yaml'" in message
     message = failure(capsys, "train", "--output", tmp_path / "run", "--set", "bach_size=3")
     assert "batch_size?" in message
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "sample.json").write_text("precious")
+    message = failure(capsys, "sample", "--output=~/here", "--steps=1")
+    assert str(tmp_path / "here" / "sample.json") in message
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_ends_a_command_with_its_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, status: int
+) -> None:
+    handlers = [signal.getsignal(n) for n in (number, signal.SIGALRM)]
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    words = ("--output", tmp_path / "out", "--per-class", 1000, "--formats", "npz")
+    try:
+        found, out, err = run(capsys, "sample", *words)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handlers[1])
+    assert (found, out) == (status, "")
+    assert err.endswith("dimr-fast: interrupted\n")
+    assert signal.getsignal(number) == handlers[0]
 
 
 def test_a_closed_pipe_is_no_error() -> None:

@@ -293,14 +293,6 @@ def test_latents_are_read_in_other_processes(latents: Path) -> None:
     assert torch.equal(copy.read(torch.arange(11), torch.ones(11, dtype=torch.bool)), expected)
 
 
-def test_indices_outside_are_refused(latents: Path) -> None:
-    examples = LatentShards(latents)
-    assert examples.read(torch.tensor([], dtype=torch.int64), PLAIN[:0]).shape == (0, 8, 6, 6)
-    for index in (-1, 11):
-        with pytest.raises(IndexError, match=rf"got \[{index}\], expected 0..10"):
-            examples.read(torch.tensor([index]), PLAIN)
-
-
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_halves_the_files(
     config: ExtractConfig, latents: Path, tmp_path: Path, dtype: str
@@ -338,6 +330,26 @@ def test_a_full_disk_keeps_the_shards_that_exist(again: ExtractConfig, latents: 
     assert contents(again.output) == before
     extract(again)
     assert contents(again.output) == contents(latents)
+
+
+def test_a_class_without_a_readable_image_is_named(config: ExtractConfig, tmp_path: Path) -> None:
+    copy_photographs(tmp_path / "photos", {"cats": 2})
+    (tmp_path / "photos" / "dogs").mkdir()
+    (tmp_path / "photos" / "dogs" / "a.png").write_text("no image")
+    summary = extract(
+        dataclasses.replace(config, images=tmp_path / "photos", output=tmp_path / "out")
+    )
+    assert summary.empty_classes == ("dogs",)
+    assert "no image of dogs could be read: a model cannot learn to draw it" in summary.sentence()
+
+
+def test_a_shard_without_its_record_is_made_anew(again: ExtractConfig, latents: Path) -> None:
+    path = shard(again, 1)
+    (again.output / "manifest.json").unlink()
+    for text in ("{}", "5"):
+        save_file(load_file(path), path, {"dimr_fast": text})
+        extract(again)
+        assert contents(again.output) == contents(latents)
 
 
 def test_nothing_readable_is_an_error(config: ExtractConfig, tmp_path: Path) -> None:

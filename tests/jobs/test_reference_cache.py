@@ -12,6 +12,7 @@ from dimr_fast.evaluation import frechet_to_reference
 from dimr_fast.evaluation.image_sets import FolderImages, TensorImages
 from dimr_fast.evaluation.real_images import cached_statistics, user_cache
 from tests.support.evaluation import Colours
+from tests.support.files import file_size_limit
 from tests.support.image_files import random_images, read_all, write_folder
 
 
@@ -36,6 +37,16 @@ def test_a_reference_is_computed_once(tmp_path: Path, reference: Path) -> None:
     other.weights_hash = "1"
     assert not cached_statistics(other, images, cache).cached
     assert len(list(cache.iterdir())) == 2
+
+
+def test_a_cache_that_may_only_be_read_is_read(tmp_path: Path, reference: Path) -> None:
+    """Such as that of an administrator."""
+    network: Any = Colours()
+    images, cache = FolderImages(reference), tmp_path / "cache"
+    cached_statistics(network, images, cache)
+    cache.chmod(0o555)
+    with file_size_limit(0):  # root may write everywhere
+        assert cached_statistics(network, images, cache).cached
 
 
 def damaged(path: Path) -> Iterator[None]:

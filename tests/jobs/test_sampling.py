@@ -80,6 +80,36 @@ def test_classes_are_chosen_by_name_or_number(trained: TrainedModel, tmp_path: P
     assert report["classes"] == ["e", "b"]
 
 
+def test_images_without_class(trained: TrainedModel, tmp_path: Path) -> None:
+    """By the null class, or by guidance of -1, which is exactly its prediction."""
+    sampler = SamplerConfig(steps=2, batch_size=2, precision="fp32", guidance=3.0)
+    job = small_job(trained, tmp_path, classes=("none",), formats=("grid", "npz"), sampler=sampler)
+    sample(job)
+    with np.load(tmp_path / "out" / "samples.npz") as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert labels.tolist() == [trained.model.config.null_class] * 2
+    report = json.loads((tmp_path / "out" / "sample.json").read_text())
+    assert report["classes"] == ["none"]
+    without = dataclasses.replace(sampler, guidance=-1.0)
+    direct = sample_images(trained, torch.arange(2), without)
+    assert np.array_equal(direct.permute(0, 2, 3, 1), images)
+
+
+def test_a_model_without_classes_draws_images_without_class(tmp_path: Path) -> None:
+    model = DiMR(preset("tiny").fitted(3, (16, 16), 1)).eval()
+    sampler = SamplerConfig(steps=1, precision="fp32")
+    job = small_job(TrainedModel(model, (), PixelScale(100.0, 50.0)), tmp_path, sampler=sampler)
+    sample(job)
+    assert len(list((tmp_path / "out" / "images").iterdir())) == 2
+
+
+def test_a_class_may_be_called_none(trained: TrainedModel, tmp_path: Path) -> None:
+    named = dataclasses.replace(trained, classes=("a", "none", "c", "d", "e", "f"))
+    sample(small_job(named, tmp_path, classes=("none",), formats=("npz",)))
+    with np.load(tmp_path / "out" / "samples.npz") as file:
+        assert file["arr_1"].tolist() == [1, 1]
+
+
 def test_images_that_are_not_finite_are_an_error(trained: TrainedModel, tmp_path: Path) -> None:
     with torch.no_grad():
         next(trained.model.parameters()).fill_(math.nan)
@@ -144,7 +174,11 @@ def test_an_autoencoder_for_a_pixel_model_is_refused(trained: TrainedModel, tmp_
         ({"precision": "fp4"}, "precision: got 'fp4', expected one of auto, fp32"),
         ({"seed": -1}, "seed: got -1"),
         ({"guidance": math.inf}, "guidance: got inf"),
-        ({"guidance": -0.1}, r"guidance: got -0\.1"),
+        ({"guidance": -1.1}, r"guidance: got -1\.1, expected .* -1 \(without class\) or more"),
+        ({"guidance": -1.0, "guidance_power": 2.0}, r"guidance: got -1\.0, expected .*0 or more"),
+        ({"guidance_interval": (2.0, 3.0)}, r"guidance_interval: got \(2\.0, 3\.0\), expected"),
+        ({"guidance_interval": (-1.0, 0.5)}, r"guidance_interval: got \(-1\.0, 0\.5\)"),
+        ({"seed": 2**64}, "seed: got 18446744073709551616"),
         ({"noise_limit": 0.0}, r"noise_limit: got 0\.0"),
         ({"solver": "euler"}, "solver: got 'euler', expected one of dpm"),
         ({"spacing": "even"}, "spacing: got 'even'"),

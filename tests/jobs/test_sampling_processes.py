@@ -1,6 +1,7 @@
 """Sampling jobs that are killed and resumed, or shared by several processes."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -8,14 +9,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from dimr_fast.checkpoint import TrainedModel
 from dimr_fast.sampling import SamplerConfig, sample
 from dimr_fast.utils.files import lock_folder
+from tests.support.files import file_size_limit
 from tests.support.models import trained_model, write_checkpoint
 from tests.support.sampling import command_words, contents, small_job
 
@@ -72,6 +76,52 @@ def test_a_killed_and_resumed_job_equals_an_undisturbed_one(
     automatic = dataclasses.replace(sampler, precision="auto")
     sample(dataclasses.replace(job, checkpoint=moved, sampler=automatic))
     assert contents(job.output) == contents(whole / "out")
+
+
+def header_of_other_images(part: bytes) -> bytes:
+    """Return a whole file of half as many images."""
+    file = io.BytesIO()
+    np.save(file, np.load(io.BytesIO(part))[:1])
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda part: b"",
+        lambda part: part[:-1],
+        lambda part: part[:50],
+        lambda part: bytes(len(part)),
+        header_of_other_images,
+    ],
+)
+def test_a_damaged_batch_is_drawn_anew(
+    trained: TrainedModel, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    job = small_job(trained, tmp_path, formats=("png", "npz"))
+    with file_size_limit(8192), pytest.raises(OSError, match=r"samples\.npz"):
+        sample(job)  # all batches are written, but not what they are joined to
+    parts = sorted((job.output / "parts").glob("*.npy"))
+    assert len(parts) == 6
+    written = parts[3].read_bytes()
+    parts[3].write_bytes(damage(written))
+    kept = {path: path.stat().st_mtime_ns for path in parts if path != parts[3]}
+    with file_size_limit(8192), pytest.raises(OSError, match=r"samples\.npz"):
+        sample(job)
+    assert parts[3].read_bytes() == written
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    sample(job)
+
+
+@pytest.mark.parametrize("sampler", [{}, {"steps": 2}, None, "dpm++"])
+def test_a_report_of_another_version_is_an_error(
+    trained: TrainedModel, tmp_path: Path, sampler: object
+) -> None:
+    job = small_job(trained, tmp_path, sampler=SamplerConfig(steps=2, batch_size=2))
+    job.output.mkdir()
+    (job.output / "sample.json").write_text(json.dumps({"finished": False, "sampler": sampler}))
+    with pytest.raises((ValueError, FileExistsError), match=r"another (folder|output)"):
+        sample(job)
 
 
 def test_several_processes_draw_the_same_images_as_one(

@@ -41,6 +41,17 @@ def test_training_works_outside_the_main_thread(tmp_path: Path) -> None:
     assert found == [2]
 
 
+def test_the_default_dtype_does_not_change_that_of_the_weights(tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        train_on_plain_images(small_run(tmp_path / "run", steps=2, sample_steps=2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    tensors, _ = load_checkpoint(tmp_path / "run" / CHECKPOINT)
+    assert {value.dtype for name, value in tensors.items() if name != "losses"} == {torch.float32}
+    assert (tmp_path / "run" / "samples" / "00000002.png").exists()
+
+
 def test_dropped_labels_become_the_null_class(tmp_path: Path) -> None:
     seen: list[int] = []
 

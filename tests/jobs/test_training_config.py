@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 
 from dimr_fast.config import PRESETS
+from dimr_fast.data.sources import open_examples
+from dimr_fast.demo import DemoConfig
 from dimr_fast.extraction import ExtractConfig
+from dimr_fast.sampling import SamplerConfig
 from dimr_fast.training.config import RESUME_OVERRIDES, TrainConfig, shipped_recipes
+from tests.support.image_files import noise, save
 
 
 def test_words_override_the_file_and_the_file_overrides_the_defaults(tmp_path: Path) -> None:
@@ -32,6 +36,83 @@ def test_written_settings_are_read_back(tmp_path: Path) -> None:
     assert TrainConfig.read(tmp_path / "config.yaml") == config
 
 
+TEXTS = ("0123", "1_000", "no", "2024-01-02", "ph: #x", "1e3", "null", "~x", "0x10", "12:30:45")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_is_taken_as_it_is_written(tmp_path: Path, text: str) -> None:
+    """YAML would read a number, a date or a truth value."""
+    found = TrainConfig.read(None, [f"data={text}", f"output={text}"], None)
+    assert (found.data, str(found.output)) == (text, text)
+    assert TrainConfig.read(None, [f"autoencoder={text}"], tmp_path).autoencoder == text
+    # And from the file that the run writes.
+    found.write(tmp_path / "config.yaml")
+    assert TrainConfig.read(tmp_path / "config.yaml") == found
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if text not in ("ph: #x", "null")])
+def test_a_text_in_a_file_is_taken_as_it_is_written(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data: {text}  # comment\nautoencoder: '{text}'\nsteps: 1_000\n")
+    found = TrainConfig.read(path, output=tmp_path)
+    assert (found.data, found.autoencoder, found.steps) == (text, text, 1000)
+
+
+def test_none_and_null_stand_for_no_value_where_one_is_optional(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    for text in ("none", "null", "~", ""):
+        path.write_text(f"autoencoder: {text}\nminutes: {text}\nsteps: 3\n")
+        found = TrainConfig.read(path, output=tmp_path)
+        assert (found.autoencoder, found.minutes) == (None, None)
+    assert TrainConfig.read(path, ["autoencoder=none"], tmp_path).autoencoder is None
+
+
+def test_a_setting_that_is_given_twice_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 3\nbatch_size: 4\nsteps: 5\n")
+    with pytest.raises(ValueError, match=r"run\.yaml: got steps twice, expected each setting once"):
+        TrainConfig.read(path, output=tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_file_may_have_any_encoding_of_unicode(tmp_path: Path, encoding: str) -> None:
+    """PowerShell writes UTF-16, Windows editors a byte order mark."""
+    path = tmp_path / "run.yaml"
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    path.write_text(f"{mark}steps: 3\ndata: фото\n", encoding=encoding)
+    found = TrainConfig.read(path, output=tmp_path)
+    assert (found.steps, found.data) == (3, "фото")
+    path.write_bytes("data: caf\xe9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"run\.yaml: not valid YAML .*invalid continuation byte"):
+        TrainConfig.read(path, output=tmp_path)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells expand it only at the start of a word, so not in --set data=~/photos."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "run.yaml"
+    path.write_text("output: ~/runs/a\ndata: ~/photos\n")
+    found = TrainConfig.read(path)
+    assert found.output == tmp_path / "runs" / "a"
+    for seed in range(2):
+        save(tmp_path / "photos" / f"{seed}.png", noise(8, 8, seed))
+    assert open_examples(found.data, 8, 8).classes == ("photos",)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_has_64_bits(tmp_path: Path, seed: int) -> None:
+    expected = f"seed: got {seed}, expected 0..18446744073709551615"
+    job = {"output": tmp_path}
+    for settings in (
+        TrainConfig(seed=seed, **job),
+        SamplerConfig(seed=seed),
+        DemoConfig(seed=seed),
+    ):
+        with pytest.raises(ValueError, match=expected.replace(".", "[.]")):
+            settings.validate()
+    TrainConfig(seed=2**64 - 1, **job).validate()
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -45,7 +126,7 @@ def test_written_settings_are_read_back(tmp_path: Path) -> None:
         ("betas=[0.9]", r"betas: got \[0.9\], expected a list of 2"),
         ("precision=fp8", "precision: got 'fp8', expected one of auto"),
         ("tensorboard=1", "tensorboard: got 1, expected true or false"),
-        ("data=[a]", "data: got"),
+        ("steps=[1]", "steps: got"),
         ("steps", "set: got 'steps', expected KEY=VALUE"),
         ("betas=[", "betas: not valid YAML"),
     ],

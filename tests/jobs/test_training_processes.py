@@ -327,7 +327,7 @@ def test_a_signal_to_the_whole_process_group_leaves_time_to_save(
         time.sleep(0.003)
     os.killpg(process.pid, signal.SIGTERM)
     out, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors[-2000:]
+    assert process.returncode == 143, errors[-2000:]
     assert "stopped at step" in out
 
 
@@ -355,7 +355,7 @@ def test_ctrl_c_on_one_of_two_processes_stops_both_with_a_checkpoint(
         time.sleep(0.05)
     psutil.Process(process.pid).children()[-1].send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == 1  # torchrun's: rank 0 ends with the status of a signal
     assert out.count("stopped at step") == 1
     assert f"go on with: dimr-fast train --output {output} --resume" in out
     assert (output / "train.json").exists()

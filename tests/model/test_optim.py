@@ -89,6 +89,22 @@ def test_the_ema_follows_its_formula_keeps_no_graph_and_loads() -> None:
         ema.update(1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_ema_of_any_dtype_moves(dtype: torch.dtype) -> None:
+    """In half precision a change of a ten-thousandth would be rounded away at every step."""
+    linear = torch.nn.Linear(4, 4).to(dtype)
+    torch.nn.init.ones_(linear.weight)
+    ema = EMA(linear)
+    torch.nn.init.constant_(linear.weight, 2.0)
+    for _ in range(5000):
+        ema.update(0.9999)
+    expected = torch.full((4, 4), 2 - 0.9999**5000, dtype=ema.tensors["weight"].dtype)
+    torch.testing.assert_close(ema.tensors["weight"], expected, rtol=1e-4, atol=0)
+    assert ema.tensors["weight"].dtype == torch.promote_types(dtype, torch.float32)
+    linear.load_state_dict(ema.tensors)
+    assert linear.weight.dtype == dtype
+
+
 def test_fp16_with_a_grad_scaler_trains_and_skips_what_overflows() -> None:
     dimr = model()
     optimizer = adamw(dimr, 2e-3)

@@ -33,3 +33,15 @@ def write_npz(images: Tensor, path: Path, **others: Any) -> Path:
 def read_all(images: Any) -> Tensor:
     """Return all images of an image set, read in batches of 7."""
     return torch.cat(list(images.batches(7)))
+
+
+def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """Return noise, uint8 [height, width, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray) -> Path:
+    """Write an image file and the folders above it; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path

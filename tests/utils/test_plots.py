@@ -25,6 +25,40 @@ def test_grid_repeats_the_pixels_of_each_image(tmp_path: Path) -> None:
             assert np.array_equal(cell, images[row, column].permute(1, 2, 0))
 
 
+def labels_of(names: list[str], path: Path) -> np.ndarray:
+    """Return the pixels left of the images of a grid with one row for each name."""
+    images = torch.zeros(len(names), 1, 3, 16, 16, dtype=torch.uint8)
+    image_grid(images, names, path, scale=1)
+    found = np.asarray(Image.open(path))
+    return found[:, : found.shape[1] - 18]
+
+
+@pytest.mark.parametrize("name", ["café", "кот", "γάτα", "cafe\u0301"])
+def test_a_grid_names_classes_in_other_scripts(tmp_path: Path, name: str) -> None:
+    """Pillow's own font has ASCII only, and draws boxes for the rest."""
+    pytest.importorskip("matplotlib", reason="needs matplotlib (extra: demo)")
+    boxes = labels_of(["\U0010fffd" * len(name)], tmp_path / "boxes.png")
+    found = labels_of([name], tmp_path / "grid.png")
+    assert (found < 128).any()
+    assert found.shape != boxes.shape or not np.array_equal(found, boxes)
+    assert not (tmp_path / "grid.txt").exists()
+
+
+def test_a_grid_numbers_classes_that_no_font_has(tmp_path: Path) -> None:
+    """And writes the numbers and names beside the picture."""
+    names = ["cat", "\U0010fffd\U0010fffc", "dog"]
+    found = labels_of(names, tmp_path / "grid.png")
+    assert np.array_equal(found, labels_of(["cat", "2", "dog"], tmp_path / "numbered.png"))
+    text = (tmp_path / "grid.txt").read_text(encoding="utf-8")
+    assert text == f"1: cat\n2: {names[1]}\n3: dog\n"
+    assert not (tmp_path / "numbered.txt").exists()
+
+
+def test_a_name_with_line_breaks_takes_one_line(tmp_path: Path) -> None:
+    found = labels_of(["a\n b"], tmp_path / "a.png")
+    assert np.array_equal(found, labels_of(["a b"], tmp_path / "b.png"))
+
+
 def test_grid_refuses_other_images(tmp_path: Path) -> None:
     images = torch.zeros(1, 2, 3, 4, 4)
     with pytest.raises(ValueError, match=r"images: got torch\.float32"):
