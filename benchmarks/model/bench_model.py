@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +39,7 @@ from benchmarks.utils.names import (
     FP8_PROVIDERS,
     OURS,
     OURS_FP8,
+    OURS_INT8,
     OUT_OF_MEMORY,
     PROVIDERS,
     PUBLISHED,
@@ -51,13 +52,15 @@ from benchmarks.utils.names import (
 from benchmarks.utils.spread import Spread
 from dimr_fast import PRESETS, DiMR, DiMRConfig
 from dimr_fast.diffusion import multi_scale_loss
-from dimr_fast.inference import optimize_for_inference
+from dimr_fast.inference import Quantization, optimize_for_inference
 from dimr_fast.ops import why_not_fp8
 from dimr_fast.optim import adamw
 from dimr_fast.utils.device import keep_freed_memory
 
 FORWARD_PROVIDERS = (PUBLISHED, PUBLISHED_COMPILED, REFERENCE_COMPILED, OURS)
+CPU_BF16_PROVIDERS = (*FORWARD_PROVIDERS, OURS_INT8)
 EAGER_PROVIDERS = (PUBLISHED, OURS)
+QUANTIZED: dict[str, Quantization] = {OURS_FP8: "fp8", OURS_INT8: "int8"}
 SECONDS = {"cpu": 4.0, "cuda": 2.0}
 """Timing per row and device; a GPU needs less, since its times vary less."""
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
@@ -136,17 +139,18 @@ def rows() -> Iterator[Row]:
     """Return the rows for the devices of this machine."""
     fp32, bf16 = torch.float32, torch.bfloat16
     groups: dict[str, list[tuple[Any, ...]]] = {"cpu": [], "cuda": []}
-    for dtype in (bf16, fp32):
-        groups["cpu"] += [("demo", batch, dtype, False, FORWARD_PROVIDERS) for batch in (1, 32)]
+    for dtype, providers in ((bf16, CPU_BF16_PROVIDERS), (fp32, FORWARD_PROVIDERS)):
+        groups["cpu"] += [("demo", batch, dtype, False, providers) for batch in (1, 32)]
         groups["cpu"].append(("demo", 32, dtype, True, PROVIDERS))
+    eager = (*EAGER_PROVIDERS, OURS_INT8)
     groups["cpu"] += [
         ("demo-size", 64, bf16, True, PROVIDERS),
-        ("XL/2R", 1, bf16, False, EAGER_PROVIDERS),
+        # Compiling so large a model takes minutes.
+        ("XL/2R", 1, bf16, False, (*eager, REFERENCE_COMPILED)),
+        ("XL/2R", 4, bf16, False, eager),
         ("XL/2R", 1, fp32, False, EAGER_PROVIDERS),
-        ("G/2R", 1, bf16, False, EAGER_PROVIDERS),
-        ("XL/3R", 1, bf16, False, EAGER_PROVIDERS),
-        # Last, because compiling so large a model takes minutes.
-        ("XL/2R", 1, bf16, False, (PUBLISHED_COMPILED,)),
+        ("G/2R", 1, bf16, False, eager),
+        ("XL/3R", 1, bf16, False, eager),
     ]
     for preset in ("XL/2R", "G/2R", "XL/3R", "demo"):
         groups["cuda"] += [(preset, batch, bf16, False, FORWARD_PROVIDERS) for batch in (1, 64)]
@@ -157,8 +161,8 @@ def rows() -> Iterator[Row]:
     # Never timed: on a CPU FP8 products are slow.
     groups["cpu"].append(("demo", 1, bf16, False, FP8_PROVIDERS))
     for device in DEVICES:
-        for *settings, providers in groups[device]:
-            yield from (Row(device, *settings, provider) for provider in providers)
+        for *settings, names in groups[device]:
+            yield from (Row(device, *settings, name) for name in names)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -221,8 +225,9 @@ def measure_row(benchmark: BenchmarkFixture, row: Row) -> None:
     gc.collect()
     before = torch.cuda.memory_allocated() if row.device == "cuda" else 0
     run, model = build_provider(row)
-    # The published execution rounds in another order; a wrong result differs by far more.
-    times = 4 if row.provider.startswith(PUBLISHED) else 2
+    # The published execution rounds in another order, int8 to fewer digits; a wrong result differs
+    # by far more.
+    times = 10 if row.provider == OURS_INT8 else 4 if row.provider.startswith(PUBLISHED) else 2
     if row.provider in FP8_PROVIDERS:
         times *= 16  # a rounding step of e4m3 in steps of bfloat16
     for actual, *others in zip(tensors_to_check(row, run, model, inputs), *expected, strict=True):
@@ -262,8 +267,8 @@ def build_provider(row: Row) -> tuple[Run, DiMR]:
         return compiled(row, quantized_by_torchao(PublishedDiMR.of(model, False))), model
     if row.training:
         return model, model
-    quantize: Literal["fp8"] | None = "fp8" if row.provider == OURS_FP8 else None
-    return optimize_for_inference(model, row.dtype, "auto", quantize), model
+    quantize = QUANTIZED.get(row.provider)
+    return optimize_for_inference(model, row.dtype, quantize=quantize), model
 
 
 def quantized_by_torchao(model: torch.nn.Module) -> torch.nn.Module:
@@ -280,15 +285,17 @@ def quantized_by_torchao(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def compiled(row: Row, model: torch.nn.Module) -> Run:
-    """Return `torch.compile` of a model, with CUDA graphs where a sampler would use them."""
+    """Return `torch.compile` of a model, with CUDA graphs or frozen weights for a sampler."""
     torch.compiler.reset()
     graphs = row.device == "cuda" and not row.training and not row.shallow
+    freezes = row.device == "cpu" and not row.training and not row.shallow
     return torch.compile(
         model,
         fullgraph=True,
         dynamic=False,
         backend="aot_eager" if row.shallow else "inductor",
         mode="reduce-overhead" if graphs else None,
+        options={"freezing": True} if freezes else None,
     )
 
 

@@ -8,9 +8,11 @@ from benchmarks.utils.names import (
     FORWARD,
     FP32,
     OURS,
+    OURS_INT8,
     PUBLISHED,
     PUBLISHED_COMPILED,
     PUBLISHED_NO_CHECKPOINTING,
+    REFERENCE_COMPILED,
     TRAINING,
 )
 from benchmarks.utils.spread import Spread
@@ -21,11 +23,13 @@ XL = Group("XL/2R", FORWARD, 1, BF16)
 SMALL_TRAINING = Group("demo-size", TRAINING, 64, BF16)
 
 
-def speedup(group: Group, provider: str, their_dtype: str | None = None) -> Measure:
+def speedup(
+    group: Group, provider: str, their_dtype: str | None = None, ours_is: str = OURS
+) -> Measure:
     """Return a function that yields the speedup over a provider, in another dtype if given."""
 
     def measure(results: ModelResults) -> Iterator[Spread]:
-        ours = results.find(group, OURS)
+        ours = results.find(group, ours_is)
         theirs = results.find(group._replace(dtype=their_dtype or group.dtype), provider)
         if ours and theirs:
             yield theirs.seconds / ours.seconds
@@ -43,7 +47,35 @@ def gemm_share(group: Group) -> Measure:
     return measure
 
 
+def compiled(preset: str, batch: int, dtype: str = BF16, ours_is: str = OURS) -> Measure:
+    """Return a function that yields the speedup of sampling over the compiled reference."""
+    return speedup(Group(preset, FORWARD, batch, dtype), REFERENCE_COMPILED, ours_is=ours_is)
+
+
 TARGETS = (
+    Target("demo, batch 1, bf16, against the compiled reference", 1.3, 2, compiled("demo", 1)),
+    Target("demo, batch 32, bf16, against it", 1.3, 2, compiled("demo", 32)),
+    Target("demo, batch 1, fp32, against it", 1.15, 2, compiled("demo", 1, FP32)),
+    Target("demo, batch 32, fp32, against it", 1.15, 2, compiled("demo", 32, FP32)),
+    Target("XL/2R, batch 1, bf16, against it", 1.5, 2, compiled("XL/2R", 1)),
+    Target(
+        "demo, batch 32, int8, against it in bf16",
+        1.5,
+        2,
+        compiled("demo", 32, ours_is=OURS_INT8),
+    ),
+    Target(
+        "XL/2R, batch 1, int8, against it in bf16",
+        2.2,
+        3,
+        compiled("XL/2R", 1, ours_is=OURS_INT8),
+    ),
+    Target(
+        "XL/2R, batch 1, int8, against published bf16 autocast",
+        4.5,
+        6,
+        speedup(XL, PUBLISHED, ours_is=OURS_INT8),
+    ),
     Target(
         "XL/2R, bf16, against published bf16 autocast",
         2.5,

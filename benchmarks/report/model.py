@@ -17,6 +17,7 @@ from benchmarks.utils.names import (
     FP8_PROVIDERS,
     FP32,
     OURS,
+    OURS_INT8,
     PROVIDERS,
     PUBLISHED,
     PUBLISHED_COMPILED,
@@ -36,6 +37,7 @@ README_GROUPS = (
 """The README's six rows: large and small models, both dtypes, sampling and training, and the rows
 in which torch.compile is faster."""
 README_PROVIDERS = (PUBLISHED, PUBLISHED_COMPILED, REFERENCE_COMPILED)
+"""Those that the README compares with ours; the compiled ones sample with frozen weights."""
 
 
 def model_table(results: ModelResults) -> str:
@@ -89,6 +91,8 @@ def readme_table(results: ModelResults) -> str:
         found = groups[group]
         ours = found[OURS].seconds
         row = _group_columns(group) | {"images/s": figure(group.batch / ours.median)}
+        int8 = found.get(OURS_INT8)
+        row["images/s, int8"] = int8 and figure(group.batch / int8.seconds.median)
         for provider in README_PROVIDERS:
             ratio = found[provider].seconds / ours if provider in found else None
             row[f"× {provider}"] = ratio and figure(ratio.median)

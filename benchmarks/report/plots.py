@@ -14,6 +14,7 @@ from benchmarks.utils.files import PLOTS, RESULTS
 from benchmarks.utils.names import (
     OURS,
     OURS_FP8,
+    OURS_INT8,
     PUBLISHED,
     PUBLISHED_COMPILED,
     PUBLISHED_NO_CHECKPOINTING,
@@ -32,6 +33,7 @@ COLORS = {
     TORCHAO_FP8: "#b07aa1",
     OURS: "#2f6fb0",
     OURS_FP8: "#76b7d8",
+    OURS_INT8: "#5fa3c7",
 }
 
 

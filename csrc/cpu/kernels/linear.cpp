@@ -21,7 +21,9 @@
 namespace dimr_fast::DIMR_FAST_INSTRUCTION_SET {
 namespace {
 
-constexpr int64_t DEPTH_OF_BLOCK = 1024;  // elements
+// The most elements that are summed at a time. Shorter sums of fp32 numbers lose less to rounding.
+template <typename P>
+constexpr int64_t DEPTH_OF_BLOCK = P::DEPTH == 1 ? 256 : 1024;
 
 // A row of x, normed, as fp32 numbers: `emit(column, value, lanes)`.
 template <typename X, typename Emit>
@@ -272,8 +274,9 @@ void multiply(const Linear& p, int64_t first, int64_t rows, const Memory<P>& mem
         // The last panel may be partly empty.
         const int64_t rest = w.outputs() - panel * outputs;
         const int64_t used = w.gated || rest >= PANEL ? PANEL : (rest + LANES - 1) / LANES * LANES;
-        for (int64_t k = 0; k < elements; k += DEPTH_OF_BLOCK) {
-            const int64_t depth = elements - k < DEPTH_OF_BLOCK ? elements - k : DEPTH_OF_BLOCK;
+        for (int64_t k = 0; k < elements; k += DEPTH_OF_BLOCK<P>) {
+            const int64_t depth =
+                elements - k < DEPTH_OF_BLOCK<P> ? elements - k : DEPTH_OF_BLOCK<P>;
             for (int64_t r = 0; r < rows; r += STEP) {
                 const int64_t count = rows - r < STEP ? rows - r : STEP;
                 const auto* left = memory.left + r * elements + k;

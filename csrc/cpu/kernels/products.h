@@ -109,13 +109,6 @@ inline void tile(const typename P::Element* left, int64_t left_stride,
                  const typename P::Element* right, int64_t right_stride, int64_t depth, float* to,
                  int64_t to_stride) {
     typename P::Sum sums[R][C] = {};
-    if constexpr (ADDS) {
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int c = 0; c < C; ++c)
-                sums[r][c] = read<typename P::Sum>(to + r * to_stride + c * LANES);
-    }
     for (int64_t k = 0; k < depth; ++k) {
         typename P::Factor factors[C];
 #pragma GCC unroll 4
@@ -130,7 +123,11 @@ inline void tile(const typename P::Element* left, int64_t left_stride,
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) write(to + r * to_stride + c * LANES, sums[r][c]);
+        for (int c = 0; c < C; ++c) {
+            float* const place = to + r * to_stride + c * LANES;
+            if constexpr (ADDS) sums[r][c] += read<typename P::Sum>(place);
+            write(place, sums[r][c]);
+        }
 }
 
 // The product of R rows and any number of columns, a multiple of LANES.
