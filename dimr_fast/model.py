@@ -116,6 +116,26 @@ class DiMR(Operation, HubModel):
         for index, parameter in enumerate(self._td_parameters):
             parameter.index = index
 
+    @property
+    def channels(self) -> int:
+        """Number of channels of the image, `config.channels`."""
+        return self.config.channels
+
+    @property
+    def block_grad_to_lowres(self) -> bool:
+        """Whether a branch's loss has no gradient in lower branches: that of `config`."""
+        return self.config.block_grad_to_lowres
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.parameters()).device
+
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
         """Return a randomly initialised model of a named size, e.g. `"DiMR-XL/2R"`.
