@@ -28,9 +28,12 @@ class Operation(nn.Module):
     implementation: str = "auto"
 
 
-# The published model has an `nn.Sequential` in four places. The classes here derive from it to have
-# the same children at the same indices, but they compute several of these steps at once. An
-# `nn.Identity` is in the place of a published child without parameters.
+class Steps(nn.Sequential):
+    """An `nn.Sequential` of the published model: the same children at the same indices.
+
+    Subclasses compute several steps at once, in a `forward` with further arguments. `nn.Identity`
+    is in the place of a published child without parameters.
+    """
 
 
 class Linear(nn.Linear):
@@ -165,7 +168,7 @@ class Attention(Operation):
         return self.dense(ops.attention(qkv, self.num_heads, implementation=self.implementation))
 
 
-class DepthwiseConv2d(Operation, nn.Sequential):
+class DepthwiseConv2d(Operation, Steps):
     """`ops.depthwise_conv2d` of a branch's features `[B, H·W, D]`; `residual=True` adds them."""
 
     operator = "depthwise_conv2d"
@@ -176,7 +179,9 @@ class DepthwiseConv2d(Operation, nn.Sequential):
         super().__init__(nn.Identity(), conv, nn.Identity())
         self.size = (config.max_height, config.max_width)
 
-    def forward(self, x: Tensor, td: TDValues, residual: bool = False) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, td: TDValues, residual: bool = False
+    ) -> Tensor:
         conv = cast(nn.Conv2d, self[1])
         image = x.unflatten(1, self.size)
         return ops.depthwise_conv2d(
@@ -242,7 +247,7 @@ class PositionEmbedding(nn.Module):
         return x + self.position_embeddings.weight.to(x.dtype)
 
 
-class PatchEmbedding(nn.Sequential):
+class PatchEmbedding(Steps):
     """Embeds the full-resolution image `[B, C, H, W]` as positions `[B, h·w, D]` of a branch."""
 
     def __init__(self, config: BranchConfig, channels: int) -> None:
@@ -260,7 +265,7 @@ class PatchEmbedding(nn.Sequential):
         return self[3](features)
 
 
-class Head(nn.Sequential):
+class Head(Steps):
     """Predicts a branch's noise `[B, C, h, w]` from its last features `[B, h·w, D]`."""
 
     def __init__(self, config: BranchConfig, channels: int) -> None:
@@ -269,7 +274,7 @@ class Head(nn.Sequential):
         super().__init__(TDLayerNorm(config.dim), nn.Identity(), conv)
         self.size = (config.max_height, config.max_width)
 
-    def forward(self, x: Tensor, td: TDValues) -> Tensor:
+    def forward(self, x: Tensor, td: TDValues) -> Tensor:  # type: ignore[override]
         return self[2](self[0](x, td).mT.unflatten(2, self.size))
 
 
@@ -281,7 +286,7 @@ class _Projection(nn.Module):
         self.kernel = Linear(in_features, out_features)
 
 
-class UpsampleAdd(Operation, nn.Sequential):
+class UpsampleAdd(Operation, Steps):
     """`ops.upsample_add`: adds a branch's upsampled features to the next branch's embedding."""
 
     operator = "upsample_add"
@@ -312,7 +317,9 @@ class UpsampleAdd(Operation, nn.Sequential):
         """The norm of the upsampled features."""
         return cast(TDLayerNorm, self[2])
 
-    def forward(self, x: Tensor, features: Sequence[Tensor], td: TDValues) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, features: Sequence[Tensor], td: TDValues
+    ) -> Tensor:
         return ops.upsample_add(
             x.unflatten(1, self.size),
             [f.unflatten(1, self.low_size) for f in features],
