@@ -156,15 +156,19 @@ class DiMRConfig:
     def from_published(cls, config: Any) -> Self:
         """Read a published configuration: an object with these fields as attributes.
 
-        The object is not changed; its fields that the model does not use are ignored.
-        Raises ValueError naming a field that is missing or out of range.
+        Without `norm_type` it means "LN", as in the published model. The object is not changed.
+        Fields that the published model does not read are ignored. Raises ValueError naming a field
+        that is missing or out of range, or that would make another model of the published one: a
+        `pe_type` other than "APE" (learned position embeddings), or `condition_dim`.
         """
-        values = _read_fields(cls, config, "config")
+        values = {"norm_type": "LN", **_read_fields(cls, config, "config", {"norm_type"})}
+        positions = getattr(config, "pe_type", "APE")
+        require(positions == "APE", "config.pe_type", positions, "'APE' (learned embeddings)")
+        _refuse_condition(config, "config")
         stages = values["stage_configs"]
         require(isinstance(stages, Sequence), "config.stage_configs", stages, "a sequence")
         values["stage_configs"] = tuple(
-            BranchConfig(**_read_fields(BranchConfig, stage, f"config.stage_configs[{i}]"))
-            for i, stage in enumerate(stages)
+            _published_branch(stage, f"config.stage_configs[{i}]") for i, stage in enumerate(stages)
         )
         return cls(**values)
 
@@ -182,12 +186,32 @@ class DiMRConfig:
             raise ValueError(f"values: not a DiMR configuration ({error})") from error
 
 
-def _read_fields(cls: type, config: Any, where: str) -> dict[str, Any]:
+def _published_branch(config: Any, where: str) -> BranchConfig:
+    """Read one branch of a published configuration.
+
+    The published model overwrites `norm_type` and `pe_type` of a branch: they mean nothing there.
+    """
+    _refuse_condition(config, where)
+    transformer = getattr(config, "block_type", None) == "TransformerBlock"
+    unused = "kernel_size" if transformer else "num_attention_heads"
+    return BranchConfig(**_read_fields(BranchConfig, config, where, {"checkpointing", unused}))
+
+
+def _refuse_condition(config: Any, where: str) -> None:
+    if hasattr(config, "condition_dim"):
+        raise ValueError(
+            f"{where}.condition_dim: got {config.condition_dim!r}, expected no such field: "
+            "this model has no attention to a text or other condition"
+        )
+
+
+def _read_fields(cls: type, config: Any, where: str, optional: set[str]) -> dict[str, Any]:
+    """Return the fields of `cls` that `config` has. Raises ValueError for one that is missing."""
     values = {}
     for field in dataclasses.fields(cls):
         if hasattr(config, field.name):
             values[field.name] = getattr(config, field.name)
-        elif field.default is dataclasses.MISSING:
+        elif field.name not in optional:
             raise ValueError(
                 f"{where}: got {type(config).__name__} without {field.name!r}, expected that field"
             )

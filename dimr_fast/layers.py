@@ -28,6 +28,14 @@ class Operation(nn.Module):
     implementation: str = "auto"
 
 
+class Steps(nn.Sequential):
+    """An `nn.Sequential` of the published model: the same children at the same indices.
+
+    Subclasses compute several steps at once, in a `forward` with further arguments. `nn.Identity`
+    is in the place of a published child without parameters.
+    """
+
+
 class Linear(nn.Linear):
     """`nn.Linear` with the published initialisation: truncated normal (std 0.02), zero bias.
 
@@ -160,20 +168,21 @@ class Attention(Operation):
         return self.dense(ops.attention(qkv, self.num_heads, implementation=self.implementation))
 
 
-class DepthwiseConv2d(Operation):
+class DepthwiseConv2d(Operation, Steps):
     """`ops.depthwise_conv2d` of a branch's features `[B, H·W, D]`; `residual=True` adds them."""
 
     operator = "depthwise_conv2d"
 
     def __init__(self, config: BranchConfig) -> None:
-        super().__init__()
+        # The convolution only has and initialises the weights.
+        conv = nn.Conv2d(config.dim, config.dim, config.kernel_size, groups=config.dim)
+        super().__init__(nn.Identity(), conv, nn.Identity())
         self.size = (config.max_height, config.max_width)
-        k = config.kernel_size
-        # "1" is the published name; the module also initialises the weights.
-        self.add_module("1", nn.Conv2d(config.dim, config.dim, k, groups=config.dim))
 
-    def forward(self, x: Tensor, td: TDValues, residual: bool = False) -> Tensor:
-        conv = cast(nn.Conv2d, self.get_submodule("1"))
+    def forward(  # type: ignore[override]
+        self, x: Tensor, td: TDValues, residual: bool = False
+    ) -> Tensor:
+        conv = cast(nn.Conv2d, self[1])
         image = x.unflatten(1, self.size)
         return ops.depthwise_conv2d(
             image, conv.weight, conv.bias, residual=residual, implementation=self.implementation
@@ -238,38 +247,35 @@ class PositionEmbedding(nn.Module):
         return x + self.position_embeddings.weight.to(x.dtype)
 
 
-class PatchEmbedding(nn.Module):
+class PatchEmbedding(Steps):
     """Embeds the full-resolution image `[B, C, H, W]` as positions `[B, h·w, D]` of a branch."""
 
     def __init__(self, config: BranchConfig, channels: int) -> None:
-        super().__init__()
         r = config.input_feature_ratio
-        self.add_module("1", nn.Conv2d(channels, config.dim, r, stride=r))
-        self.add_module("3", PositionEmbedding(config))
+        conv = nn.Conv2d(channels, config.dim, r, stride=r)
+        super().__init__(nn.Identity(), conv, nn.Identity(), PositionEmbedding(config))
 
     def forward(self, x: Tensor) -> Tensor:
         # A convolution whose stride equals its size is a linear layer on patches. Computed as one,
         # its result is channels-last, the layout of all features.
-        conv = cast(nn.Conv2d, self.get_submodule("1"))
+        conv = cast(nn.Conv2d, self[1])
         r = conv.stride[0]
         patches = x.unflatten(3, (-1, r)).unflatten(2, (-1, r)).permute(0, 2, 4, 1, 3, 5)
         features = F.linear(patches.flatten(3).flatten(1, 2), conv.weight.flatten(1), conv.bias)
-        return self.get_submodule("3")(features)
+        return self[3](features)
 
 
-class Head(nn.Module):
+class Head(Steps):
     """Predicts a branch's noise `[B, C, h, w]` from its last features `[B, h·w, D]`."""
 
     def __init__(self, config: BranchConfig, channels: int) -> None:
-        super().__init__()
-        self.size = (config.max_height, config.max_width)
         k = config.final_kernel_size
-        self.add_module("0", TDLayerNorm(config.dim))
-        self.add_module("2", nn.Conv2d(config.dim, channels, k, padding=k // 2))
+        conv = nn.Conv2d(config.dim, channels, k, padding=k // 2)
+        super().__init__(TDLayerNorm(config.dim), nn.Identity(), conv)
+        self.size = (config.max_height, config.max_width)
 
-    def forward(self, x: Tensor, td: TDValues) -> Tensor:
-        normed = self.get_submodule("0")(x, td)
-        return self.get_submodule("2")(normed.mT.unflatten(2, self.size))
+    def forward(self, x: Tensor, td: TDValues) -> Tensor:  # type: ignore[override]
+        return self[2](self[0](x, td).mT.unflatten(2, self.size))
 
 
 class _Projection(nn.Module):
@@ -280,37 +286,40 @@ class _Projection(nn.Module):
         self.kernel = Linear(in_features, out_features)
 
 
-class UpsampleAdd(Operation):
+class UpsampleAdd(Operation, Steps):
     """`ops.upsample_add`: adds a branch's upsampled features to the next branch's embedding."""
 
     operator = "upsample_add"
 
     def __init__(self, low: BranchConfig, config: BranchConfig) -> None:
-        super().__init__()
-        self.low_size = (low.max_height, low.max_width)
-        self.size = (config.max_height, config.max_width)
         in_features = low.dim * (2 * (low.num_blocks // 2) + 2)
         q = config.max_height // low.max_height
-        self.add_module("0", TDLayerNorm(in_features))
-        self.add_module("1", _Projection(in_features, config.dim * q * q))
-        self.add_module("2", TDLayerNorm(config.dim))
+        super().__init__(
+            TDLayerNorm(in_features),
+            _Projection(in_features, config.dim * q * q),
+            TDLayerNorm(config.dim),
+        )
+        self.low_size = (low.max_height, low.max_width)
+        self.size = (config.max_height, config.max_width)
 
     @property
     def norm_in(self) -> TDLayerNorm:
         """The norm of the concatenated features."""
-        return cast(TDLayerNorm, self.get_submodule("0"))
+        return cast(TDLayerNorm, self[0])
 
     @property
     def kernel(self) -> Linear:
         """The projection of the normed features."""
-        return cast(_Projection, self.get_submodule("1")).kernel
+        return cast(_Projection, self[1]).kernel
 
     @property
     def norm_out(self) -> TDLayerNorm:
         """The norm of the upsampled features."""
-        return cast(TDLayerNorm, self.get_submodule("2"))
+        return cast(TDLayerNorm, self[2])
 
-    def forward(self, x: Tensor, features: Sequence[Tensor], td: TDValues) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, features: Sequence[Tensor], td: TDValues
+    ) -> Tensor:
         return ops.upsample_add(
             x.unflatten(1, self.size),
             [f.unflatten(1, self.low_size) for f in features],

@@ -116,6 +116,26 @@ class DiMR(Operation, HubModel):
         for index, parameter in enumerate(self._td_parameters):
             parameter.index = index
 
+    @property
+    def channels(self) -> int:
+        """Number of channels of the image, `config.channels`."""
+        return self.config.channels
+
+    @property
+    def block_grad_to_lowres(self) -> bool:
+        """Whether a branch's loss has no gradient in lower branches: that of `config`."""
+        return self.config.block_grad_to_lowres
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.parameters()).device
+
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
         """Return a randomly initialised model of a named size, e.g. `"DiMR-XL/2R"`.
@@ -160,7 +180,7 @@ class DiMR(Operation, HubModel):
         self,
         x: Tensor,
         t: object = None,
-        log_snr: Tensor | None = None,
+        log_snr: Tensor | float | None = None,
         y: Tensor | None = None,
     ) -> list[Tensor]:
         """Predict the noise in `x` at the resolution of each branch, from low to high.
@@ -168,21 +188,23 @@ class DiMR(Operation, HubModel):
         Args:
             x: noisy image `[B, C, H, W]`, floating point.
             t: ignored; published training scripts pass it.
-            log_snr: the time condition, `[B]` (a time per image) or `[1]` (one for all), floating
-                point. Despite its name it is not a log-SNR in the published recipe but
-                `8·n/1000 − 4` for the discrete step n of 1..1000.
+            log_snr: the time condition, `[B]` (a time per image), `[1]` or a number (one for all),
+                floating point or integer. Despite its name it is not a log-SNR in the published
+                recipe but `8·n/1000 − 4` for the discrete step n of 1..1000. It is computed with in
+                float32, in a float64 model in float64.
             y: class of each image `[B]`, int64 or int32; `config.null_class` means no class.
 
         Returns a list of `[B, C, h, w]`, one per branch; the last has the size of `x`.
         Raises ValueError with the name of an argument that is missing or has a wrong shape, dtype
-        or device, and, on a CPU, of a label out of range; TypeError if `x` or `y` is no tensor.
+        or device, and, on a CPU, of a label out of range; TypeError if `x` or `y` is no tensor or
+        `log_snr` neither a tensor nor a number.
         """
         weight = next(self.parameters())
         log_snr, y = check_inputs(self.config, weight.device, x, log_snr, y)
         if x.dtype != weight.dtype and not ops.autocast_enabled(x.device.type):
             raise ValueError(f"x: got dtype {x.dtype}, expected {weight.dtype} as the parameters")
         td = ops.td_parameters(
-            log_snr.to(torch.promote_types(log_snr.dtype, torch.float32)) / 4,
+            log_snr.to(torch.promote_types(weight.dtype, torch.float32)) / 4,
             [parameter.vectors for parameter in self._td_parameters],
             implementation=self.implementation,
         )
@@ -200,13 +222,14 @@ def check_inputs(
     config: DiMRConfig,
     device: torch.device,
     x: Tensor,
-    log_snr: Tensor | None,
+    log_snr: Tensor | float | None,
     y: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of `DiMR.forward`; return `log_snr` as `[B]` or `[1]`, and `y`.
 
-    Any floating-point dtype of `x` is accepted. Raises ValueError if an argument does not fit,
-    TypeError if `x` or `y` is no tensor.
+    Any floating-point dtype of `x` is accepted and any real dtype of `log_snr`, which is kept.
+    Raises ValueError if an argument does not fit, TypeError if it is no tensor; `log_snr` may also
+    be a number.
     """
     check_tensors(x=x)
     expected = (config.channels, *config.image_size)
@@ -218,8 +241,11 @@ def check_inputs(
         raise ValueError(f"x: got dtype {x.dtype}, expected a floating-point dtype")
     if log_snr is None:
         raise ValueError("log_snr: got None, expected the time condition, [B] or [1]")
-    if not log_snr.is_floating_point():
-        raise ValueError(f"log_snr: got dtype {log_snr.dtype}, expected floating point")
+    if isinstance(log_snr, int | float):
+        log_snr = torch.full((1,), log_snr, dtype=torch.float64, device=device)
+    check_tensors(log_snr=log_snr)
+    if log_snr.is_complex() or log_snr.dtype == torch.bool:
+        raise ValueError(f"log_snr: got dtype {log_snr.dtype}, expected floating point or integer")
     if log_snr.dim() == 0:
         log_snr = log_snr[None]
     # One by one: Dynamo of torch 2.11 finds no symbolic size in a tuple.

@@ -184,7 +184,7 @@ class TimeEmbedded(DiMR):
         self,
         x: Tensor,
         t: object = None,
-        log_snr: Tensor | None = None,
+        log_snr: Tensor | float | None = None,
         y: Tensor | None = None,
     ) -> list[Tensor]:
         """Predict the noise like `DiMR.forward`."""

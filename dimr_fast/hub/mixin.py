@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import huggingface_hub
@@ -22,6 +22,21 @@ NOTES = ("classes", "scale", "recipe", "scores", "license")
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Name components that torch.compile, DDP, FSDP and checkpoint wrappers add to parameters."""
 
+DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
+
+DOWNLOAD = (
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "endpoint",
+    "etag_timeout",
+    "max_workers",
+)
+"""Options of `huggingface_hub.snapshot_download` that `from_pretrained` takes."""
+OPTIONS = ", ".join(("dtype", "torch_dtype", "device_map", "map_location", "subfolder", *DOWNLOAD))
+
 
 class HubModel(nn.Module, PyTorchModelHubMixin):
     """Base class of models with a `DiMRConfig` that folders and the Hub can store."""
@@ -33,19 +48,35 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
-        map_location: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        device_map: DeviceMap | None = None,
+        map_location: str | torch.device | None = None,
+        subfolder: str = "",
         **download: Any,
     ) -> Self:
         """Load a model from a folder of `save_pretrained` or a repository of the Hub.
 
-        It is in evaluation mode and has the weights' dtype. `download` are options of
-        `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`, `local_files_only`
-        and others. No code of the repository is run. Raises CheckpointError where there is no such
-        model, or where its files are damaged or do not fit together.
+        It is in evaluation mode. Its parameters are in `dtype`, by default that of the weights, and
+        on one device, by default the CPU. `torch_dtype` is another name of `dtype`, `map_location`
+        of `device_map`, which may also be `{"": device}`. `subfolder` is the model's place in the
+        folder or repository. `download` are options of `huggingface_hub.snapshot_download`:
+        `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `endpoint`,
+        `etag_timeout` and `max_workers`. No code of the repository is run.
+        Raises TypeError for any other option, ValueError for a dtype or device that cannot be used,
+        CheckpointError where there is no such model, or where its files are damaged or do not fit
+        together.
         """
-        folder = _local_folder(str(pretrained_model_name_or_path), download)
+        for name in download:
+            if name not in DOWNLOAD:
+                raise TypeError(f"{name}: got an unknown option, expected one of {OPTIONS}")
+        dtype = _one_of(dtype=dtype, torch_dtype=torch_dtype)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype: got {dtype!r}, expected a floating-point torch.dtype")
+        device = _device(_one_of(device_map=device_map, map_location=map_location))
+        folder = _local_folder(str(pretrained_model_name_or_path), subfolder, download)
         model, _ = cls.from_folder(folder)
-        return model.to(map_location)
+        return model.to(device, dtype)
 
     @classmethod
     def from_folder(cls, folder: Path) -> tuple[Self, dict[str, Any]]:
@@ -160,22 +191,42 @@ def read_config(path: Path) -> tuple[DiMRConfig, dict[str, Any]]:
         raise CheckpointError(f"{path}: not the configuration of a DiMR model ({error})") from error
 
 
-def _local_folder(name: str, download: dict[str, Any]) -> Path:
+def _one_of(**options: Any) -> Any:
+    """Return the value of two names of one option. Raises ValueError where both are given."""
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{given[1]}: got it together with {given[0]}, expected one of them")
+    return options[given[0]] if given else None
+
+
+def _device(device_map: Any) -> torch.device:
+    """Return the device of a `device_map`. Raises ValueError unless it names exactly one."""
+    given = device_map
+    if isinstance(given, Mapping) and set(given) == {""}:
+        given = given[""]
+    try:
+        return torch.device("cpu" if given is None else given)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device_map: got {device_map!r}, expected one device") from error
+
+
+def _local_folder(name: str, subfolder: str, download: dict[str, Any]) -> Path:
     path = Path(name)
     if path.is_dir():
-        return path
+        return path / subfolder
     if path.is_file():
         raise CheckpointError(
             f"{name}: a file, expected a folder; dimr_fast.checkpoint.load_model reads files"
         )
     try:
-        patterns = [CONFIG, WEIGHTS]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, **download))
+        patterns = [str(PurePosixPath(subfolder, file)) for file in (CONFIG, WEIGHTS)]
+        found = huggingface_hub.snapshot_download(name, allow_patterns=patterns, **download)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{name}: no such folder, and the Hub gave no model of that name ({reason})"
         ) from error
+    return Path(found, subfolder)
 
 
 def _misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:

@@ -102,7 +102,7 @@ def _norms(branch: Branch) -> Iterator[nn.Module]:
         if isinstance(block.block1, Attention):
             yield block.block1.norm
         yield block.block2.norm
-    yield branch.output_layer.get_submodule("0")
+    yield branch.output_layer[0]
 
 
 def _arguments(branch: Branch, dtype: torch.dtype, factors: ops.Factors) -> Iterator[Tensor]:
@@ -116,7 +116,7 @@ def _arguments(branch: Branch, dtype: torch.dtype, factors: ops.Factors) -> Iter
     def pack(linear: nn.Linear) -> Tensor:
         return _pack(linear.weight, linear.bias, factors)
 
-    convolution = cast(nn.Conv2d, branch.input_layer.get_submodule("1"))
+    convolution = cast(nn.Conv2d, branch.input_layer[1])
     positions = branch.input_layer.get_parameter("3.position_embeddings.weight")
     yield _pack(convolution.weight.flatten(1), convolution.bias, precise)
     yield positions.to(dtype, copy=True)
@@ -136,7 +136,7 @@ def _arguments(branch: Branch, dtype: torch.dtype, factors: ops.Factors) -> Iter
         weight = torch.cat([mlp.w0.weight, mlp.w1.weight])
         yield _pack(weight, torch.cat([mlp.w0.bias, mlp.w1.bias]), factors, gated=True)
         yield pack(mlp.w2)
-    head = cast(nn.Conv2d, branch.output_layer.get_submodule("2"))
+    head = cast(nn.Conv2d, branch.output_layer[2])
     # Rows of the channels of the prediction, then of the taps of the filter.
     yield _pack(head.weight.permute(0, 2, 3, 1).flatten(0, 2), None, precise)
     yield cast(Tensor, head.bias).float().clone()

@@ -164,7 +164,7 @@ class InferenceDiMR(nn.Module):
         self,
         x: Tensor,
         t: object = None,
-        log_snr: Tensor | None = None,
+        log_snr: Tensor | float | None = None,
         y: Tensor | None = None,
         *,
         last_only: bool = False,

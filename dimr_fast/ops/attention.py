@@ -119,10 +119,24 @@ def _bwd_shapes(dout: Tensor, qkv: Tensor, out: Tensor, parts: Tensor, heads: in
     return qkv.new_empty(qkv.shape)
 
 
+def _products_flops(count: int, qkv: list[int]) -> int:
+    """Count the FLOP of `count` products of two matrices, such as q·kᵀ, in every head."""
+    images, tokens, width = qkv
+    return 2 * count * images * tokens**2 * width // 3
+
+
+def _fwd_flops(qkv: list[int], heads: int, *, out_shape: Any) -> int:
+    return _products_flops(2, qkv)
+
+
+def _bwd_flops(dout: list[int], qkv: list[int], *saved: Any, out_shape: Any) -> int:
+    return _products_flops(5, qkv)  # four gradients, and the scores again
+
+
 _FWD = "(Tensor qkv, int heads) -> (Tensor, Tensor)"
 _BWD = "(Tensor dout, Tensor qkv, Tensor out, Tensor parts, int heads) -> Tensor"
-_fwd = operator.define("fwd", _FWD, _fwd_shapes)
-_bwd = operator.define("bwd", _BWD, _bwd_shapes, "triton")["triton"]
+_fwd = operator.define("fwd", _FWD, _fwd_shapes, flops=_fwd_flops)
+_bwd = operator.define("bwd", _BWD, _bwd_shapes, "triton", flops=_bwd_flops)["triton"]
 
 
 def _forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:

@@ -3,6 +3,7 @@
 y[b, h, w, d] = bias[d] + Σ_ij weight[d, 0, i, j] · x[b, h + i − k//2, w + j − k//2, d]
 """
 
+import math
 from typing import Any
 
 import torch
@@ -104,13 +105,31 @@ def _bwd_shapes(
     return dx, dweight, dbias
 
 
+def _fwd_flops(x: list[int], weight: list[int], *options: Any, out_shape: Any) -> int:
+    return 2 * math.prod(x) * weight[-1] ** 2
+
+
+def _bwd_flops(
+    dy: list[int],
+    x: list[int],
+    weight: list[int],
+    residual: bool,
+    needs_dx: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+    *,
+    out_shape: Any,
+) -> int:
+    return (needs_dx + needs_dweight) * _fwd_flops(x, weight, out_shape=x)
+
+
 _FWD = "(Tensor x, Tensor weight, Tensor? bias, bool residual) -> Tensor"
 _BWD = (
     "(Tensor dy, Tensor x, Tensor weight, bool residual,"
     " bool needs_dx, bool needs_dweight, bool needs_dbias) -> (Tensor, Tensor, Tensor)"
 )
-_fwd = operator.define("fwd", _FWD, _fwd_shapes)
-_bwd = operator.define("bwd", _BWD, _bwd_shapes)
+_fwd = operator.define("fwd", _FWD, _fwd_shapes, flops=_fwd_flops)
+_bwd = operator.define("bwd", _BWD, _bwd_shapes, flops=_bwd_flops)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:

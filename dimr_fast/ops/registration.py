@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import register_flop_formula
 
 from dimr_fast.ops.implementations import Implementations, WhyNot, never
 
@@ -58,13 +59,21 @@ class Operator(Implementations):
         self._with_kernels = [i for i in implementations if i.overload is not None]
 
     def define(
-        self, direction: str, schema: str, shapes: Callable[..., Any], *only: str
+        self,
+        direction: str,
+        schema: str,
+        shapes: Callable[..., Any],
+        *only: str,
+        flops: Callable[..., int] | None = None,
     ) -> dict[str, Kernel]:
         """Define `dimr_fast::<operator>_<direction>` and return it by implementation.
 
         Implementations are overloads of this PyTorch operator with one `schema`. `shapes` allocates
         the outputs for given inputs; it serves `torch.compile` and the meta device. `only` names
-        the implementations that have a kernel for this direction; by default all of them.
+        the implementations that have a kernel for this direction; by default all of them. `flops`
+        serves `torch.utils.flop_counter`: it takes the arguments with shapes in place of tensors,
+        and returns the count, two for each multiply-add. Like PyTorch, only operators that multiply
+        matrices or convolve have it.
         """
         packet = f"{self.operator}_{direction}"
         kernels: dict[str, Kernel] = {}
@@ -83,6 +92,8 @@ class Operator(Implementations):
                     torch.library.impl(name, ("cpu", "cuda"))(kernel)
                 defined.add(overload)
             kernels[implementation.name] = getattr(getattr(torch.ops.dimr_fast, packet), overload)
+        if flops is not None:
+            register_flop_formula(getattr(torch.ops.dimr_fast, packet))(flops)
         return kernels
 
 

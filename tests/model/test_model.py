@@ -344,7 +344,7 @@ BAD_INPUTS = [
     ({"log_snr": None}, "log_snr: got None"),
     ({"log_snr": torch.zeros(3)}, r"log_snr: got shape \(3,\), expected \[2\] or \[1\]"),
     ({"log_snr": torch.zeros(2, 1)}, "log_snr: got shape"),
-    ({"log_snr": torch.zeros(2, dtype=torch.int64)}, "log_snr: got dtype torch.int64"),
+    ({"log_snr": torch.zeros(2, dtype=torch.bool)}, "log_snr: got dtype torch.bool"),
     ({"y": None}, "y: got None"),
     ({"y": torch.zeros(3, dtype=torch.int64)}, r"y: got shape \(3,\), expected \[2\]"),
     ({"y": torch.zeros(2)}, "y: got dtype torch.float32"),

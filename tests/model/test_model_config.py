@@ -26,6 +26,65 @@ def test_a_published_configuration_is_read_and_left_alone() -> None:
         DiMR(golden.config)
 
 
+def test_a_published_configuration_without_norm_type_means_ln() -> None:
+    golden = Golden("two_branch_tdln")
+    assert golden.config.norm_type == "LN"
+    del golden.config.norm_type
+    model = DiMR(golden.config)
+    assert model.config.norm_type == "LN"
+    model.load_state_dict(golden.under("param/"), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("place", "field", "value"),
+    [
+        (None, "pe_type", "Axial_RoPE"),
+        (None, "condition_dim", 16),
+        (0, "condition_dim", 16),
+        (None, "norm_type", "ADARMSN"),
+        (1, "image_input_ratio", 2),
+        (1, "block_type", "UNetBlock"),
+    ],
+)
+def test_published_fields_of_another_model_are_refused(
+    place: int | None, field: str, value: Any
+) -> None:
+    config = Golden("two_branch_tdrms").config
+    setattr(config if place is None else config.stage_configs[place], field, value)
+    with pytest.raises(ValueError, match=rf"{field}: got {value!r}, expected"):
+        DiMR(config)
+
+
+@pytest.mark.parametrize(
+    ("place", "field"),
+    [
+        (None, "num_classes"),
+        (None, "block_grad_to_lowres"),
+        (0, "num_attention_heads"),
+        (1, "kernel_size"),
+        (0, "final_kernel_size"),
+        (1, "dropout_prob"),
+    ],
+)
+def test_published_fields_that_the_published_model_needs_are_needed(
+    place: int | None, field: str
+) -> None:
+    config = Golden("two_branch_tdrms").config
+    delattr(config if place is None else config.stage_configs[place], field)
+    with pytest.raises(ValueError, match=f"without '{field}', expected that field"):
+        DiMR(config)
+
+
+def test_a_configuration_that_the_published_model_was_built_from_is_read() -> None:
+    """The published model writes these fields into every branch."""
+    config = Golden("two_branch_rms").config
+    expected = DiMRConfig.from_published(config)
+    config.pe_type = "APE"
+    for stage in config.stage_configs:
+        stage.norm_type, stage.pe_type, stage.num_classes = "RMSN", "APE", config.num_classes
+    assert DiMRConfig.from_published(config) == expected
+
+
 def test_config_round_trip() -> None:
     for config in PRESETS.values():
         assert DiMRConfig.from_dict(config.to_dict()) == config

@@ -21,7 +21,7 @@ def test_labels_out_of_range_are_named(model: Any, label: int) -> None:
         model(**(inputs() | {"y": y}))
 
 
-@pytest.mark.parametrize("change", [{"x": 0.5}, {"y": 3}, {"y": [1, 2]}])
+@pytest.mark.parametrize("change", [{"x": 0.5}, {"y": 3}, {"y": [1, 2]}, {"log_snr": [1.0, 2.0]}])
 def test_numbers_in_place_of_tensors_are_named(model: Any, change: dict[str, Any]) -> None:
     ((name, value),) = change.items()
     message = f"^{name}: got {type(value).__name__}, expected a tensor$"

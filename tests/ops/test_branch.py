@@ -112,7 +112,7 @@ def _quantised(model: DiMR, inputs: dict[str, Tensor]) -> list[Tensor]:
         time = inputs["log_snr"].double() / 4
         return reference.td_parameter(time, *(wide[f"{name}.{kind}"] for kind in kinds))
 
-    side = branch.input_layer.get_submodule("1").stride[0]
+    side = branch.input_layer[1].stride[0]
     weight, bias = wide["input_layer.1.weight"], wide["input_layer.1.bias"]
     image = F.conv2d(inputs["x"].double(), weight, bias, stride=side)
     x = image.flatten(2).mT + wide["input_layer.3.position_embeddings.weight"]
