@@ -18,7 +18,8 @@ from dimr_fast.config import BranchConfig
 TDValues = Sequence[Tensor]
 """The value `[T, D]` of each time-dependent parameter, in the order of `TDParameter.index`."""
 Normed = Tensor | tuple[Tensor, Tensor]
-"""The result of a norm: the normed features or, with a residual, the sum and the normed sum."""
+"""The result of a norm: the normed features or, with a residual, the sum and the normed sum. With
+layers, these have been applied to the normed features."""
 
 
 class Operation(nn.Module):
@@ -41,6 +42,10 @@ class Linear(nn.Linear):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return ops.linear(inputs, [self.weight], [] if self.bias is None else [self.bias])
+
+
+def _weights_and_biases(layers: Sequence[Linear]) -> tuple[list[Tensor], list[Tensor]]:
+    return [m.weight for m in layers], [m.bias for m in layers if m.bias is not None]
 
 
 class Embedding(nn.Embedding):
@@ -97,8 +102,20 @@ class TDLayerNorm(Operation):
         """Return the scale and the shift, each `[T, D]`."""
         return td[self.weight.index], td[self.bias.index]
 
-    def forward(self, x: Tensor, td: TDValues, residual: Tensor | None = None) -> Normed:
-        return ops.td_layer_norm(x, *self.values(td), residual, implementation=self.implementation)
+    def forward(
+        self,
+        x: Tensor,
+        td: TDValues,
+        residual: Tensor | None = None,
+        layers: Sequence[Linear] = (),
+    ) -> Normed:
+        return ops.td_layer_norm(
+            x,
+            *self.values(td),
+            residual,
+            *_weights_and_biases(layers),
+            implementation=self.implementation,
+        )
 
 
 class TDRMSNorm(Operation):
@@ -114,9 +131,20 @@ class TDRMSNorm(Operation):
         """Return the scale `[T, D]`."""
         return td[self.scale.index]
 
-    def forward(self, x: Tensor, td: TDValues, residual: Tensor | None = None) -> Normed:
-        scale = self.value(td)
-        return ops.td_rms_norm(x, scale, residual, implementation=self.implementation)
+    def forward(
+        self,
+        x: Tensor,
+        td: TDValues,
+        residual: Tensor | None = None,
+        layers: Sequence[Linear] = (),
+    ) -> Normed:
+        return ops.td_rms_norm(
+            x,
+            self.value(td),
+            residual,
+            *_weights_and_biases(layers),
+            implementation=self.implementation,
+        )
 
 
 class RMSNorm(Operation):
@@ -132,8 +160,20 @@ class RMSNorm(Operation):
         """Return the scale `[1, D]`."""
         return self.scale[None]
 
-    def forward(self, x: Tensor, td: TDValues, residual: Tensor | None = None) -> Normed:
-        return ops.rms_norm(x, self.scale, residual, implementation=self.implementation)
+    def forward(
+        self,
+        x: Tensor,
+        td: TDValues,
+        residual: Tensor | None = None,
+        layers: Sequence[Linear] = (),
+    ) -> Normed:
+        return ops.rms_norm(
+            x,
+            self.scale,
+            residual,
+            *_weights_and_biases(layers),
+            implementation=self.implementation,
+        )
 
 
 NORMS: dict[str, type[TDLayerNorm] | type[TDRMSNorm] | type[RMSNorm]] = {
@@ -156,7 +196,7 @@ class Attention(Operation):
         self.dense = Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, td: TDValues) -> Tensor:
-        qkv = self.query_key_value(self.norm(x, td))
+        qkv = self.norm(x, td, layers=[self.query_key_value])
         return self.dense(ops.attention(qkv, self.num_heads, implementation=self.implementation))
 
 
@@ -199,13 +239,12 @@ class GatedMLP(Operation):
     def forward(
         self, x: Tensor, td: TDValues, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        if residual is None:
-            normed = self.norm(x, td)
-        else:
-            x, normed = self.norm(x, td, residual)
-        weights, biases = (self.w0.weight, self.w1.weight), (self.w0.bias, self.w1.bias)
-        hidden = ops.linear([normed], weights, biases)
-        return x, self.w2(ops.gated_gelu(hidden, implementation=self.implementation))
+        hidden = self.norm(x, td, residual, [self.w0, self.w1])
+        if residual is not None:
+            x, hidden = hidden
+        return x, ops.gated_gelu(
+            hidden, *_weights_and_biases([self.w2]), implementation=self.implementation
+        )
 
 
 class Block(nn.Module):

@@ -1,4 +1,8 @@
-"""Several linear layers on one input, or one on a concatenated input, as one matrix product."""
+"""Several linear layers on one input, or one on a concatenated input, as one matrix product.
+
+Operators can end with linear layers (`td_rms_norm`, `td_layer_norm`, `gated_gelu`): then the input
+of the layers is not kept for backward, since the operator's backward kernel computes it again.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,64 +21,107 @@ def linear(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence
     `[D, Σd]`) and `b` concatenates `biases` (each `[D]`; one per weight or none) along the first.
     The result `[…, ΣD]` has the dtype of the first input; under autocast the autocast dtype. The
     inputs and their gradients are never concatenated in memory.
+    Raises ValueError if the shape of a weight or bias does not fit.
     """
+    check_layers(sum(x.shape[-1] for x in inputs), weights, biases)
     dtype = compute_dtype(inputs[0])
     return _run(dtype, len(inputs), len(weights), *inputs, *weights, *biases)
+
+
+def check_layers(width: int, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    """Raise ValueError if the layers do not take an input of `width` or a bias does not fit."""
+    if biases and len(biases) != len(weights):
+        raise ValueError(f"biases: got {len(biases)}, expected none or {len(weights)}")
+    for i, weight in enumerate(weights):
+        if weight.dim() != 2 or weight.shape[1] != width:
+            raise ValueError(f"weights[{i}]: got {tuple(weight.shape)}, expected [D, {width}]")
+        if biases and biases[i].shape != weight.shape[:1]:
+            raise ValueError(
+                f"biases[{i}]: got {tuple(biases[i].shape)}, expected {tuple(weight.shape[:1])}"
+            )
 
 
 def _forward(ctx: Any, *given: Any) -> Tensor:
     # The inputs are one `*given` on purpose: with named parameters, torch.compile does not pass
     # `ctx` if no input needs a gradient.
     dtype, inputs, layers, *tensors = given
-    xs, weights = tensors[:inputs], tensors[inputs : inputs + layers]
-    biases = tensors[inputs + layers :]
-    rows = [x.to(dtype).flatten(0, -2) for x in xs]
-    weight = _stacked(weights, dtype)
-    (first, *others), (w, *ws) = rows, weight.split([x.shape[1] for x in rows], 1)
-    y = torch.addmm(_stacked(biases, dtype), first, w.mT) if biases else first @ w.mT
-    for x, w in zip(others, ws, strict=True):
-        y.addmm_(x, w.mT)
+    xs = tensors[:inputs]
+    y, weight, rows = layers_forward(ctx, xs, tensors[inputs:], layers, dtype)
     ctx.save_for_backward(weight, *rows)
     ctx.inputs = [(x.shape, x.dtype) for x in xs]
-    ctx.heights, ctx.dtype = [len(w) for w in weights], weights[0].dtype
-    return y.view(*xs[0].shape[:-1], len(weight))
+    return y
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     weight, *rows = ctx.saved_tensors
     dy = dy.reshape(-1, dy.shape[-1])
-    widths = [x.shape[1] for x in rows]
     wanted = ctx.needs_input_grad[3:]
-    grads: list[Tensor | None] = [
+    pieces = weight.split([x.shape[1] for x in rows], 1)
+    grads = [
         (dy @ w).to(dtype).view(shape) if needed else None
-        for w, (shape, dtype), needed in zip(
-            weight.split(widths, 1), ctx.inputs, wanted, strict=False
-        )
+        for w, (shape, dtype), needed in zip(pieces, ctx.inputs, wanted, strict=False)
     ]
-    layers = len(ctx.heights)
-    if any(wanted[len(rows) : len(rows) + layers]):
-        dweight = weight.new_empty(weight.shape, dtype=ctx.dtype)
-        for x, piece in zip(rows, dweight.split(widths, 1), strict=True):
-            piece.copy_(_transposed_product(dy, x))
-        grads += dweight.split(ctx.heights)
-    else:
-        grads += [None] * layers
-    if any(wanted[len(rows) + layers :]):
-        grads += dy.sum(0).to(ctx.dtype).split(ctx.heights)
-    else:
-        grads += [None] * (len(wanted) - len(grads))
-    return None, None, None, *grads
+    return None, None, None, *grads, *layers_gradients(ctx, dy, rows, wanted[len(rows) :])
 
 
 _run = differentiable(_forward, _backward)
 
 
-def _stacked(parameters: list[Tensor], dtype: torch.dtype) -> Tensor:
+def layers_forward(
+    ctx: Any,
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    layers: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Apply linear layers in the forward pass of a differentiable function.
+
+    `parameters` are the weights of `layers` layers, then their biases, if any. Returns the result,
+    the concatenated weight in `dtype` and the inputs as rows `[N, d]` in `dtype`: what backward
+    needs of them. `ctx` gets what `layers_gradients` needs besides.
+    """
+    weights, biases = parameters[:layers], parameters[layers:]
+    rows = [x.to(dtype).flatten(0, -2) for x in inputs]
+    weight = _stacked(weights, dtype)
+    (first, *others), (w, *ws) = rows, weight.split([x.shape[1] for x in rows], 1)
+    y = torch.addmm(_stacked(biases, dtype), first, w.mT) if biases else first @ w.mT
+    for x, w in zip(others, ws, strict=True):
+        y.addmm_(x, w.mT)
+    ctx.heights, ctx.parameter_dtype = [len(w) for w in weights], weights[0].dtype
+    return y.view(*inputs[0].shape[:-1], len(weight)), weight, rows
+
+
+def layers_gradients(
+    ctx: Any, dy: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients of the layers' weights and biases that are `wanted`.
+
+    `dy` `[…, ΣD]` is the gradient of the result; `inputs` are each `[…, d]`.
+    """
+    layers = len(ctx.heights)
+    grads: list[Tensor | None] = []
+    dy = dy.reshape(-1, dy.shape[-1])
+    if any(wanted[:layers]):
+        widths = [x.shape[-1] for x in inputs]
+        dweight = dy.new_empty((dy.shape[1], sum(widths)), dtype=ctx.parameter_dtype)
+        for x, piece in zip(inputs, dweight.split(widths, 1), strict=True):
+            piece.copy_(_transposed_product(dy, x.to(dy.dtype).flatten(0, -2)))
+        grads += dweight.split(ctx.heights)
+    else:
+        grads += [None] * layers
+    if any(wanted[layers:]):
+        grads += dy.sum(0).to(ctx.parameter_dtype).split(ctx.heights)
+    else:
+        grads += [None] * (len(wanted) - layers)
+    return grads
+
+
+def _stacked(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Concatenate along the first axis and cast to `dtype`."""
     if len(parameters) == 1:
         return parameters[0].to(dtype)
     if parameters[0].dtype == dtype:
-        return torch.cat(parameters)
+        return torch.cat(list(parameters))
     # Cast each directly into its place: no second copy.
     rows = [len(p) for p in parameters]
     stacked = parameters[0].new_empty((sum(rows), *parameters[0].shape[1:]), dtype=dtype)
