@@ -6,11 +6,13 @@ has an index into `td`, so no module keeps state between calls.
 """
 
 from collections.abc import Sequence
-from typing import cast
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from dimr_fast import ops
 from dimr_fast.config import BranchConfig
@@ -239,10 +241,21 @@ class GatedMLP(Operation):
     def forward(
         self, x: Tensor, td: TDValues, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        hidden = self.norm(x, td, residual, [self.w0, self.w1])
-        if residual is not None:
-            x, hidden = hidden
-        return x, ops.gated_gelu(
+        s, hidden = self.hidden(x, td, residual)
+        return s, self.output(hidden)
+
+    def hidden(
+        self, x: Tensor, td: TDValues, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return `s` and `[w0(norm(s)), w1(norm(s))]` along the last axis."""
+        layers = [self.w0, self.w1]
+        if residual is None:
+            return x, self.norm(x, td, layers=layers)
+        return self.norm(x, td, residual, layers)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """Return the MLP's output from `hidden`."""
+        return ops.gated_gelu(
             hidden, *_weights_and_biases([self.w2]), implementation=self.implementation
         )
 
@@ -258,11 +271,35 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout_prob)
 
     def forward(self, x: Tensor, td: TDValues) -> Tensor:
-        if isinstance(self.block1, DepthwiseConv2d) and not self.dropout.p:
-            x, increment = self.block2(self.block1(x, td, residual=True), td)
-        else:
-            x, increment = self.block2(self.dropout(self.block1(x, td)), td, x)
+        x, increment = self.block2(*self._mixed(x, td))
         return x + self.dropout(increment)
+
+    def checkpointed(self, x: Tensor, td: TDValues) -> Tensor:
+        """Compute `forward`; backward keeps results of products only and computes the rest again.
+
+        The last product lies outside what is computed again: its result is not needed.
+        """
+        x, hidden = checkpoint.checkpoint(
+            self._hidden, x, td, use_reentrant=False, context_fn=_keep_products
+        )
+        return x + self.dropout(self.block2.output(hidden))
+
+    def _mixed(self, x: Tensor, td: TDValues) -> tuple[Tensor, TDValues, Tensor | None]:
+        """Mix positions; return the arguments of `block2`."""
+        if isinstance(self.block1, DepthwiseConv2d) and not self.dropout.p:
+            return self.block1(x, td, residual=True), td, None
+        return self.dropout(self.block1(x, td)), td, x
+
+    def _hidden(self, x: Tensor, td: TDValues) -> tuple[Tensor, Tensor]:
+        return self.block2.hidden(*self._mixed(x, td))
+
+
+def _keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return checkpoint.create_selective_checkpoint_contexts(_products)
+
+
+_products: list[Any] = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+"""The matrix products of `ops.linear`."""
 
 
 class PositionEmbedding(nn.Module):
