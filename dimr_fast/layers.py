@@ -299,6 +299,8 @@ def _keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManage
 
 
 _products: list[Any] = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+if torch.backends.mkldnn.is_available():
+    _products.append(torch.ops.mkldnn._linear_pointwise.default)
 """The matrix products of `ops.linear`."""
 
 

@@ -4,14 +4,16 @@ Operators can end with linear layers (`td_rms_norm`, `td_layer_norm`, `gated_gel
 of the layers is not kept for backward, since the operator's backward kernel computes it again.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dimr_fast import _extension
 from dimr_fast.ops._checks import compute_dtype
-from dimr_fast.ops.registration import differentiable
+from dimr_fast.ops.registration import compiled_operator, differentiable
 
 
 def linear(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
@@ -84,7 +86,7 @@ def layers_forward(
     rows = [x.to(dtype).flatten(0, -2) for x in inputs]
     weight = _stacked(weights, dtype)
     (first, *others), (w, *ws) = rows, weight.split([x.shape[1] for x in rows], 1)
-    y = torch.addmm(_stacked(biases, dtype), first, w.mT) if biases else first @ w.mT
+    y = _product(first, w, _stacked(biases, dtype)) if biases else first @ w.mT
     for x, w in zip(others, ws, strict=True):
         y.addmm_(x, w.mT)
     ctx.heights, ctx.parameter_dtype = [len(w) for w in weights], weights[0].dtype
@@ -98,22 +100,24 @@ def layers_gradients(
 
     `dy` `[…, ΣD]` is the gradient of the result; `inputs` are each `[…, d]`.
     """
-    layers = len(ctx.heights)
-    grads: list[Tensor | None] = []
+    if not any(wanted):
+        return [None] * len(wanted)
     dy = dy.reshape(-1, dy.shape[-1])
-    if any(wanted[:layers]):
-        widths = [x.shape[-1] for x in inputs]
+    rows = [x.to(dy.dtype).flatten(0, -2) for x in inputs]
+    if _own_weight_gradient(dy):
+        dweight, dbias = _weight_gradient(dy, rows)
+    else:
+        widths = [x.shape[1] for x in rows]
         dweight = dy.new_empty((dy.shape[1], sum(widths)), dtype=ctx.parameter_dtype)
-        for x, piece in zip(inputs, dweight.split(widths, 1), strict=True):
-            piece.copy_(_transposed_product(dy, x.to(dy.dtype).flatten(0, -2)))
-        grads += dweight.split(ctx.heights)
-    else:
-        grads += [None] * layers
-    if any(wanted[layers:]):
-        grads += dy.sum(0).to(ctx.parameter_dtype).split(ctx.heights)
-    else:
-        grads += [None] * (len(wanted) - layers)
-    return grads
+        for x, piece in zip(rows, dweight.split(widths, 1), strict=True):
+            piece.copy_(_transposed_product(dy, x))
+        has_bias = len(wanted) > len(ctx.heights)
+        dbias = dy.sum(0) if has_bias else dy.new_empty(dy.shape[1])
+    grads = [
+        *dweight.to(ctx.parameter_dtype).split(ctx.heights),
+        *dbias.to(ctx.parameter_dtype).split(ctx.heights),
+    ]
+    return [grad if needed else None for grad, needed in zip(grads, wanted, strict=False)]
 
 
 def _stacked(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -128,6 +132,47 @@ def _stacked(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     for piece, parameter in zip(stacked.split(rows), parameters, strict=True):
         piece.copy_(parameter)
     return stacked
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return `x · weightᵀ + bias`."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _has_onednn():
+        weight = weight.contiguous()  # oneDNN is slow on a slice
+        # PyTorch writes the bias to the result before the product, which adds to it: for narrow
+        # inputs that takes as long as the product.
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.addmm(bias, x, weight.mT)
+
+
+@torch.compiler.assume_constant_result
+def _has_onednn() -> bool:
+    mkldnn = torch.ops.mkldnn
+    return torch.backends.mkldnn.is_available() and mkldnn._is_mkldnn_bf16_supported()
+
+
+_weight_gradient = compiled_operator(
+    "weight_gradient", "(Tensor dy, Tensor[] inputs) -> (Tensor, Tensor)"
+)
+
+
+def _own_weight_gradient(dy: Tensor) -> bool:
+    """Return True if the CPU library's kernel is faster than PyTorch's product and sum.
+
+    It is on processors with AVX-512 BF16, unless they have AMX, which oneDNN uses.
+    """
+    return (
+        dy.dtype == torch.bfloat16
+        and dy.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and _has_bf16_without_amx()
+    )
+
+
+@functools.cache
+def _has_bf16_without_amx() -> bool:
+    if torch.cpu._is_amx_tile_supported() or _extension.why_not("cpu") is not None:
+        return False
+    return _extension.instruction_set() == _extension.INSTRUCTION_SETS[-1]
 
 
 def _transposed_product(dy: Tensor, x: Tensor) -> Tensor:

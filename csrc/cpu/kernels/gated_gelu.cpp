@@ -2,8 +2,8 @@
 //
 //     da = dy · b · (Φ(a) + a · φ(a))        db = dy · a · Φ(a)
 //
-// An element is read once, and nothing is stored for the gradient, which can also compute the result
-// again.
+// An element is read once, and nothing is stored for the gradient, which can also compute the
+// result again.
 
 #include "gated_gelu.h"
 
