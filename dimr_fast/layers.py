@@ -46,7 +46,8 @@ class Linear(nn.Linear):
         return ops.linear(inputs, [self.weight], [] if self.bias is None else [self.bias])
 
 
-def _weights_and_biases(layers: Sequence[Linear]) -> tuple[list[Tensor], list[Tensor]]:
+def weights_and_biases(layers: Sequence[Linear]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the weights and the biases of linear layers, as operators take them."""
     return [m.weight for m in layers], [m.bias for m in layers if m.bias is not None]
 
 
@@ -115,7 +116,7 @@ class TDLayerNorm(Operation):
             x,
             *self.values(td),
             residual,
-            *_weights_and_biases(layers),
+            *weights_and_biases(layers),
             implementation=self.implementation,
         )
 
@@ -144,7 +145,7 @@ class TDRMSNorm(Operation):
             x,
             self.value(td),
             residual,
-            *_weights_and_biases(layers),
+            *weights_and_biases(layers),
             implementation=self.implementation,
         )
 
@@ -173,7 +174,7 @@ class RMSNorm(Operation):
             x,
             self.scale,
             residual,
-            *_weights_and_biases(layers),
+            *weights_and_biases(layers),
             implementation=self.implementation,
         )
 
@@ -256,7 +257,7 @@ class GatedMLP(Operation):
     def output(self, hidden: Tensor) -> Tensor:
         """Return the MLP's output from `hidden`."""
         return ops.gated_gelu(
-            hidden, *_weights_and_biases([self.w2]), implementation=self.implementation
+            hidden, *weights_and_biases([self.w2]), implementation=self.implementation
         )
 
 

@@ -85,7 +85,7 @@ _fp8 = operator.define("fp8", "(Tensor x) -> (Tensor, Tensor)", _fp8_shapes, "tr
 def _forward(ctx: Any, *given: Any) -> Tensor:
     x, implementation, dtype, layers, *parameters = given
     y = _fwd[implementation](x)
-    weight = []
+    weight: list[Tensor] = []
     if layers:
         y, *weight, _ = layers_forward(ctx, [y], parameters, layers, dtype)
     ctx.save_for_backward(x, *weight)

@@ -169,7 +169,7 @@ def parameter_gradients(both: Tensor, weight: Tensor, bias: Tensor) -> tuple[Ten
 def _forward(ctx: Any, *given: Any) -> Tensor | tuple[Tensor, Tensor]:
     x, residual, weight, bias, dtype, implementation, layers, *parameters = given
     summed, y, mean, rstd = fwd[implementation](weight, bias, [x], residual, dtype)
-    layers_weight = []
+    layers_weight: list[Tensor] = []
     if layers:
         y, *layers_weight, _ = layers_forward(ctx, [y], parameters, layers, dtype)
     normed = x if residual is None else summed

@@ -164,7 +164,7 @@ _fp8 = operator.define("fp8", _FP8, _fp8_shapes, "triton")["triton"]
 def _forward(ctx: Any, *given: Any) -> Tensor | tuple[Tensor, Tensor]:
     x, residual, scale, dtype, implementation, layers, *parameters = given
     summed, y, rms = _fwd[implementation](x, residual, scale, dtype)
-    weight = []
+    weight: list[Tensor] = []
     if layers:
         y, *weight, _ = layers_forward(ctx, [y], parameters, layers, dtype)
     ctx.save_for_backward(x if residual is None else summed, scale, rms, *weight)
