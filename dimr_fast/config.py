@@ -4,7 +4,7 @@ import dataclasses
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from dimr_fast.utils.validation import require
 
@@ -32,9 +32,13 @@ class BranchConfig:
 
     A branch works at `max_height × max_width`, which is the input size divided by
     `input_feature_ratio`, and has `num_blocks // 2 · 2 + 1` blocks. Only a TransformerBlock uses
-    `num_attention_heads`, only a ConvNeXtBlock `kernel_size`. `checkpointing` recomputes each
-    block in the backward pass instead of storing its activations; the published configuration has
-    no such field.
+    `num_attention_heads`, only a ConvNeXtBlock `kernel_size`.
+
+    `checkpointing` says what the backward pass computes again instead of storing it; the published
+    configuration has no such field. True stores a block's input and computes the whole block again.
+    "selective" also stores the results of those matrix products that backward would need to repeat
+    (query, key and value, the projection after attention, the hidden layer of the MLP), and
+    computes everything else again: convolution, attention, norms, casts of weights.
     """
 
     block_type: str
@@ -49,7 +53,7 @@ class BranchConfig:
     image_input_ratio: int = 1
     final_kernel_size: int = 3
     dropout_prob: float = 0.0
-    checkpointing: bool = False
+    checkpointing: bool | Literal["selective"] = False
 
     def __post_init__(self) -> None:
         require(self.block_type in BLOCK_TYPES, "block_type", self.block_type, f"{BLOCK_TYPES}")
@@ -69,6 +73,8 @@ class BranchConfig:
             self.image_input_ratio,
             "1: every branch reads the full-resolution image",
         )
+        known = isinstance(self.checkpointing, bool) or self.checkpointing == "selective"
+        require(known, "checkpointing", self.checkpointing, "True, False or 'selective'")
         number = isinstance(self.dropout_prob, int | float) and 0 <= self.dropout_prob < 1
         require(number, "dropout_prob", self.dropout_prob, "0 <= p < 1")
 

@@ -6,11 +6,13 @@ has an index into `td`, so no module keeps state between calls.
 """
 
 from collections.abc import Sequence
-from typing import cast
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from dimr_fast import ops
 from dimr_fast.config import BranchConfig
@@ -18,7 +20,8 @@ from dimr_fast.config import BranchConfig
 TDValues = Sequence[Tensor]
 """The value `[T, D]` of each time-dependent parameter, in the order of `TDParameter.index`."""
 Normed = Tensor | tuple[Tensor, Tensor]
-"""The result of a norm: the normed features or, with a residual, the sum and the normed sum."""
+"""The result of a norm: the normed features or, with a residual, the sum and the normed sum. With
+layers, these have been applied to the normed features."""
 
 
 class Operation(nn.Module):
@@ -49,6 +52,11 @@ class Linear(nn.Linear):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return ops.linear(inputs, [self.weight], [] if self.bias is None else [self.bias])
+
+
+def weights_and_biases(layers: Sequence[Linear]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the weights and the biases of linear layers, as operators take them."""
+    return [m.weight for m in layers], [m.bias for m in layers if m.bias is not None]
 
 
 class Embedding(nn.Embedding):
@@ -105,8 +113,20 @@ class TDLayerNorm(Operation):
         """Return the scale and the shift, each `[T, D]`."""
         return td[self.weight.index], td[self.bias.index]
 
-    def forward(self, x: Tensor, td: TDValues, residual: Tensor | None = None) -> Normed:
-        return ops.td_layer_norm(x, *self.values(td), residual, implementation=self.implementation)
+    def forward(
+        self,
+        x: Tensor,
+        td: TDValues,
+        residual: Tensor | None = None,
+        layers: Sequence[Linear] = (),
+    ) -> Normed:
+        return ops.td_layer_norm(
+            x,
+            *self.values(td),
+            residual,
+            *weights_and_biases(layers),
+            implementation=self.implementation,
+        )
 
 
 class TDRMSNorm(Operation):
@@ -122,9 +142,20 @@ class TDRMSNorm(Operation):
         """Return the scale `[T, D]`."""
         return td[self.scale.index]
 
-    def forward(self, x: Tensor, td: TDValues, residual: Tensor | None = None) -> Normed:
-        scale = self.value(td)
-        return ops.td_rms_norm(x, scale, residual, implementation=self.implementation)
+    def forward(
+        self,
+        x: Tensor,
+        td: TDValues,
+        residual: Tensor | None = None,
+        layers: Sequence[Linear] = (),
+    ) -> Normed:
+        return ops.td_rms_norm(
+            x,
+            self.value(td),
+            residual,
+            *weights_and_biases(layers),
+            implementation=self.implementation,
+        )
 
 
 class RMSNorm(Operation):
@@ -140,8 +171,20 @@ class RMSNorm(Operation):
         """Return the scale `[1, D]`."""
         return self.scale[None]
 
-    def forward(self, x: Tensor, td: TDValues, residual: Tensor | None = None) -> Normed:
-        return ops.rms_norm(x, self.scale, residual, implementation=self.implementation)
+    def forward(
+        self,
+        x: Tensor,
+        td: TDValues,
+        residual: Tensor | None = None,
+        layers: Sequence[Linear] = (),
+    ) -> Normed:
+        return ops.rms_norm(
+            x,
+            self.scale,
+            residual,
+            *weights_and_biases(layers),
+            implementation=self.implementation,
+        )
 
 
 NORMS: dict[str, type[TDLayerNorm] | type[TDRMSNorm] | type[RMSNorm]] = {
@@ -164,7 +207,7 @@ class Attention(Operation):
         self.dense = Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, td: TDValues) -> Tensor:
-        qkv = self.query_key_value(self.norm(x, td))
+        qkv = self.norm(x, td, layers=[self.query_key_value])
         return self.dense(ops.attention(qkv, self.num_heads, implementation=self.implementation))
 
 
@@ -208,13 +251,23 @@ class GatedMLP(Operation):
     def forward(
         self, x: Tensor, td: TDValues, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        s, hidden = self.hidden(x, td, residual)
+        return s, self.output(hidden)
+
+    def hidden(
+        self, x: Tensor, td: TDValues, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return `s` and `[w0(norm(s)), w1(norm(s))]` along the last axis."""
+        layers = [self.w0, self.w1]
         if residual is None:
-            normed = self.norm(x, td)
-        else:
-            x, normed = self.norm(x, td, residual)
-        weights, biases = (self.w0.weight, self.w1.weight), (self.w0.bias, self.w1.bias)
-        hidden = ops.linear([normed], weights, biases)
-        return x, self.w2(ops.gated_gelu(hidden, implementation=self.implementation))
+            return x, self.norm(x, td, layers=layers)
+        return self.norm(x, td, residual, layers)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """Return the MLP's output from `hidden`."""
+        return ops.gated_gelu(
+            hidden, *weights_and_biases([self.w2]), implementation=self.implementation
+        )
 
 
 class Block(nn.Module):
@@ -228,11 +281,37 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout_prob)
 
     def forward(self, x: Tensor, td: TDValues) -> Tensor:
-        if isinstance(self.block1, DepthwiseConv2d) and not self.dropout.p:
-            x, increment = self.block2(self.block1(x, td, residual=True), td)
-        else:
-            x, increment = self.block2(self.dropout(self.block1(x, td)), td, x)
+        x, increment = self.block2(*self._mixed(x, td))
         return x + self.dropout(increment)
+
+    def checkpointed(self, x: Tensor, td: TDValues) -> Tensor:
+        """Compute `forward`; backward keeps results of products only and computes the rest again.
+
+        The last product lies outside what is computed again: its result is not needed.
+        """
+        x, hidden = checkpoint.checkpoint(
+            self._hidden, x, td, use_reentrant=False, context_fn=_keep_products
+        )
+        return x + self.dropout(self.block2.output(hidden))
+
+    def _mixed(self, x: Tensor, td: TDValues) -> tuple[Tensor, TDValues, Tensor | None]:
+        """Mix positions; return the arguments of `block2`."""
+        if isinstance(self.block1, DepthwiseConv2d) and not self.dropout.p:
+            return self.block1(x, td, residual=True), td, None
+        return self.dropout(self.block1(x, td)), td, x
+
+    def _hidden(self, x: Tensor, td: TDValues) -> tuple[Tensor, Tensor]:
+        return self.block2.hidden(*self._mixed(x, td))
+
+
+def _keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return checkpoint.create_selective_checkpoint_contexts(_products)
+
+
+_products: list[Any] = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+if torch.backends.mkldnn.is_available():
+    _products.append(torch.ops.mkldnn._linear_pointwise.default)
+"""The matrix products of `ops.linear`."""
 
 
 class PositionEmbedding(nn.Module):

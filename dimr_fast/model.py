@@ -1,6 +1,6 @@
 """The DiMR model: branches of increasing resolution, joined by a cascade (paper figure 2)."""
 
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,8 @@ class Branch(nn.Module):
         return self.class_embeds(y)[:, None] if self.is_transformer else None
 
     def _run(self, block: nn.Module, x: Tensor, td: TDValues) -> Tensor:
+        if self.checkpointing == "selective" and torch.is_grad_enabled():
+            return cast(Block, block).checkpointed(x, td)
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint.checkpoint(block, x, td, use_reentrant=False)
         return block(x, td)

@@ -5,7 +5,7 @@
 
 where Φ and φ are the normal distribution and its density. An element is read once and no statistic
 is stored: per output element forward moves three elements (a, b, y), backward five (a, b, dy, da,
-db).
+db), six if it also computes y again.
 """
 
 import math
@@ -68,12 +68,18 @@ def launch_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, scales
 
 
-def launch_bwd(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return the gradient `[…, 2·hidden]` of `x` from the gradient `dy` of the result."""
+def launch_bwd(
+    dy: torch.Tensor, x: torch.Tensor, needs_y: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradient `[…, 2·hidden]` of `x`, and the result again (empty if not needed).
+
+    `dy` is the gradient of the result.
+    """
     hidden = x.shape[-1] // 2
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(dy.shape if needs_y else (0,), dtype=x.dtype, device=x.device)
     if dx.numel() == 0:
-        return dx
+        return dx, y
     rows, dy_rows = _rows(x), _rows(dy)
     images, count = rows.shape[:2]
     constants = configuration("gated_gelu_bwd", hidden, x.device)
@@ -82,15 +88,17 @@ def launch_bwd(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         dy_rows,
         rows,
         dx,
+        y,
         count,
         tiles,
         (dy_rows.stride(0), dy_rows.stride(1)),
         (rows.stride(0), rows.stride(1)),
+        NEEDS_Y=needs_y,
         HIDDEN=hidden,
         VECTOR=math.gcd(hidden, 16),
         **constants,
     )
-    return dx
+    return dx, y
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -188,10 +196,12 @@ def _gated_gelu_bwd_kernel(
     dy_ptr,  # [B, N, HIDDEN]
     x_ptr,  # [B, N, 2·HIDDEN]
     dx_ptr,  # [B, N, 2·HIDDEN], contiguous
+    y_ptr,  # [B, N, HIDDEN], contiguous
     count,  # N
     tiles,  # of an image
     dy_strides,  # (image, row)
     x_strides,  # (image, row)
+    NEEDS_Y: tl.constexpr,
     HIDDEN: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -209,3 +219,6 @@ def _gated_gelu_bwd_kernel(
     dx_ptr += (image * count + row) * (2 * HIDDEN) + column
     tl.store(dx_ptr, da.to(dx_ptr.dtype.element_ty), row < count)
     tl.store(dx_ptr + HIDDEN, db.to(dx_ptr.dtype.element_ty), row < count)
+    if NEEDS_Y:
+        y = (a * cdf * b).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + (image * count + row) * HIDDEN + column, y, row < count)

@@ -7,8 +7,8 @@ and backward, with g = dy · scale and the gradient ds of the sum s:
     dx = g·r − s · r² · mean(g·s) / rms + ds        dscale = Σ_rows dy · s · r
 
 A row that fits a block is read once and kept in registers; a wider row is read a second time, from
-the L2 cache. Forward moves x, residual, sum and y once, backward s, dy, ds and dx. norms.md gives
-the reasons.
+the L2 cache. Forward moves x, residual, sum and y once, backward s, dy, ds, dx and, if it computes
+y again, y. norms.md gives the reasons.
 """
 
 import torch
@@ -134,14 +134,19 @@ def launch_bwd(
     x: torch.Tensor,
     scale: torch.Tensor,
     rms: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of the sum and of `scale` `[T, D]`; `x` is the sum that was normed."""
+    needs_y: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of the sum and of `scale` `[T, D]`, and y; `x` is the normed sum.
+
+    y is computed again, in the dtype of `dy`; it is empty if it is not needed.
+    """
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(dy.shape if needs_y else (0,), dtype=dy.dtype, device=x.device)
     rows = as_rows(x)
     scale, scale_stride = as_values(scale)
     images, count, width = rows.shape
     if x.numel() == 0:
-        return dx, torch.zeros(scale.shape, dtype=torch.float32, device=x.device)
+        return dx, torch.zeros(scale.shape, dtype=torch.float32, device=x.device), y
     dy_rows = as_rows(dy)
     dsum_rows = dy_rows if dsum is None else as_rows(dsum)
     constants = dict(configuration("td_rms_norm_bwd", width, x.device))
@@ -157,6 +162,7 @@ def launch_bwd(
         scale,
         rms,
         dx,
+        y,
         partials,
         count,
         programs,
@@ -166,10 +172,11 @@ def launch_bwd(
         (rows.stride(0), rows.stride(1)),
         scale_stride,
         HAS_DSUM=dsum is not None,
+        NEEDS_Y=needs_y,
         WIDTH=width,
         **constants,
     )
-    return dx, sum_partials(partials, scale.shape[0])
+    return dx, sum_partials(partials, scale.shape[0]), y
 
 
 @triton.jit
@@ -281,6 +288,7 @@ def _td_rms_norm_bwd_kernel(
     scale_ptr,  # [T, WIDTH]
     rms_ptr,  # [B, N] fp32
     dx_ptr,  # [B, N, WIDTH], contiguous
+    y_ptr,  # [B, N, WIDTH], contiguous
     partials_ptr,  # [B, programs, WIDTH] fp32
     count,  # N
     programs,
@@ -290,6 +298,7 @@ def _td_rms_norm_bwd_kernel(
     x_strides,  # (image, row)
     scale_stride,  # 0 if all images share one time
     HAS_DSUM: tl.constexpr,
+    NEEDS_Y: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -337,6 +346,9 @@ def _td_rms_norm_bwd_kernel(
                 dx += dsum.to(tl.float32)
             out = (image * count + wide_row) * WIDTH + column
             tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), inside)
+            if NEEDS_Y:
+                y = x * r[:, None] * scale[None, :]
+                tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), inside)
             if WIDTH > BLOCK:
                 # Too wide for registers: the program keeps its partial sums in memory.
                 part = tl.sum(dy * x * r[:, None], 0)

@@ -6,7 +6,7 @@ an arm without time-dependent parameters, `td` contains only the embedding of th
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +24,7 @@ from dimr_fast.layers import (
     Operation,
     TDLayerNorm,
     TDValues,
+    weights_and_biases,
 )
 from dimr_fast.model import Branch, check_inputs
 
@@ -67,8 +68,20 @@ class _LayerNorm(Operation):
         """Return scale and shift, `[T, D]` each."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, td: TDValues, residual: Tensor | None = None) -> Normed:
-        return ops.td_layer_norm(x, *self.values(td), residual, implementation=self.implementation)
+    def forward(
+        self,
+        x: Tensor,
+        td: TDValues,
+        residual: Tensor | None = None,
+        layers: Sequence[Linear] = (),
+    ) -> Normed:
+        return ops.td_layer_norm(
+            x,
+            *self.values(td),
+            residual,
+            *weights_and_biases(layers),
+            implementation=self.implementation,
+        )
 
 
 class LayerNorm(_LayerNorm):

@@ -121,14 +121,14 @@ def _norms() -> Iterator[LaunchCase]:
                     partial(td_rms_norm.launch_fwd, x, residual, scale, x.dtype),
                     {"_td_rms_norm_fwd_kernel": [forward]},
                 )
-                tensors = 3 if residual is None else 4
+                tensors = 4 if residual is None else 5
                 backward = Work(tensors * size + partials, [per_program / rows])
                 yield LaunchCase(
                     operator,
                     f"XL/2R {branch}{name}",
                     x.shape,
                     f"backward{name}",
-                    partial(td_rms_norm.launch_bwd, x, residual, x, scale, rms),
+                    partial(td_rms_norm.launch_bwd, x, residual, x, scale, rms, True),
                     {"_td_rms_norm_bwd_kernel": [backward], "_sum_partials_kernel": [sums]},
                 )
 
@@ -138,7 +138,7 @@ def _gates() -> Iterator[LaunchCase]:
         x, dy = _meta(BATCH, tokens, 2 * hidden), _meta(BATCH, tokens, hidden)
         for direction, call, kernel, tensors in (
             ("forward", partial(gated_gelu.launch_fwd, x), "_gated_gelu_fwd_kernel", 3),
-            ("backward", partial(gated_gelu.launch_bwd, dy, x), "_gated_gelu_bwd_kernel", 5),
+            ("backward", partial(gated_gelu.launch_bwd, dy, x, True), "_gated_gelu_bwd_kernel", 6),
         ):
             work = Work(tensors * BF16 * dy.numel())
             yield LaunchCase(

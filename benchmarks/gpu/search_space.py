@@ -81,7 +81,7 @@ def norms(draw: Draw, small: bool) -> Iterator[TuningCase]:
         yield TuningCase(
             "td_rms_norm_bwd",
             width,
-            lambda x=x, dy=dy, s=scale, rms=rms: td_rms_norm.launch_bwd(dy, dy, x, s, rms),
+            lambda x=x, dy=dy, s=scale, rms=rms: td_rms_norm.launch_bwd(dy, dy, x, s, rms, True),
             space,
         )
         _, _, mean, rstd = td_layer_norm.launch_fwd(scale, shift, [x], None, x.dtype)
@@ -95,7 +95,7 @@ def norms(draw: Draw, small: bool) -> Iterator[TuningCase]:
             "td_layer_norm_bwd",
             width,
             lambda x=x, dy=dy, s=scale, b=shift, m=mean, r=rstd: td_layer_norm.launch_bwd(
-                dy, dy, [x], s, b, m, r, True, False
+                dy, dy, [x], s, b, m, r, True, True
             ),
             space,
         )
@@ -116,7 +116,7 @@ def gates(draw: Draw, small: bool) -> Iterator[TuningCase]:
                 "gated_gelu_fp8", hidden, lambda x=x: gated_gelu.launch_fp8(x), whole_rows
             )
         yield TuningCase(
-            "gated_gelu_bwd", hidden, lambda x=x, dy=dy: gated_gelu.launch_bwd(dy, x), space
+            "gated_gelu_bwd", hidden, lambda x=x, dy=dy: gated_gelu.launch_bwd(dy, x, True), space
         )
 
 

@@ -92,13 +92,15 @@ def launch_table(report: Mapping[str, Any]) -> str:
 
 
 def memory_table(report: Mapping[str, Any]) -> str:
-    """Return the bytes saved for the backward pass, and their prediction."""
+    """Return the bytes saved for the backward pass by setting of `checkpointing`."""
     title = f"saved for the backward pass, bf16 autocast ({machine.summary(report)})"
     return table(
         {
             title: preset,
             "MB per image": f"{1e-6 * sizes['bytes_per_image']:,.0f}",
             "predicted": f"{1e-6 * sizes['predicted_bytes_per_image']:,.0f}",
+            '`checkpointing="selective"`': f"{1e-6 * sizes['selective_bytes_per_image']:,.0f}",
+            "`checkpointing=True`": f"{1e-6 * sizes['checkpointed_bytes_per_image']:,.0f}",
         }
         for preset, sizes in report["presets"].items()
     )

@@ -4,6 +4,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <tuple>
+
 #include "rows.h"
 
 namespace dimr_fast {
@@ -36,22 +38,25 @@ Tensor gated_gelu_fwd(const Tensor& x) {
     return y;
 }
 
-Tensor gated_gelu_bwd(const Tensor& dy, const Tensor& x) {
+std::tuple<Tensor, Tensor> gated_gelu_bwd(const Tensor& dy, const Tensor& x, bool needs_y) {
     STD_TORCH_CHECK(sizes_of(dy) == sizes_of_result(x), "dy: its shape is not that of the result");
     STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy: its dtype is not that of x");
     Tensor dx = torch::stable::new_empty(x, x.sizes());
+    Tensor y =
+        needs_y ? torch::stable::new_empty(dy, dy.sizes()) : torch::stable::new_empty(dy, {0});
     const Features from = features(x, "x"), grads = features(dy, "dy");
-    if (from.empty()) return dx;
-    GatedGELU p{};
+    if (from.empty()) return {dx, y};
+    GatedGELUGrad p{};
     p.hidden = grads.width;
     p.chunks = chunks_in_cache(from, p.hidden);
     p.x = from.view;
-    p.y = grads.view;
+    p.dy = grads.view;
+    if (needs_y) p.y = rows_in(y, grads, p.hidden);
     p.dx = rows_in(dx, from, from.width);
     each_chunk(p.chunks, from.width, [&](int64_t begin, int64_t end) {
         DIMR_FAST_CHOOSE(gated_gelu_grad)(p, begin, end);
     });
-    return dx;
+    return {dx, y};
 }
 
 }  // namespace

@@ -47,9 +47,10 @@ std::tuple<Tensor, Tensor, Tensor> td_rms_norm_fwd(const Tensor& x,
     return {summed, y, rms};
 }
 
-std::tuple<Tensor, Tensor> td_rms_norm_bwd(const Tensor& dy, const std::optional<Tensor>& dsum,
-                                           const Tensor& x, const Tensor& scale,
-                                           const Tensor& rms) {
+std::tuple<Tensor, Tensor, Tensor> td_rms_norm_bwd(const Tensor& dy,
+                                                   const std::optional<Tensor>& dsum,
+                                                   const Tensor& x, const Tensor& scale,
+                                                   const Tensor& rms, bool needs_y) {
     const Features features(x, "x"), grads(dy, "dy");
     grads.check_like(features, "dy");
     const TimeValues values(scale, features.images, features.width, "scale");
@@ -61,8 +62,10 @@ std::tuple<Tensor, Tensor> td_rms_norm_bwd(const Tensor& dy, const std::optional
         STD_TORCH_CHECK(dsum->scalar_type() == x.scalar_type(), "dsum: expected the dtype of x");
     }
     Tensor dx = torch::stable::new_empty(x, x.sizes());
+    Tensor y =
+        needs_y ? torch::stable::new_empty(dy, dy.sizes()) : torch::stable::new_empty(dy, {0});
     if (features.empty())
-        return {dx, torch::stable::new_zeros(x, scale.sizes(), ScalarType::Float)};
+        return {dx, torch::stable::new_zeros(x, scale.sizes(), ScalarType::Float), y};
     Tensor dscale = torch::stable::new_empty(x, scale.sizes(), ScalarType::Float);
 
     TDRMSNormGrad p{};
@@ -72,6 +75,7 @@ std::tuple<Tensor, Tensor> td_rms_norm_bwd(const Tensor& dy, const std::optional
     if (added) p.dsum = added->view;
     p.x = features.view;
     p.dx = rows_in(dx, features, features.width);
+    if (needs_y) p.y = rows_in(y, features, features.width);
     p.scale = values.view;
     p.rms = rms.const_data_ptr<float>();
     const int64_t partials = p.chunks.images * p.chunks.chunks;
@@ -82,7 +86,7 @@ std::tuple<Tensor, Tensor> td_rms_norm_bwd(const Tensor& dy, const std::optional
     });
     sum_partials(p.partial, dscale.mutable_data_ptr<float>(), values.times, partials / values.times,
                  p.width);
-    return {dx, dscale};
+    return {dx, dscale, y};
 }
 
 }  // namespace

@@ -27,24 +27,22 @@ def bmm_why_not(qkv: Tensor) -> str | None:
 
 
 def bmm(packed: Tensor) -> Tensor:
-    """Compute attention by `torch.bmm`: it stores all scores and copies little else."""
+    """Compute attention by `torch.bmm`, which writes all scores to memory.
+
+    Backward computes them again: for 257 tokens they are larger than q, k and v together.
+    """
     return _run_bmm(packed)
 
 
 def _bmm_forward(ctx: Any, packed: Tensor) -> Tensor:
     images, _, _, heads, _ = packed.shape
-    q, k, v, weights = _split_with_weights(packed)
-    ctx.save_for_backward(q, k, v, weights)
+    _, _, v, weights = _split_with_weights(packed)
+    ctx.save_for_backward(packed)
     return weights.bmm(v).unflatten(0, (images, heads)).transpose(1, 2)
 
 
 def _bmm_backward(ctx: Any, dout: Tensor) -> tuple[Tensor]:
-    return (_bmm_gradient(dout, *ctx.saved_tensors),)
-
-
-def bmm_gradient(dout: Tensor, packed: Tensor) -> Tensor:
-    """Return the gradient of `packed`; the attention weights are computed again by `torch.bmm`."""
-    return _bmm_gradient(dout, *_split_with_weights(packed))
+    return (bmm_gradient(dout, *ctx.saved_tensors),)
 
 
 def _split_with_weights(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -56,7 +54,9 @@ def _split_with_weights(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return q, k, v, scores.softmax(-1)
 
 
-def _bmm_gradient(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
+def bmm_gradient(dout: Tensor, packed: Tensor) -> Tensor:
+    """Return the gradient of `packed`; the attention weights are computed again by `torch.bmm`."""
+    q, k, v, weights = _split_with_weights(packed)
     images, count, heads, width = dout.shape
     dout = dout.transpose(1, 2).reshape(images * heads, count, width)
     dweights = dout.bmm(v.mT)

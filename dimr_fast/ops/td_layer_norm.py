@@ -12,6 +12,7 @@ from dimr_fast.ops._checks import check_residual, check_time_values, compute_dty
 from dimr_fast.ops._compiled import CPU
 from dimr_fast.ops._triton import TRITON
 from dimr_fast.ops.fp8 import FP8Rows, fp8_implementations, fp8_shapes
+from dimr_fast.ops.linear import check_layers, layers_forward, layers_gradients, linear
 from dimr_fast.ops.registration import Operator, differentiable
 
 operator = Operator("td_layer_norm", TRITON, CPU, example=(4, 257, 960))
@@ -20,17 +21,33 @@ fp8 = fp8_implementations("td_layer_norm_fp8", example=(4, 257, 960))
 
 @overload
 def td_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: None = None, *, implementation: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: None = None,
+    weights: Sequence[Tensor] = (),
+    biases: Sequence[Tensor] = (),
+    *,
+    implementation: str = "auto",
 ) -> Tensor: ...
 @overload
 def td_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, *, implementation: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    weights: Sequence[Tensor] = (),
+    biases: Sequence[Tensor] = (),
+    *,
+    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 def td_layer_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     residual: Tensor | None = None,
+    weights: Sequence[Tensor] = (),
+    biases: Sequence[Tensor] = (),
     *,
     implementation: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -39,15 +56,20 @@ def td_layer_norm(
     `x` and `residual` (optional) are `[B, …, D]` in fp32, bf16 or fp16; `weight` and `bias` are
     `[T, D]`, where T is B (a time per image) or 1. Statistics are fp32; the result has the shape of
     `x` and its dtype; under autocast, the autocast dtype. With a residual the result is `(s, normed
-    s)`. Raises ValueError if shapes or devices do not fit or the implementation cannot run.
+    s)`. With `weights`, `linear([normed s], weights, biases)` takes the place of normed s, which is
+    then not kept for backward. Raises ValueError if shapes or devices do not fit or the
+    implementation cannot run.
     """
     check_time_values(x, weight=weight, bias=bias)
     check_residual(x, residual)
+    check_layers(x.shape[-1], weights, biases)
     chosen = operator.select(implementation, x)
     if chosen != "reference":
-        return _run(x, residual, weight, bias, compute_dtype(x), chosen)
+        dtype = compute_dtype(x)
+        return _run(x, residual, weight, bias, dtype, chosen, len(weights), *weights, *biases)
     summed = x if residual is None else residual + x
     y = reference.td_layer_norm(summed, weight, bias).to(compute_dtype(x))
+    y = linear([y], weights, biases) if weights else y
     return y if residual is None else (summed, y)
 
 
@@ -144,17 +166,14 @@ def parameter_gradients(both: Tensor, weight: Tensor, bias: Tensor) -> tuple[Ten
     return dweight, dbias
 
 
-def _forward(
-    ctx: Any,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    dtype: torch.dtype,
-    implementation: str,
-) -> Tensor | tuple[Tensor, Tensor]:
+def _forward(ctx: Any, *given: Any) -> Tensor | tuple[Tensor, Tensor]:
+    x, residual, weight, bias, dtype, implementation, layers, *parameters = given
     summed, y, mean, rstd = fwd[implementation](weight, bias, [x], residual, dtype)
-    ctx.save_for_backward(x if residual is None else summed, weight, bias, mean, rstd)
+    layers_weight: list[Tensor] = []
+    if layers:
+        y, *layers_weight, _ = layers_forward(ctx, [y], parameters, layers, dtype)
+    normed = x if residual is None else summed
+    ctx.save_for_backward(normed, weight, bias, mean, rstd, *layers_weight)
     ctx.implementation = implementation
     ctx.dtypes = x.dtype, None if residual is None else residual.dtype
     ctx.set_materialize_grads(False)
@@ -162,21 +181,27 @@ def _forward(
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    summed, weight, bias, mean, rstd = ctx.saved_tensors
-    dsum, dy = grads if len(grads) == 2 else (None, grads[0])
+    summed, weight, bias, mean, rstd, *layers_weight = ctx.saved_tensors
+    dsum, dout = grads if len(grads) == 2 else (None, grads[0])
     x_dtype, residual_dtype = ctx.dtypes
-    if dy is None:
+    wanted = ctx.needs_input_grad[7:]
+    dparameters: list[Tensor | None] = [None] * len(wanted)
+    if dout is None:
         dx, dweight, dbias = dsum, None, None
     else:
-        dx, both, _ = bwd[ctx.implementation](
-            dy, dsum, [summed], weight, bias, mean, rstd, True, False
+        dy = dout @ layers_weight[0] if layers_weight else dout
+        dx, both, y = bwd[ctx.implementation](
+            dy, dsum, [summed], weight, bias, mean, rstd, True, bool(layers_weight)
         )
         dx = dx[0]
         dweight, dbias = parameter_gradients(both, weight, bias)
-    if dx is None:
-        return None, None, None, None, None, None
-    dresidual = None if residual_dtype is None else dx.to(residual_dtype)
-    return dx.to(x_dtype), dresidual, dweight, dbias, None, None
+        if layers_weight:
+            dparameters = layers_gradients(ctx, dout, [y], wanted)
+    dresidual = None
+    if dx is not None:
+        dresidual = None if residual_dtype is None else dx.to(residual_dtype)
+        dx = dx.to(x_dtype)
+    return dx, dresidual, dweight, dbias, None, None, None, *dparameters
 
 
 _run = differentiable(_forward, _backward)

@@ -29,6 +29,7 @@ RESUME_OVERRIDES = {
     "steps",
     "accumulation",
     "checkpointing",
+    "selective_checkpointing",
     "checkpoint_minutes",
     "milestone_steps",
     "milestones",
@@ -74,6 +75,8 @@ class TrainConfig:
     """Gradient accumulation: micro-batches into which each process splits its share of a batch."""
     checkpointing: tuple[int, ...] = ()
     """Branches (0: lowest resolution) that recompute activations in the backward pass."""
+    selective_checkpointing: tuple[int, ...] = ()
+    """Branches that recompute only activations that need no matrix product."""
     learning_rate: float = 4e-3
     warmup_steps: int = 100
     """The learning rate rises linearly over these steps."""
@@ -146,6 +149,11 @@ class TrainConfig:
             checkpointing=(
                 min(self.checkpointing, default=0) >= 0,
                 "branch indices, 0 or more (0: lowest resolution)",
+            ),
+            selective_checkpointing=(
+                min(self.selective_checkpointing, default=0) >= 0
+                and not set(self.selective_checkpointing) & set(self.checkpointing),
+                "branch indices, 0 or more, none of them in checkpointing",
             ),
             learning_rate=(self.learning_rate > 0, "a positive number"),
             warmup_steps=(self.warmup_steps >= 0, "0 or more"),

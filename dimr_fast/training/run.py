@@ -261,10 +261,11 @@ def _new_model(config: TrainConfig, examples: Examples) -> DiMR:
     channels, height, width = examples.shape
     adapted = preset(config.preset).fitted(channels, (height, width), len(examples.classes) + 1)
     branches = list(adapted.stage_configs)
-    for number in config.checkpointing:
-        if number >= len(branches):
-            raise ValueError(f"checkpointing: got branch {number}, expected 0..{len(branches) - 1}")
-        branches[number] = dataclasses.replace(branches[number], checkpointing=True)
+    for setting, mode in (("checkpointing", True), ("selective_checkpointing", "selective")):
+        for number in getattr(config, setting):
+            if number >= len(branches):
+                raise ValueError(f"{setting}: got branch {number}, expected 0..{len(branches) - 1}")
+            branches[number] = dataclasses.replace(branches[number], checkpointing=mode)
     return DiMR(dataclasses.replace(adapted, stage_configs=tuple(branches)))
 
 

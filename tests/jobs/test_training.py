@@ -150,6 +150,11 @@ def test_an_unwritable_output_fails_before_any_work(tmp_path: Path) -> None:
         ({"ema_decay": 1.0}, "ema_decay: got 1.0"),
         ({"accumulation": 3}, "batch_size: got 8, expected a multiple of 3"),
         ({"checkpointing": (3,)}, "checkpointing: got branch 3"),
+        ({"selective_checkpointing": (3,)}, "selective_checkpointing: got branch 3"),
+        (
+            {"checkpointing": (0, 1), "selective_checkpointing": (1,)},
+            r"selective_checkpointing: got \(1,\)",
+        ),
         ({"image_size": 0}, "image_size: got 0"),
         ({"sharding": "fsdp2"}, "sharding: got 'fsdp2' on one process"),
         (
@@ -173,7 +178,9 @@ def test_bad_settings_are_named_before_any_work(
 
 def test_accumulation_and_activation_checkpointing_change_only_rounding(tmp_path: Path) -> None:
     train_on_plain_images(small_run(tmp_path / "whole"))
-    changed = small_run(tmp_path / "parts", accumulation=4, checkpointing=(0, 2))
+    changed = small_run(
+        tmp_path / "parts", accumulation=4, checkpointing=(0,), selective_checkpointing=(1, 2)
+    )
     train_on_plain_images(changed)
     whole, metadata = load_checkpoint(tmp_path / "whole" / CHECKPOINT)
     parts, other = load_checkpoint(tmp_path / "parts" / CHECKPOINT)

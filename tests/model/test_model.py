@@ -62,9 +62,11 @@ def test_outputs_equal_the_published_model(
         assert relative_error(output, golden[f"{mode}/out/{i}"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_every_gradient_equal_the_published_model(case: str, checkpointing: bool) -> None:
+def test_loss_and_every_gradient_equal_the_published_model(
+    case: str, checkpointing: bool | str
+) -> None:
     golden = Golden(case)
     for stage in golden.config.stage_configs:
         stage.checkpointing = checkpointing
@@ -221,8 +223,8 @@ def test_forward_never_waits_for_the_device() -> None:
 
 
 @pytest.mark.versions
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiles_without_a_graph_break_forward_and_backward(checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+def test_compiles_without_a_graph_break_forward_and_backward(checkpointing: bool | str) -> None:
     config = PRESETS["tiny"]
     branches = tuple(
         dataclasses.replace(b, checkpointing=checkpointing) for b in config.stage_configs

@@ -175,3 +175,9 @@ def test_published_script_style_namespace() -> None:
     )
     outputs = DiMR(config)(torch.zeros(1, 2, 8, 8), log_snr=torch.zeros(1), y=torch.tensor([4]))
     assert [tuple(o.shape) for o in outputs] == [(1, 2, 4, 4)]
+
+
+@pytest.mark.parametrize("mode", ["all", 2, None])
+def test_an_unknown_checkpointing_is_refused(mode: Any) -> None:
+    with pytest.raises(ValueError, match=r"checkpointing: got .*, expected True, False or 'sel"):
+        dataclasses.replace(PRESETS["tiny"].stage_configs[0], checkpointing=mode)

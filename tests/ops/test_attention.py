@@ -294,10 +294,10 @@ def test_gradient_of_batched_products_in_each_precision(
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_batched_products_compile_as_one_graph(backend: str) -> None:
     torch._dynamo.reset()
-    qkv = packed(2, 9, 2, 8).bfloat16()
     run = torch.compile(by("bmm", 2), fullgraph=True, backend=backend)
-    actual, expected = with_gradients(run)(qkv), with_gradients(by("bmm", 2))(qkv)
-    torch.testing.assert_close(actual, expected)
+    # Inductor does not round the attention weights that backward computes again.
+    ours, theirs = with_gradients(run), with_gradients(plain(2))
+    assert_as_accurate(ours, theirs, packed(2, 9, 2, 8), dtype=torch.bfloat16)
 
 
 WITHOUT_CPU_LIBRARY = """

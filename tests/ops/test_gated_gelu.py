@@ -181,7 +181,7 @@ def test_fullgraph_forward_and_backward_equal_eager(implementation: str) -> None
 def test_operators_pass_opcheck() -> None:
     x, dy = seeded(2, 5, 24), seeded(2, 5, 12)
     torch.library.opcheck(torch.ops.dimr_fast.gated_gelu_fwd.triton, (x[:, 1:].bfloat16(),))
-    torch.library.opcheck(torch.ops.dimr_fast.gated_gelu_bwd.triton, (dy, x))
+    torch.library.opcheck(torch.ops.dimr_fast.gated_gelu_bwd.triton, (dy, x, True))
 
 
 @pytest.mark.versions
@@ -189,7 +189,7 @@ def test_operators_pass_opcheck() -> None:
 def test_compiled_operators_pass_opcheck() -> None:
     x, dy = seeded(2, 5, 24), seeded(2, 5, 12)
     torch.library.opcheck(torch.ops.dimr_fast.gated_gelu_fwd.default, (x[:, 1:].bfloat16(),))
-    torch.library.opcheck(torch.ops.dimr_fast.gated_gelu_bwd.default, (dy, x))
+    torch.library.opcheck(torch.ops.dimr_fast.gated_gelu_bwd.default, (dy, x, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -228,7 +228,9 @@ def test_a_cpu_takes_the_compiled_operator() -> None:
 )
 def test_the_bare_operator_refuses_what_it_cannot_read(argument: str, change: Any) -> None:
     with pytest.raises(RuntimeError, match=f"{argument}: "):
-        torch.ops.dimr_fast.gated_gelu_bwd.default(*change(seeded(2, 5, 12), seeded(2, 5, 24)))
+        torch.ops.dimr_fast.gated_gelu_bwd.default(
+            *change(seeded(2, 5, 12), seeded(2, 5, 24)), True
+        )
 
 
 @each_implementation
@@ -277,13 +279,13 @@ def aot_launches() -> list[Launch]:
         x, dy = meta(4, 257, 2 * hidden), meta(4, 257, hidden)
         launches += [
             Launch(f"forward {hidden}", lambda x=x: launch_fwd(x), targets),
-            Launch(f"backward {hidden}", lambda x=x, dy=dy: launch_bwd(dy, x), targets),
+            Launch(f"backward {hidden}", lambda x=x, dy=dy: launch_bwd(dy, x, True), targets),
         ]
     x, dy = meta(4, 257, 3840, dtype=torch.float32), meta(4, 257, 1920, dtype=torch.float32)
     return [
         *launches,
         Launch("forward fp32", lambda: launch_fwd(x)),
-        Launch("backward fp32", lambda: launch_bwd(dy, x)),
+        Launch("backward fp32", lambda: launch_bwd(dy, x, True)),
     ]
 
 

@@ -273,7 +273,7 @@ def aot_launches() -> list[Launch]:
         def backward(
             x: torch.Tensor = x, weight: torch.Tensor = weight, mean: torch.Tensor = mean
         ) -> None:
-            launch_bwd(x, x, [x], weight, weight, mean, mean, True, False)
+            launch_bwd(x, x, [x], weight, weight, mean, mean, True, True)
 
         launches += [
             Launch(f"{name}forward {width}", forward, targets),

@@ -170,8 +170,8 @@ def test_operators_pass_opcheck(implementation: str) -> None:
     bwd = getattr(torch.ops.dimr_fast.td_rms_norm_bwd, overload)
     torch.library.opcheck(fwd, (x, None, scale, torch.float32))
     torch.library.opcheck(fwd, (x, x.flip(0).bfloat16(), scale, torch.bfloat16))
-    torch.library.opcheck(bwd, (x, None, x, scale, rms))
-    torch.library.opcheck(bwd, (x, x, x, scale, rms))
+    torch.library.opcheck(bwd, (x, None, x, scale, rms, False))
+    torch.library.opcheck(bwd, (x, x, x, scale, rms, True))
 
 
 def test_no_output_is_left_unwritten(ours: Function, poisoned_memory: None) -> None:
@@ -241,7 +241,9 @@ def aot_launches() -> list[Launch]:
                 targets,
             ),
             Launch(
-                f"backward {width}", lambda x=x, s=scale, r=rms: launch_bwd(x, x, x, s, r), targets
+                f"backward {width}",
+                lambda x=x, s=scale, r=rms: launch_bwd(x, x, x, s, r, True),
+                targets,
             ),
         ]
     return launches

@@ -129,9 +129,9 @@ def aot_launches() -> list[Launch]:
         merged = meta(images, rows, 2 * width)
         launches += [
             Launch("norm", lambda x=x, s=scale: td_rms_norm.launch_fwd(x, x, s, x.dtype)),
-            Launch("norm", lambda x=x, s=scale, r=rms: td_rms_norm.launch_bwd(x, x, x, s, r)),
+            Launch("norm", lambda x=x, s=scale, r=rms: td_rms_norm.launch_bwd(x, x, x, s, r, True)),
             Launch("gate", lambda m=merged: gated_gelu.launch_fwd(m)),
-            Launch("gate", lambda m=merged, x=x: gated_gelu.launch_bwd(x, m)),
+            Launch("gate", lambda m=merged, x=x: gated_gelu.launch_bwd(x, m, True)),
         ]
     vectors = [[meta(1, dtype=fp32)]] * 4
     tau, values = meta(1, dtype=fp32), meta(1, 1, dtype=fp32)

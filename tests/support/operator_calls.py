@@ -57,21 +57,28 @@ def _residual(with_it: int, *shape: int) -> torch.Tensor | None:
     return normal(*shape) if with_it else None
 
 
+def _layers(count: int, d: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Weights and biases of linear layers on features of width `d`."""
+    return [normal(3 + i, d) for i in range(count)], [normal(3 + i) for i in range(count)]
+
+
 def _td_rms_norm(b: int, n: int, d: int, shared: int, residual: int) -> Any:
-    return (normal(b, n, d), _times(shared, b, d), _residual(residual, b, n, d)), {}
+    args = normal(b, n, d), _times(shared, b, d), _residual(residual, b, n, d)
+    return (*args, *_layers(2 * residual, d)), {}
 
 
 def _td_layer_norm(b: int, n: int, d: int, shared: int, residual: int) -> Any:
     weight, bias = _times(shared, b, d), _times(residual, b, d)
-    return (normal(b, n, d), weight, bias, _residual(residual, b, n, d)), {}
+    args = normal(b, n, d), weight, bias, _residual(residual, b, n, d)
+    return (*args, *_layers(2 * residual, d)), {}
 
 
 def _rms_norm(b: int, n: int, d: int, residual: int) -> Any:
     return (normal(b, n, d), normal(d), _residual(residual, b, n, d)), {}
 
 
-def _gated_gelu(b: int, n: int, hidden: int) -> Any:
-    return (3 * normal(b, n, 2 * hidden),), {}
+def _gated_gelu(b: int, n: int, hidden: int, layers: int) -> Any:
+    return (3 * normal(b, n, 2 * hidden), *_layers(layers, hidden)), {}
 
 
 def _upsample_add(b: int, h: int, w: int, q: int, d: int, slots: int, low: int, shared: int) -> Any:
@@ -129,7 +136,11 @@ CASES = {
     "rms_norm": Case(
         _rms_norm, [(*s, f) for s in NORMS for f in FLAG], [(0, 3), (1, 9), (1, 40), FLAG]
     ),
-    "gated_gelu": Case(_gated_gelu, [*NORMS, (0, 3, 4), (2, 0, 4)], [(0, 3), (0, 9), (1, 40)]),
+    "gated_gelu": Case(
+        _gated_gelu,
+        [(*s, f) for s in [*NORMS, (0, 3, 4), (2, 0, 4)] for f in FLAG],
+        [(0, 3), (0, 9), (1, 40), FLAG],
+    ),
     "upsample_add": Case(
         _upsample_add,
         [

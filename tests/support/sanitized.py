@@ -93,6 +93,14 @@ def edges() -> None:
             with recorder:
                 run_model(norm_type, dtype, quantize)
             count += 1
+        print(instruction_set, "weight_gradient", flush=True)
+        for rows, height, widths in ((1, 1, (1,)), (131, 97, (33, 5)), (2, 8, (48,))):
+            dy, *inputs = (torch.randn(rows, n).bfloat16() for n in (height, *widths))
+            with recorder:
+                dweight, _ = torch.ops.dimr_fast.weight_gradient(dy, inputs)
+            expected = dy.double().mT @ torch.cat(inputs, 1).double()
+            torch.testing.assert_close(dweight.double(), expected, rtol=1e-4, atol=1e-4)
+            count += 1
     untried = calls.registered() - before - set(recorder.calls)
     assert not untried, f"never called: {untried}"
     print(f"edges: {count} calls by {', '.join(sets)}")

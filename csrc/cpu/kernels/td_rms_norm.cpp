@@ -53,6 +53,7 @@ void differentiate(const TDRMSNormGrad& p, int64_t image, int64_t first, int64_t
         const X* x = row_of<const X>(p.x, image, row);
         const X* dsum = p.dsum.data ? row_of<const X>(p.dsum, image, row) : nullptr;
         X* dx = row_of<X>(p.dx, image, row);
+        Y* y = p.y.data ? row_of<Y>(p.y, image, row) : nullptr;
         Vector dot[1] = {};
         accumulate(p.width, dot, [&](Vector(&sums)[1], int64_t c, auto lanes) {
             sums[0] += load(dy + c, lanes) * load(scale + c, lanes) * load(x + c, lanes);
@@ -63,10 +64,12 @@ void differentiate(const TDRMSNormGrad& p, int64_t image, int64_t first, int64_t
         const Vector r = broadcast(inverse), pull = broadcast(mean);
         columns(p.width, [&](int64_t c, auto lanes) {
             const Vector s = load(x + c, lanes), g = load(dy + c, lanes) * r;
-            Vector ds = g * load(scale + c, lanes) - s * pull;
+            const Vector w = load(scale + c, lanes);
+            Vector ds = g * w - s * pull;
             if (dsum) ds += load(dsum + c, lanes);
             store(dx + c, ds, lanes);
             store(dscale + c, load(dscale + c, lanes) + g * s, lanes);
+            if (y) store(y + c, s * r * w, lanes);
         });
     }
 }

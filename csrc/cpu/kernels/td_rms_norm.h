@@ -17,7 +17,8 @@ struct TDRMSNorm {
 struct TDRMSNormGrad {
     Chunks chunks;
     int64_t width;
-    Rows dy, dsum, x, dx;  // x is the sum that was normed; dsum and dx have its dtype
+    Rows dy, dsum, x, dx;  // x is the sum that was normed; dsum (may be null) and dx have its dtype
+    Rows y;                // the result again, in the dtype of dy, or null
     Values scale;
     const float* rms;  // [images, rows]
     float* partial;    // [images, chunks, width], of the scale's gradient
