@@ -2,9 +2,9 @@
 
 from dimr_fast.inference.optimize import (
     InferenceDiMR,
+    PaddedAttention,
     Quantization,
     optimize_for_inference,
-    pad_heads,
 )
 
-__all__ = ["InferenceDiMR", "Quantization", "optimize_for_inference", "pad_heads"]
+__all__ = ["InferenceDiMR", "PaddedAttention", "Quantization", "optimize_for_inference"]

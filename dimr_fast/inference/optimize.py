@@ -400,38 +400,44 @@ class _GatedMLP(nn.Module):
         return operator.select(self.norm.implementation, x) == "triton"
 
 
-def _attention(attention: Attention, dtype: torch.dtype, fp8: bool) -> Attention:
+def _attention(attention: Attention, dtype: torch.dtype, fp8: bool) -> "PaddedAttention":
     """Return a copy; on a GPU its heads are padded to multiples of 16 bytes, the widest load."""
     head_dim = attention.dense.weight.shape[1] // attention.num_heads
     multiple = 1
     if attention.dense.weight.device.type == "cuda":
         # In FP8 the width of all heads together must be a multiple of 16.
         multiple = 16 if fp8 and attention.num_heads % 2 else 8
-    return pad_heads(attention, head_dim + -head_dim % multiple, dtype, fp8)
+    return PaddedAttention(attention, head_dim + -head_dim % multiple, dtype, fp8)
 
 
-def pad_heads(
-    attention: Attention, head_dim: int, dtype: torch.dtype, fp8: bool = False
-) -> Attention:
-    """Return a copy of `attention` with heads padded by zero weights, which computes the same.
+class PaddedAttention(nn.Module):
+    """`layers.Attention` with heads padded by zero weights, which computes the same.
 
     Wider heads have a smaller scale `head_dim^-½`; the weights of the queries compensate for it
     before they are rounded to `dtype`.
     """
-    heads = attention.num_heads
-    qkv = attention.query_key_value.weight.unflatten(0, (3, heads, -1))
-    dense = attention.dense.weight.unflatten(1, (heads, -1))
-    narrow = qkv.shape[2]
-    if head_dim != narrow:
-        scale = qkv.new_tensor([(head_dim / narrow) ** 0.5, 1, 1]).view(3, 1, 1, 1)
-        qkv = F.pad(qkv * scale, (0, 0, 0, head_dim - narrow))
-        dense = F.pad(dense, (0, head_dim - narrow))
-    copied = _copy(attention, dtype)
-    if fp8:
-        copied.norm = cast(Any, FP8Norm(copied.norm))
-    copied.query_key_value = (FP8Linear if fp8 else _Linear)(qkv.flatten(0, 2), None, dtype)
-    copied.dense = _Linear(dense.flatten(1), attention.dense.bias, dtype)
-    return copied
+
+    def __init__(
+        self, attention: Attention, head_dim: int, dtype: torch.dtype, fp8: bool = False
+    ) -> None:
+        super().__init__()
+        self.implementation = attention.implementation
+        self.num_heads = attention.num_heads
+        qkv = attention.query_key_value.weight.unflatten(0, (3, self.num_heads, -1))
+        dense = attention.dense.weight.unflatten(1, (self.num_heads, -1))
+        narrow = qkv.shape[2]
+        if head_dim != narrow:
+            scale = qkv.new_tensor([(head_dim / narrow) ** 0.5, 1, 1]).view(3, 1, 1, 1)
+            qkv = F.pad(qkv * scale, (0, 0, 0, head_dim - narrow))
+            dense = F.pad(dense, (0, head_dim - narrow))
+        norm = _copy(attention.norm, dtype)
+        self.norm: nn.Module = FP8Norm(norm) if fp8 else norm
+        self.query_key_value = (FP8Linear if fp8 else _Linear)(qkv.flatten(0, 2), None, dtype)
+        self.dense = _Linear(dense.flatten(1), attention.dense.bias, dtype)
+
+    def forward(self, x: Tensor, td: TDValues) -> Tensor:
+        qkv = self.query_key_value(self.norm(x, td))
+        return self.dense(ops.attention(qkv, self.num_heads, implementation=self.implementation))
 
 
 class _Linear(Linear):

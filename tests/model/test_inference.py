@@ -251,7 +251,7 @@ def test_wider_heads_compute_the_same(tiny: DiMR) -> None:
     x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
     td = [torch.ones(1, 24) for module in tiny.modules() if hasattr(module, "nodecay_bias")]
     with torch.no_grad():
-        wide = inference.pad_heads(attention, 16, torch.float32)
+        wide = inference.PaddedAttention(attention, 16, torch.float32)
         assert wide.query_key_value.weight.shape == (3 * 2 * 16, 24)
         torch.testing.assert_close(wide(x, td), attention(x, td))
 

@@ -37,7 +37,7 @@ def test_an_optimised_model_is_copied_and_pickled(
         optimised(**inputs_of(tiny, 64))
     pickled = pickle.dumps(optimised)
     # Neither buffers nor a second copy of the weights.
-    size = sum(p.numel() * p.element_size() for p in tiny.parameters())
+    size = sum(p.numel() * p.element_size() for p in optimised.parameters())
     assert len(pickled) < size + 100_000
     for other in (copy.deepcopy(optimised), pickle.loads(pickled)):
         assert same(other, optimised, tiny)
