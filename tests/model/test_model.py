@@ -257,6 +257,7 @@ def test_compiles_without_a_graph_break_without_gradients() -> None:
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 def test_compiled_it_takes_batches_of_any_size(implementation: str) -> None:
     """From the second size on Dynamo knows sizes as symbols, not numbers."""
+    torch.compiler.reset()  # models of other tests count towards Dynamo's limit
     model = in_training(DiMR(PRESETS["tiny"])).set_implementation(implementation)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for batch, times in ((2, 2), (3, 3), (4, 1)):

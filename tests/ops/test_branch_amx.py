@@ -42,5 +42,5 @@ def test_tiles_compute_what_vectors_compute(program: Path) -> None:
     assert len(cases) == 2 * 5 * 6 * 4 * 2
     for factors, *sizes, difference in cases:
         # Integers are exact; sums of bf16 products have another order.
-        most = {"1": 3e-6, "2": 0.0}[factors]
+        most = {"1": 1e-5, "2": 0.0}[factors]
         assert float(difference) <= most, (factors, *sizes)
