@@ -61,6 +61,7 @@ def use_instruction_set(name: str) -> bool:
     return _cpu_library().dimr_fast_use_instruction_set(name.encode()) == 0
 
 
+@functools.cache
 def _cpu_library() -> ctypes.CDLL:
     return ctypes.CDLL(str(_FOLDER / "libdimr_fast_cpu.so"))
 

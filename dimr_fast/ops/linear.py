@@ -4,7 +4,6 @@ Operators can end with linear layers (`td_rms_norm`, `td_layer_norm`, `gated_gel
 of the layers is not kept for backward, since the operator's backward kernel computes it again.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -138,8 +137,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return `x · weightᵀ + bias`."""
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _has_onednn():
         weight = weight.contiguous()  # oneDNN is slow on a slice
-        # PyTorch writes the bias to the result before the product, which adds to it: for narrow
-        # inputs that takes as long as the product.
+        # PyTorch writes the bias to the result before the product, which adds to it.
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return torch.addmm(bias, x, weight.mT)
 
@@ -164,15 +162,9 @@ def _own_weight_gradient(dy: Tensor) -> bool:
         dy.dtype == torch.bfloat16
         and dy.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and _has_bf16_without_amx()
+        and _extension.why_not("cpu") is None
+        and _extension.instruction_set() == "AVX-512 with BF16"
     )
-
-
-@functools.cache
-def _has_bf16_without_amx() -> bool:
-    if torch.cpu._is_amx_tile_supported() or _extension.why_not("cpu") is not None:
-        return False
-    return _extension.instruction_set() == _extension.INSTRUCTION_SETS[-1]
 
 
 def _transposed_product(dy: Tensor, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from dimr_fast import ops
 from tests.support.cpu_library import needs_cpu, on_threads
+from tests.support.operator_calls import Recorder
 from tests.support.oracle import seeded
 
 pytestmark = [needs_cpu]
@@ -93,6 +94,14 @@ def test_linear_layers_get_the_gradients_of_pytorch() -> None:
     for actual, expected in zip(*found, strict=True):
         assert actual.dtype == expected.dtype == torch.float32
         torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02 * expected.abs().max())
+
+
+def test_linear_layers_use_the_kernel_where_it_is_faster(instruction_set: str) -> None:
+    x, weight = seeded(8, 6).to(BF16), seeded(4, 6).to(BF16).requires_grad_()
+    with Recorder(most=1) as recorder:
+        ops.linear([x], [weight], []).sum().backward()
+    used = "dimr_fast::weight_gradient" in recorder.calls
+    assert used == (instruction_set == "AVX-512 with BF16")
 
 
 X = torch.ones(4, 6, dtype=BF16)
