@@ -33,7 +33,7 @@ def gated_gelu(
     or the implementation cannot run.
     """
     _check(x)
-    check_layers(x.shape[-1] // 2, weights, biases)
+    check_layers(x, x.shape[-1] // 2, weights, biases)
     chosen = operator.select(implementation, x)
     if chosen != "reference":
         return _run(x, chosen, compute_dtype(x), len(weights), *weights, *biases)

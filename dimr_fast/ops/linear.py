@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dimr_fast import _extension
-from dimr_fast.ops._checks import compute_dtype
+from dimr_fast.ops._checks import check_device, compute_dtype
 from dimr_fast.ops.registration import compiled_operator, differentiable
 
 
@@ -22,24 +22,31 @@ def linear(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence
     `[D, Σd]`) and `b` concatenates `biases` (each `[D]`; one per weight or none) along the first.
     The result `[…, ΣD]` has the dtype of the first input; under autocast the autocast dtype. The
     inputs and their gradients are never concatenated in memory.
-    Raises ValueError if the shape of a weight or bias does not fit.
+    Raises ValueError if the shape or the device of a weight or bias does not fit.
     """
-    check_layers(sum(x.shape[-1] for x in inputs), weights, biases)
+    for i, x in enumerate(inputs):
+        check_device(inputs[0], x, f"inputs[{i}]")
+    check_layers(inputs[0], sum(x.shape[-1] for x in inputs), weights, biases)
     dtype = compute_dtype(inputs[0])
     return _run(dtype, len(inputs), len(weights), *inputs, *weights, *biases)
 
 
-def check_layers(width: int, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
-    """Raise ValueError if the layers do not take an input of `width` or a bias does not fit."""
+def check_layers(
+    x: Tensor, width: int, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> None:
+    """Raise ValueError if the layers do not take an input of `width` on the device of `x`."""
     if biases and len(biases) != len(weights):
         raise ValueError(f"biases: got {len(biases)}, expected none or {len(weights)}")
     for i, weight in enumerate(weights):
         if weight.dim() != 2 or weight.shape[1] != width:
             raise ValueError(f"weights[{i}]: got {tuple(weight.shape)}, expected [D, {width}]")
-        if biases and biases[i].shape != weight.shape[:1]:
+        check_device(x, weight, f"weights[{i}]")
+    for i, (bias, weight) in enumerate(zip(biases, weights, strict=bool(biases))):
+        if bias.shape != weight.shape[:1]:
             raise ValueError(
-                f"biases[{i}]: got {tuple(biases[i].shape)}, expected {tuple(weight.shape[:1])}"
+                f"biases[{i}]: got {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}"
             )
+        check_device(x, bias, f"biases[{i}]")
 
 
 def _forward(ctx: Any, *given: Any) -> Tensor:

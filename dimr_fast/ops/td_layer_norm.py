@@ -62,7 +62,7 @@ def td_layer_norm(
     """
     check_time_values(x, weight=weight, bias=bias)
     check_residual(x, residual)
-    check_layers(x.shape[-1], weights, biases)
+    check_layers(x, x.shape[-1], weights, biases)
     chosen = operator.select(implementation, x)
     if chosen != "reference":
         dtype = compute_dtype(x)

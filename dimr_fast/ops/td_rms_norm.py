@@ -65,7 +65,7 @@ def td_rms_norm(
     """
     check_time_values(x, scale=scale)
     check_residual(x, residual)
-    check_layers(x.shape[-1], weights, biases)
+    check_layers(x, x.shape[-1], weights, biases)
     chosen = operator.select(implementation, x)
     if chosen != "reference":
         dtype = compute_dtype(x)

@@ -1,5 +1,7 @@
 """`ops.linear` with several layers and inputs, against `F.linear` on their concatenation."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,3 +72,13 @@ def test_no_rows(rows: tuple[int, int]) -> None:
     y.sum().backward()
     assert weights[0].grad is not None
     assert not weights[0].grad.any()
+
+
+@pytest.mark.parametrize("name", ["inputs[1]", "weights[1]", "biases[0]"])
+def test_tensors_on_another_device_are_refused(name: str) -> None:
+    """Without rows PyTorch itself would return a result of uninitialised parameters."""
+    given = dict(zip(("inputs", "weights", "biases"), tensors(*CASES["all"], (0, 5)), strict=True))
+    argument, position = name.rstrip("]").split("[")
+    given[argument][int(position)] = given[argument][int(position)].to("meta")
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: got device meta, expected"):
+        linear(**given)
