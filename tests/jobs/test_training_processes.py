@@ -247,6 +247,7 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(tmp_path: Pa
         "shape": [8, 16, 16],
         "dtype": "fp32",
         "scale": scale_to_dict(LatentScale()),
+        "settings": {},
         "shards": [entry],
     }
     (folder / MANIFEST).write_text(json.dumps(manifest))
