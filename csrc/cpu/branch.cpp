@@ -235,7 +235,7 @@ class Branch {
                 convolve(x, rows_of(sum));
             }
             const Weights weights = next_weights();
-            if (hidden.defined() == false || hidden.size(2) != weights.outputs())
+            if (!hidden.defined() || hidden.size(2) != weights.outputs())
                 hidden = memory(tokens_, weights.outputs());
             steps.push_back(
                 normed_by(weights, rows_of(sum), rows_of(hidden), weights.outputs(), true));

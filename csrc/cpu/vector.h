@@ -26,6 +26,10 @@ typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t HalfBits __attribute__((vector_size(2 * LANES)));
 
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
+
 inline Vector broadcast(float value) { return value - Vector{}; }
 
 template <typename To, typename From>

@@ -16,10 +16,6 @@
 namespace dimr_fast::DIMR_FAST_INSTRUCTION_SET {
 namespace {
 
-constexpr int64_t round_up(int64_t value, int64_t multiple) {
-    return (value + multiple - 1) / multiple * multiple;
-}
-
 // How numbers become elements of the products' factors.
 struct Numbers : Single {
     static void write(float* row, int64_t c, Vector value) { store(row + c, value); }

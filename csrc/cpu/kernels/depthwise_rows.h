@@ -11,7 +11,6 @@ namespace {
 constexpr int TILE = LANES == 16 ? 16 : 8;
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 inline int64_t scratch_pixels(const DepthwiseConv2d& p) {
     return round_up(p.width, 2 * TILE) + p.kernel + 1;

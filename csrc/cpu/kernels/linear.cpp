@@ -273,7 +273,7 @@ void multiply(const Linear& p, int64_t first, int64_t rows, const Memory<P>& mem
             static_cast<const typename P::Element*>(w.data) + panel * PANEL * elements;
         // The last panel may be partly empty.
         const int64_t rest = w.outputs() - panel * outputs;
-        const int64_t used = w.gated || rest >= PANEL ? PANEL : (rest + LANES - 1) / LANES * LANES;
+        const int64_t used = w.gated || rest >= PANEL ? PANEL : round_up(rest, LANES);
         for (int64_t k = 0; k < elements; k += DEPTH_OF_BLOCK<P>) {
             const int64_t depth =
                 elements - k < DEPTH_OF_BLOCK<P> ? elements - k : DEPTH_OF_BLOCK<P>;
@@ -305,8 +305,6 @@ void with_products(Factors factors, Function function) {
             return function(static_cast<Quadruples*>(nullptr));
     }
 }
-
-constexpr int64_t lines(int64_t elements) { return (elements + 15) / 16 * 16; }
 
 // Column `c` of panel `panel`, or -1 where the panel is empty.
 int64_t column_of(const Weights& w, int64_t panel, int64_t c) {
@@ -365,8 +363,8 @@ int64_t linear_tile_rows(const Weights& w) {
 }
 
 int64_t linear_scratch(const Weights& w) {
-    const int64_t left = lines(LINEAR_ROWS * w.elements()) + LINEAR_ROWS * PANEL;
-    return 4 * (left + lines(LINEAR_ROWS) + lines(w.depth));
+    const int64_t left = round_up(LINEAR_ROWS * w.elements(), 16) + LINEAR_ROWS * PANEL;
+    return 4 * (left + round_up(LINEAR_ROWS, 16) + round_up(w.depth, 16));
 }
 
 void linear(const Linear& p, int64_t begin, int64_t end, void* scratch) {
@@ -374,7 +372,7 @@ void linear(const Linear& p, int64_t begin, int64_t end, void* scratch) {
         float* next = static_cast<float*>(scratch);
         const auto take = [&](int64_t count) {
             float* from = next;
-            next += lines(count);
+            next += round_up(count, 16);
             return from;
         };
         Memory<P> memory;

@@ -1,9 +1,9 @@
 // dW = Σ_m dy[m]ᵀ · x[m] of bf16 rows, summed in fp32.
 //
 // The sum runs down the rows, along which the factors of a product would have to be adjacent. So a
-// few rows at a time are copied to scratch memory in the order of the products, which costs a
-// twentieth of them; a transposed copy of all rows in memory is not needed. Register tiles are
-// ROWS columns of dy, which are broadcast, by up to VECTORS vectors of columns of x.
+// few rows at a time are copied to scratch memory in the order of the products; a transposed copy
+// of all rows in memory is not needed. Register tiles are HEIGHT columns of dy, which are
+// broadcast, by up to VECTORS vectors of columns of x.
 //
 // With AVX-512 BF16 a multiplication takes pairs of numbers, from two rows. Otherwise all
 // arithmetic is fp32. The copy of dy also sums its columns: the gradient of the bias.
@@ -11,59 +11,42 @@
 #include "weight_gradient.h"
 
 #include "columns.h"
+#include "products.h"
 
 namespace dimr_fast::DIMR_FAST_INSTRUCTION_SET {
 namespace {
 
 // Sums, factors and one broadcast value fit in the registers: 32 with AVX-512, 16 otherwise.
 #if defined(__AVX512F__)
-constexpr int ROWS = 8, VECTORS = 3;
+constexpr int HEIGHT = 8, VECTORS = 3;
 #else
-constexpr int ROWS = 4, VECTORS = 2;
+constexpr int HEIGHT = 4, VECTORS = 2;
 #endif
 constexpr int64_t BLOCK = WEIGHT_GRADIENT_BLOCK;
 // The rows of x and dy in scratch memory; their copies and a tile's sums stay in the L2 cache.
-constexpr int64_t DEPTH = 128;
+constexpr int64_t DEPTH_OF_COPY = 128;
 
-static_assert(BLOCK % LANES == 0 && BLOCK % ROWS == 0 && DEPTH % 2 == 0);
+static_assert(BLOCK % LANES == 0 && BLOCK % HEIGHT == 0 && DEPTH_OF_COPY % 2 == 0);
 
 #if defined(__AVX512BF16__)
 // One step of a product covers two rows.
-struct Step {
-    using Element = uint32_t;
-    static constexpr int64_t STEPS = DEPTH / 2;  // in scratch memory
-    static constexpr int64_t COPIES = 1;         // elements that two numbers become
+struct Step : Pairs {
+    static constexpr int64_t STEPS = DEPTH_OF_COPY / 2;  // in scratch memory
+    static constexpr int64_t COPIES = 1;                 // elements that two numbers become
     static void copy(Vector even, Vector odd, Element* to, int64_t) {
         write(to, (bits_as<Bits>(even) >> 16) | bits_as<Bits>(odd));
     }
-    using Factor = __m512bh;
-    static Factor broadcast_of(const Element* a) {
-        return (__m512bh)_mm512_set1_epi32(static_cast<int>(*a));
-    }
-    static Factor factor(const Element* b) { return (__m512bh)_mm512_loadu_si512(b); }
-    static Vector add_product(Vector sum, Factor a, Factor b) {
-        return (Vector)_mm512_dpbf16_ps((__m512)sum, a, b);
-    }
 };
 #else
-struct Step {
-    using Element = float;
-    static constexpr int64_t STEPS = DEPTH, COPIES = 2;
+struct Step : Single {
+    static constexpr int64_t STEPS = DEPTH_OF_COPY, COPIES = 2;
     static void copy(Vector even, Vector odd, Element* to, int64_t stride) {
         store(to, even);
         store(to + stride, odd);
     }
-    using Factor = Vector;
-    static Factor broadcast_of(const Element* a) { return broadcast(*a); }
-    static Factor factor(const Element* b) { return load(b); }
-    static Vector add_product(Vector sum, Factor a, Factor b) { return sum + a * b; }
 };
 #endif
 using Element = Step::Element;
-
-constexpr int64_t round_up(int64_t value, int64_t multiple) {
-    return (value + multiple - 1) / multiple * multiple;
-}
 
 // Copies `width` columns of `count` rows to [steps, stride], and adds them to `sums` if not null.
 void copy(const BFloat16* from, int64_t from_stride, int64_t count, int64_t width, Element* to,
@@ -81,13 +64,13 @@ void copy(const BFloat16* from, int64_t from_stride, int64_t count, int64_t widt
     });
 }
 
-// to[r, c] += Σ_k left[k, r] · right[k, c] for ROWS rows and C vectors of columns.
+// to[r, c] += Σ_k left[k, r] · right[k, c] for HEIGHT rows and C vectors of columns.
 template <int C>
 inline void tile(const Element* left, const Element* right, int64_t right_stride, int64_t steps,
                  float* to, int64_t to_stride) {
-    Vector sums[ROWS][C];
+    Vector sums[HEIGHT][C];
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < HEIGHT; ++r)
 #pragma GCC unroll 3
         for (int c = 0; c < C; ++c) sums[r][c] = load(to + r * to_stride + c * LANES);
     for (int64_t k = 0; k < steps; ++k) {
@@ -95,14 +78,14 @@ inline void tile(const Element* left, const Element* right, int64_t right_stride
 #pragma GCC unroll 3
         for (int c = 0; c < C; ++c) factors[c] = Step::factor(right + k * right_stride + c * LANES);
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
+        for (int r = 0; r < HEIGHT; ++r) {
             const Step::Factor a = Step::broadcast_of(left + k * BLOCK + r);
 #pragma GCC unroll 3
             for (int c = 0; c < C; ++c) sums[r][c] = Step::add_product(sums[r][c], a, factors[c]);
         }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < HEIGHT; ++r)
 #pragma GCC unroll 3
         for (int c = 0; c < C; ++c) store(to + r * to_stride + c * LANES, sums[r][c]);
 }
@@ -112,7 +95,7 @@ void add_products(const Element* left, int64_t height, const Element* right, int
     for (int64_t c = 0; c < right_stride;) {
         const int64_t vectors = (right_stride - c) / LANES;
         const auto run = [&]<int C>() {
-            for (int64_t r = 0; r < height; r += ROWS)
+            for (int64_t r = 0; r < height; r += HEIGHT)
                 tile<C>(left + r, right + c, right_stride, steps, to + r * right_stride + c,
                         right_stride);
             c += C * LANES;
@@ -149,8 +132,8 @@ void weight_gradient(const WeightGradient& p, int64_t begin, int64_t end, void* 
         for (int64_t i = 0; sums && i < BLOCK; i += LANES) store(sums + i, Vector{});
         // Columns after the last are read by a tile, and their sums are not used.
         for (int64_t i = 0; i < Step::STEPS * BLOCK; ++i) left[i] = 0;
-        for (int64_t row = first; row < last; row += DEPTH) {
-            const int64_t count = last - row < DEPTH ? last - row : DEPTH;
+        for (int64_t row = first; row < last; row += DEPTH_OF_COPY) {
+            const int64_t count = last - row < DEPTH_OF_COPY ? last - row : DEPTH_OF_COPY;
             copy(p.dy + row * p.dy_stride + column, p.dy_stride, count, height, left, BLOCK, sums);
             copy(p.x + row * p.x_stride, p.x_stride, count, p.width, right, width, nullptr);
             add_products(left, height, right, width, (count + 1) / 2 * Step::COPIES, to);
