@@ -12,12 +12,38 @@ from dimr_fast.layers import (
     Attention,
     Block,
     Linear,
+    Operation,
     RMSNorm,
     TDLayerNorm,
     TDRMSNorm,
     TDValues,
 )
-from dimr_fast.model import Branch
+from dimr_fast.model import Branch, DiMR
+
+FACTORS = {
+    torch.bfloat16: ops.Factors.BFLOAT16,
+    torch.float16: ops.Factors.FLOAT32,
+    torch.float32: ops.Factors.FLOAT32,
+}
+"""The factors of the CPU library's products. It has none in float16, and no processor gains."""
+
+
+def uses_cpu_library(model: DiMR, dtype: torch.dtype) -> bool:
+    """Return whether the CPU library can run every operator of every branch, and may."""
+    for stage in model.stages:
+        branch = cast(Branch, stage)
+        positions = branch.input_layer.get_parameter("3.position_embeddings.weight")
+        count, width = positions.shape
+        for module in branch.modules():
+            if isinstance(module, Operation):
+                shape: tuple[int, ...] = (1, count, width)
+                if isinstance(module, Attention):
+                    shape = (1, count + 1, 3, module.num_heads, width // module.num_heads)
+                x = torch.empty(shape, dtype=dtype, device=positions.device)
+                named = module.implementation not in ("auto", "cpu")
+                if named or ops.OPERATORS[module.operator].why_not("cpu", x) is not None:
+                    return False
+    return True
 
 
 class CPUFeatures(NamedTuple):
@@ -37,16 +63,17 @@ class CPUBranch(nn.Module):
 
     def __init__(self, branch: Branch, dtype: torch.dtype, factors: ops.Factors) -> None:
         super().__init__()
-        self.dtype = dtype
         self.depth = branch.depth
         self.is_transformer = branch.is_transformer
         block = cast(Block, branch.blocks[0])
         self.heads = block.block1.num_heads if isinstance(block.block1, Attention) else 0
         self.layer_norm = isinstance(block.block2.norm, TDLayerNorm)
-        self.arguments = nn.ParameterList(
+        self.parameters_in_order = nn.ParameterList(
             nn.Parameter(tensor, requires_grad=False)
             for tensor in _arguments(branch, dtype, factors)
         )
+        # Going through a ParameterList takes microseconds per parameter.
+        self.arguments = list(self.parameters_in_order)
         self.norms = [value for norm in _norms(branch) for value in _values(norm)]
         if self.is_transformer:
             self.class_embeds = copy.deepcopy(branch.class_embeds).requires_grad_(False).to(dtype)
@@ -75,7 +102,7 @@ class CPUBranch(nn.Module):
             lower or (),
             self.class_embeds(y) if self.is_transformer else None,
             [td[value] if isinstance(value, int) else value for value in self.norms],
-            list(self.arguments),
+            self.arguments,
             heads=self.heads,
             layer_norm=self.layer_norm,
             predicts=predicts,
