@@ -59,6 +59,23 @@ def weights_and_biases(layers: Sequence[Linear]) -> tuple[list[Tensor], list[Ten
     return [m.weight for m in layers], [m.bias for m in layers if m.bias is not None]
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _are_plain(layers: Sequence[nn.Module]) -> bool:
+    """Return True if an operator may take the layers' weights instead of calling the layers.
+
+    Not if a layer was replaced, as adapters do it, is parametrised or has hooks.
+    """
+    return all(type(layer) is Linear and not _has_hooks(layer) for layer in layers)
+
+
 class Embedding(nn.Embedding):
     """`nn.Embedding` with the published initialisation: truncated normal (std 0.02)."""
 
@@ -99,7 +116,26 @@ class TDParameter(nn.Module):
         return self.param0, self.param1, self.nodecay_weight, self.nodecay_bias
 
 
-class TDLayerNorm(Operation):
+class Norm(Operation):
+    """A norm over the last axis, by the operator that `operator` names."""
+
+    def values(self, td: TDValues) -> tuple[Tensor, ...]:
+        """Return the operator's parameters: the scale and, if it has one, the shift."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        td: TDValues,
+        residual: Tensor | None = None,
+        layers: Sequence[Linear] = (),
+    ) -> Normed:
+        run = getattr(ops, self.operator)
+        parameters = (*self.values(td), residual, *weights_and_biases(layers))
+        return run(x, *parameters, implementation=self.implementation)
+
+
+class TDLayerNorm(Norm):
     """`ops.td_layer_norm` over the last axis ("LN")."""
 
     operator = "td_layer_norm"
@@ -113,23 +149,8 @@ class TDLayerNorm(Operation):
         """Return the scale and the shift, each `[T, D]`."""
         return td[self.weight.index], td[self.bias.index]
 
-    def forward(
-        self,
-        x: Tensor,
-        td: TDValues,
-        residual: Tensor | None = None,
-        layers: Sequence[Linear] = (),
-    ) -> Normed:
-        return ops.td_layer_norm(
-            x,
-            *self.values(td),
-            residual,
-            *weights_and_biases(layers),
-            implementation=self.implementation,
-        )
 
-
-class TDRMSNorm(Operation):
+class TDRMSNorm(Norm):
     """`ops.td_rms_norm` over the last axis ("TDRMSN", the published models' norm)."""
 
     operator = "td_rms_norm"
@@ -142,23 +163,11 @@ class TDRMSNorm(Operation):
         """Return the scale `[T, D]`."""
         return td[self.scale.index]
 
-    def forward(
-        self,
-        x: Tensor,
-        td: TDValues,
-        residual: Tensor | None = None,
-        layers: Sequence[Linear] = (),
-    ) -> Normed:
-        return ops.td_rms_norm(
-            x,
-            self.value(td),
-            residual,
-            *weights_and_biases(layers),
-            implementation=self.implementation,
-        )
+    def values(self, td: TDValues) -> tuple[Tensor]:
+        return (self.value(td),)
 
 
-class RMSNorm(Operation):
+class RMSNorm(Norm):
     """`ops.rms_norm` over the last axis ("RMSN"); it does not depend on time."""
 
     operator = "rms_norm"
@@ -171,20 +180,8 @@ class RMSNorm(Operation):
         """Return the scale `[1, D]`."""
         return self.scale[None]
 
-    def forward(
-        self,
-        x: Tensor,
-        td: TDValues,
-        residual: Tensor | None = None,
-        layers: Sequence[Linear] = (),
-    ) -> Normed:
-        return ops.rms_norm(
-            x,
-            self.scale,
-            residual,
-            *weights_and_biases(layers),
-            implementation=self.implementation,
-        )
+    def values(self, td: TDValues) -> tuple[Tensor]:
+        return (self.scale,)
 
 
 NORMS: dict[str, type[TDLayerNorm] | type[TDRMSNorm] | type[RMSNorm]] = {
@@ -192,6 +189,25 @@ NORMS: dict[str, type[TDLayerNorm] | type[TDRMSNorm] | type[RMSNorm]] = {
     "LN": TDLayerNorm,
     "RMSN": RMSNorm,
 }
+
+
+def _norm_and_layers(
+    norm: nn.Module,
+    layers: Sequence[Linear],
+    x: Tensor,
+    td: TDValues,
+    residual: Tensor | None = None,
+) -> Normed:
+    """Return the results of linear layers after a norm, along the last axis.
+
+    One operator computes them, unless a module was replaced or has hooks.
+    """
+    if isinstance(norm, Norm) and not _has_hooks(norm) and _are_plain(layers):
+        return norm(x, td, residual, layers)
+    normed = norm(x, td) if residual is None else norm(x, td, residual)
+    summed, normed = (x, normed) if residual is None else normed
+    y = torch.cat([layer(normed) for layer in layers], -1)
+    return y if residual is None else (summed, y)
 
 
 class Attention(Operation):
@@ -207,7 +223,7 @@ class Attention(Operation):
         self.dense = Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, td: TDValues) -> Tensor:
-        qkv = self.norm(x, td, layers=[self.query_key_value])
+        qkv = cast(Tensor, _norm_and_layers(self.norm, [self.query_key_value], x, td))
         return self.dense(ops.attention(qkv, self.num_heads, implementation=self.implementation))
 
 
@@ -258,16 +274,14 @@ class GatedMLP(Operation):
         self, x: Tensor, td: TDValues, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return `s` and `[w0(norm(s)), w1(norm(s))]` along the last axis."""
-        layers = [self.w0, self.w1]
-        if residual is None:
-            return x, self.norm(x, td, layers=layers)
-        return self.norm(x, td, residual, layers)
+        found = _norm_and_layers(self.norm, [self.w0, self.w1], x, td, residual)
+        return found if isinstance(found, tuple) else (x, found)
 
     def output(self, hidden: Tensor) -> Tensor:
         """Return the MLP's output from `hidden`."""
-        return ops.gated_gelu(
-            hidden, *weights_and_biases([self.w2]), implementation=self.implementation
-        )
+        layers = [self.w2] if _are_plain([self.w2]) else []
+        y = ops.gated_gelu(hidden, *weights_and_biases(layers), implementation=self.implementation)
+        return y if layers else self.w2(y)
 
 
 class Block(nn.Module):
@@ -364,6 +378,9 @@ class _Projection(nn.Module):
         super().__init__()
         self.kernel = Linear(in_features, out_features)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernel(x)
+
 
 class UpsampleAdd(Operation, Steps):
     """`ops.upsample_add`: adds a branch's upsampled features to the next branch's embedding."""
@@ -399,6 +416,8 @@ class UpsampleAdd(Operation, Steps):
     def forward(  # type: ignore[override]
         self, x: Tensor, features: Sequence[Tensor], td: TDValues
     ) -> Tensor:
+        if not (_are_plain([self.kernel]) and not any(map(_has_hooks, self))):
+            return self._called_as_modules(x, features, td)
         return ops.upsample_add(
             x.unflatten(1, self.size),
             [f.unflatten(1, self.low_size) for f in features],
@@ -408,3 +427,12 @@ class UpsampleAdd(Operation, Steps):
             self.norm_out.values(td),
             implementation=self.implementation,
         ).flatten(1, 2)
+
+    def _called_as_modules(self, x: Tensor, features: Sequence[Tensor], td: TDValues) -> Tensor:
+        normed = cast(Tensor, self.norm_in(torch.cat(list(features), -1), td))
+        y = self[1](normed)
+        height, width = self.low_size
+        q = self.size[0] // height
+        # Channels [row, column, D] of a box become q × q positions.
+        boxes = y.view(len(y), height, width, q, q, -1).transpose(2, 3)
+        return x + cast(Tensor, self.norm_out(boxes.reshape(x.shape), td))

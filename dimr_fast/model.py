@@ -67,7 +67,9 @@ class Branch(nn.Module):
         skips: list[Tensor] = []
         for j, block in enumerate(self.blocks):
             if j > self.depth:
-                x = self.skip_denses[j - self.depth - 1](x, skips.pop())
+                dense, both = self.skip_denses[j - self.depth - 1], (x, skips.pop())
+                # Only our own layers take an input in pieces; adapters replace them.
+                x = dense(*both) if type(dense) is Linear else dense(torch.cat(both, -1))
             x = self._run(block, x, td)
             if j < self.depth:
                 skips.append(x)

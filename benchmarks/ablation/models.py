@@ -6,7 +6,7 @@ an arm without time-dependent parameters, `td` contains only the embedding of th
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,17 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dimr_fast import BranchConfig, DiMR, DiMRConfig, ops
+from dimr_fast import BranchConfig, DiMR, DiMRConfig
 from dimr_fast.layers import (
     Attention,
     Block,
     GatedMLP,
     Linear,
-    Normed,
-    Operation,
+    Norm,
     TDLayerNorm,
     TDValues,
-    weights_and_biases,
 )
 from dimr_fast.model import Branch, check_inputs
 
@@ -59,33 +57,10 @@ class Modulation(nn.Module):
         return self.linear(F.silu(td[0])).float()
 
 
-class _LayerNorm(Operation):
-    """Layer norm with the interface of `TDLayerNorm` and other scales and shifts."""
+class LayerNorm(Norm):
+    """Layer norm with learned scale and shift, independent of time."""
 
     operator = "td_layer_norm"
-
-    def values(self, td: TDValues) -> tuple[Tensor, Tensor]:
-        """Return scale and shift, `[T, D]` each."""
-        raise NotImplementedError
-
-    def forward(
-        self,
-        x: Tensor,
-        td: TDValues,
-        residual: Tensor | None = None,
-        layers: Sequence[Linear] = (),
-    ) -> Normed:
-        return ops.td_layer_norm(
-            x,
-            *self.values(td),
-            residual,
-            *weights_and_biases(layers),
-            implementation=self.implementation,
-        )
-
-
-class LayerNorm(_LayerNorm):
-    """Layer norm with learned scale and shift, independent of time."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -96,8 +71,10 @@ class LayerNorm(_LayerNorm):
         return self.weight[None], self.bias[None]
 
 
-class AdaLayerNorm(_LayerNorm):
+class AdaLayerNorm(Norm):
     """Layer norm whose scale and shift are linear in the activated embedding of the time."""
+
+    operator = "td_layer_norm"
 
     def __init__(self, dim: int) -> None:
         super().__init__()
