@@ -97,3 +97,13 @@ def fp8_shapes(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     rows = x.shape[:-1]
     values = x.new_empty((*rows, width), dtype=torch.float8_e4m3fn)
     return values, x.new_empty((*rows, 1), dtype=torch.float32)
+
+
+def fp8_norm_shapes(
+    x: Tensor, residual: Tensor | None, *parameters: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an empty sum, itself empty without residual, and the FP8 rows of a norm of `x`."""
+    summed = x.new_empty(0)
+    if residual is not None:
+        summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return summed, *fp8_shapes(x, x.shape[-1])

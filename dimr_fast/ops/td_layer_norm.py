@@ -11,7 +11,7 @@ from dimr_fast import reference
 from dimr_fast.ops._checks import check_residual, check_time_values, compute_dtype
 from dimr_fast.ops._compiled import CPU
 from dimr_fast.ops._triton import TRITON
-from dimr_fast.ops.fp8 import FP8Rows, fp8_implementations, fp8_shapes
+from dimr_fast.ops.fp8 import FP8Rows, fp8_implementations, fp8_norm_shapes
 from dimr_fast.ops.linear import check_layers, layers_forward, layers_gradients, linear
 from dimr_fast.ops.registration import Operator, differentiable
 
@@ -131,15 +131,6 @@ def _bwd_shapes(
     return dx, parameters, dy.new_empty(dy.shape if needs_y else (0,))
 
 
-def _fp8_shapes(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    summed = x.new_empty(0)
-    if residual is not None:
-        summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    return summed, *fp8_shapes(x, x.shape[-1])
-
-
 _FWD = (
     "(Tensor weight, Tensor bias, Tensor[] pieces, Tensor? residual, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
@@ -151,7 +142,7 @@ _BWD = (
 _FP8 = "(Tensor x, Tensor? residual, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)"
 fwd = operator.define("fwd", _FWD, _fwd_shapes)
 bwd = operator.define("bwd", _BWD, _bwd_shapes)
-_fp8 = operator.define("fp8", _FP8, _fp8_shapes, "triton")["triton"]
+_fp8 = operator.define("fp8", _FP8, fp8_norm_shapes, "triton")["triton"]
 
 
 def parameter_gradients(both: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

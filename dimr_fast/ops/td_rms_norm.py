@@ -17,7 +17,7 @@ from dimr_fast.ops._checks import (
 )
 from dimr_fast.ops._compiled import CPU
 from dimr_fast.ops._triton import TRITON
-from dimr_fast.ops.fp8 import FP8Rows, fp8_implementations, fp8_shapes
+from dimr_fast.ops.fp8 import FP8Rows, fp8_implementations, fp8_norm_shapes
 from dimr_fast.ops.linear import check_layers, layers_forward, layers_gradients, linear
 from dimr_fast.ops.registration import Operator, differentiable
 
@@ -141,13 +141,6 @@ def _into_shapes(
     return x.new_empty(x.shape)
 
 
-def _fp8_shapes(x: Tensor, residual: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    summed = x.new_empty(0)
-    if residual is not None:
-        summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    return summed, *fp8_shapes(x, x.shape[-1])
-
-
 _FWD = "(Tensor x, Tensor? residual, Tensor scale, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
 _BWD = (
     "(Tensor dy, Tensor? dsum, Tensor x, Tensor scale, Tensor rms, bool needs_y)"
@@ -158,7 +151,7 @@ _FP8 = "(Tensor x, Tensor? residual, Tensor scale) -> (Tensor, Tensor, Tensor)"
 _fwd = operator.define("fwd", _FWD, _fwd_shapes)
 _bwd = operator.define("bwd", _BWD, _bwd_shapes)
 _into = operator.define("into", _INTO, _into_shapes, "triton")["triton"]
-_fp8 = operator.define("fp8", _FP8, _fp8_shapes, "triton")["triton"]
+_fp8 = operator.define("fp8", _FP8, fp8_norm_shapes, "triton")["triton"]
 
 
 def _forward(ctx: Any, *given: Any) -> Tensor | tuple[Tensor, Tensor]:
