@@ -147,7 +147,7 @@ def rows() -> Iterator[Row]:
         ("demo-size", 64, bf16, True, PROVIDERS),
         # Compiling so large a model takes minutes.
         ("XL/2R", 1, bf16, False, (*eager, REFERENCE_COMPILED)),
-        ("XL/2R", 4, bf16, False, eager),
+        ("XL/2R", 4, bf16, False, (*eager, REFERENCE_COMPILED)),
         ("XL/2R", 1, fp32, False, EAGER_PROVIDERS),
         ("G/2R", 1, bf16, False, eager),
         ("XL/3R", 1, bf16, False, eager),
