@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.ablation.report import ablation_table
 from benchmarks.report import model, operators
 from benchmarks.report.results import ModelResults
+from benchmarks.report.sampling import sampling_text
 from benchmarks.utils.files import BENCHMARKS, RESULTS, ROOT
 from benchmarks.utils.markdown import replace_block
 
@@ -64,6 +65,12 @@ def ablation() -> str:
     return "\n\n".join([how, text, *_plots("ablation.png")])
 
 
+def sampling_curve() -> str:
+    """Return the section on the number of network evaluations."""
+    text = _from_file("sampling_curve.json", sampling_text)
+    return "\n\n".join([text, *_plots("sampling_curve.png")])
+
+
 def demo() -> str:
     """Return the section on the committed run of `dimr-fast demo`."""
     return _from_file("demo/demo.json", _demo_text) + (
@@ -91,6 +98,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Samples in lower precision": lambda: _from_file(
         "sample_accuracy.json", model.sample_accuracy_text
     ),
+    "Samples with fewer evaluations": sampling_curve,
     "Memory of a training step": lambda: _from_file("memory.json", operators.memory_table),
     "Kernel launches": lambda: _from_file("launches.json", operators.launch_table),
     "What the architecture is worth": ablation,

@@ -1,4 +1,4 @@
-"""Plot the results of the whole model's benchmark and of the ablation."""
+"""Plot the results of the whole model's benchmark, and draw the plots of the others."""
 
 import json
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ import matplotlib
 
 from benchmarks.ablation.report import draw_ablation
 from benchmarks.report.results import Group, ModelResults
+from benchmarks.report.sampling import draw_sampling_curve
 from benchmarks.utils import machine
 from benchmarks.utils.files import PLOTS, RESULTS
 from benchmarks.utils.names import (
@@ -46,7 +47,11 @@ def draw_all(folder: Path = PLOTS) -> list[Path]:
         for name, draw in (("speedups", draw_speedups), ("roofline", draw_roofline)):
             drawn.append(folder / f"{results.name}_{name}.png")
             draw(results, drawn[-1])
-    for name, draw_report in (("scaling", draw_scaling), ("ablation", draw_ablation)):
+    for name, draw_report in (
+        ("scaling", draw_scaling),
+        ("ablation", draw_ablation),
+        ("sampling_curve", draw_sampling_curve),
+    ):
         if (RESULTS / f"{name}.json").is_file():
             drawn.append(folder / f"{name}.png")
             draw_report(json.loads((RESULTS / f"{name}.json").read_text()), drawn[-1])

@@ -1,0 +1,143 @@
+"""Score the packaged model's samples over network evaluations, solvers, spacings and guidance.
+
+    python -m benchmarks.model.sampling_curve [--count 768] [--checkpoint FILE] [--out FILE]
+
+Every point draws the same balanced classes from the same noise, and scores them against the
+held-out tiles: Fréchet distance, precision and recall. Points that the results file already has, of
+the same weights and count, are not drawn again, so a run that was interrupted goes on. Images a
+second depend only on the number of evaluations and on whether there is guidance; they are measured
+at the end, in alternation, and need a quiet machine.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.utils import machine
+from benchmarks.utils.files import RESULTS
+from dimr_fast.checkpoint import TrainedModel, demo_model, load_model
+from dimr_fast.data.tiles import load_tiles
+from dimr_fast.diffusion import SOLVERS
+from dimr_fast.evaluation import EfficientNetLite0Features, TensorImages, compute_statistics
+from dimr_fast.evaluation.metrics import precision_recall
+from dimr_fast.evaluation.statistics import FeatureStatistics
+from dimr_fast.sampling import ImageSampler, SamplerConfig, balanced_labels
+from dimr_fast.utils.files import write_json
+from dimr_fast.utils.tensors import sha256_of_named
+
+STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 25, 50)
+PUBLISHED, FAST = ("dpm++", "time"), ("dpm++2m", "log_snr")
+GUIDANCE = {PUBLISHED: (1.0, 0.5), FAST: (0.5, 0.0, 0.25, 1.0)}
+"""Of the solver and spacing; those of the others are drawn with 0.5."""
+MOST_STEPS = 12
+"""Of all curves but the first of `PUBLISHED` and of `FAST`: with more, solvers hardly differ."""
+KEYS = ("solver", "spacing", "guidance", "steps")
+BATCH_SIZE = 64
+
+
+def points() -> Iterator[dict[str, Any]]:
+    """Yield the settings of the points, curve by curve."""
+    others = [
+        curve for curve in itertools.product(SOLVERS, ("time", "log_snr")) if curve not in GUIDANCE
+    ]
+    for curve in (FAST, PUBLISHED, *others):
+        for place, guidance in enumerate(GUIDANCE.get(curve, (0.5,))):
+            most = STEPS[-1] if curve in GUIDANCE and place == 0 else MOST_STEPS
+            for steps in STEPS:
+                if steps <= most:
+                    yield dict(zip(KEYS, (*curve, guidance, steps), strict=True))
+
+
+def score(
+    trained: TrainedModel,
+    features: EfficientNetLite0Features,
+    reference: FeatureStatistics,
+    count: int,
+    point: dict[str, Any],
+) -> dict[str, Any]:
+    """Draw `count` images with the settings of a point; return them with its scores."""
+    draw = ImageSampler(trained, SamplerConfig(batch_size=BATCH_SIZE, **point))
+    images = draw(balanced_labels(count, len(trained.classes)))
+    found = compute_statistics(features, TensorImages(images, "samples"))
+    precision, recall = precision_recall(found.features, reference.features)
+    return point | {
+        "frechet": found.distance(reference),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def rates(trained: TrainedModel, rounds: int) -> list[dict[str, Any]]:
+    """Return median images a second of a batch for each number of steps, guided and not."""
+    labels = balanced_labels(BATCH_SIZE, len(trained.classes))
+    found = []
+    for guided in (True, False):
+        draws = {
+            steps: ImageSampler(
+                trained,
+                SamplerConfig(
+                    batch_size=BATCH_SIZE, solver="dpm++2m", steps=steps, guidance=0.5 * guided
+                ),
+            )
+            for steps in STEPS
+        }
+        seconds: dict[int, list[float]] = {steps: [] for steps in STEPS}
+        for _, (steps, draw) in itertools.product(range(rounds + 1), draws.items()):
+            start = time.monotonic()
+            draw(labels)
+            seconds[steps].append(time.monotonic() - start)
+        # The first call of each is slower.
+        medians = {steps: statistics.median(times[1:]) for steps, times in seconds.items()}
+        found += [
+            {"guided": guided, "steps": steps, "images_per_second": BATCH_SIZE / median}
+            for steps, median in medians.items()
+        ]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=demo_model())
+    parser.add_argument("--count", type=int, default=768)
+    parser.add_argument("--rounds", type=int, default=5, help="of timing")
+    parser.add_argument("--out", type=Path, default=RESULTS / "sampling_curve.json")
+    arguments = parser.parse_args()
+    features = EfficientNetLite0Features()
+    trained = load_model(arguments.checkpoint)
+    header = machine.description("dimr_fast", "csrc", "kernels") | {
+        "weights_sha256": sha256_of_named(trained.model.state_dict()),
+        "count": arguments.count,
+        "recipe": features.recipe,
+    }
+    rows = _earlier_rows(arguments.out, header)
+    done = {tuple(row[key] for key in KEYS) for row in rows}
+    with torch.inference_mode():
+        reference = compute_statistics(features, TensorImages(load_tiles().val_images, "held out"))
+        for point in points():
+            if tuple(point[key] for key in KEYS) not in done:
+                rows.append(score(trained, features, reference, arguments.count, point))
+                write_json(arguments.out, header | {"rows": rows})
+                print(rows[-1], flush=True)
+    if arguments.rounds:
+        measured = rates(trained, arguments.rounds)
+        write_json(arguments.out, header | {"rows": rows, "rates": measured})
+
+
+def _earlier_rows(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a results file of the same weights, features and count."""
+    if not path.is_file():
+        return []
+    earlier = json.loads(path.read_text())
+    same = ("weights_sha256", "count", "recipe")
+    return earlier["rows"] if all(earlier.get(name) == header[name] for name in same) else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Show the scores of samples over the number of network evaluations."""
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from benchmarks.utils import machine
+from benchmarks.utils.markdown import table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PANELS = {
+    "frechet": "Fréchet distance",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+def curves(report: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield the title and the rows of each curve: the same solver, spacing and guidance."""
+    for key, rows in groupby(
+        report["rows"], lambda row: (row["solver"], row["spacing"], row["guidance"])
+    ):
+        solver, spacing, guidance = key
+        yield f"{solver}, {spacing}, guidance {guidance:g}", list(rows)
+
+
+def rate(report: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
+    """Return the images a second of a row's number of evaluations, None if not measured."""
+    for found in report.get("rates", ()):
+        if found["steps"] == row["steps"] and found["guided"] == (row["guidance"] != 0):
+            return found["images_per_second"]
+    return None
+
+
+def sampling_text(report: Mapping[str, Any]) -> str:
+    """Return the tables of `results/sampling_curve.json`."""
+    every = sorted({row["steps"] for row in report["rows"]})
+    distances = [
+        {"solver, spacing, guidance": title}
+        | {str(steps): None for steps in every}
+        | {str(row["steps"]): f"{row['frechet']:.1f}" for row in rows}
+        for title, rows in curves(report)
+    ]
+    rates = [
+        {"images a second": "with guidance" if guided else "without"}
+        | {
+            str(found["steps"]): f"{found['images_per_second']:.3g}"
+            for found in report.get("rates", ())
+            if found["guided"] == guided
+        }
+        for guided in (True, False)
+    ]
+    text = (
+        f"Fréchet distance on {report['recipe']} of {report['count']} samples of the packaged "
+        "model to the held-out tiles, by the number of network evaluations, from the same noise "
+        f"({machine.summary(report)}). Fewer samples have larger distances.\n\n{table(distances)}"
+    )
+    return f"{text}\n\n{table(rates)}" if report.get("rates") else text
+
+
+def draw_sampling_curve(report: Mapping[str, Any], target: Path) -> None:
+    """Plot distance, precision and recall over evaluations, and the distance over images/s."""
+    measured = bool(report.get("rates"))
+    figure, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    shown = {}
+    for title, rows in curves(report):
+        # The line style is the spacing, so that the two curves of a solver are distinct.
+        style = "-" if rows[0]["spacing"] == "log_snr" else "--"
+        for axes, (name, label) in zip(panels.flat, PANELS.items(), strict=False):
+            (line,) = axes.plot(
+                [row["steps"] for row in rows],
+                [row[name] for row in rows],
+                style,
+                marker=".",
+                linewidth=1,
+                color=shown[title].get_color() if title in shown else None,
+            )
+            axes.set(xscale="log", xlabel="network evaluations", ylabel=label)
+            shown.setdefault(title, line)
+        if measured:
+            panels[1][1].plot(
+                [rate(report, row) for row in rows],
+                [row["frechet"] for row in rows],
+                style,
+                marker=".",
+                linewidth=1,
+                color=shown[title].get_color(),
+            )
+    # Few evaluations of some solvers give far larger distances, which would hide the rest.
+    best = min(row["frechet"] for row in report["rows"])
+    panels[0][0].set_ylim(0.95 * best, 1.6 * best)
+    if measured:
+        panels[1][1].set(xscale="log", xlabel="images a second", ylabel=PANELS["frechet"])
+        panels[1][1].set_ylim(0.95 * best, 1.6 * best)
+    else:
+        panels[1][1].set_axis_off()
+    for axes in panels.flat:
+        axes.grid(alpha=0.3, which="both", linewidth=0.4)
+    figure.suptitle(
+        f"{report['count']} samples of the packaged model. {machine.summary(report)}", fontsize=9
+    )
+    figure.legend(
+        shown.values(), shown, loc="outside lower center", ncols=3, fontsize=7, frameon=False
+    )
+    figure.savefig(target, dpi=110)
+    plt.close(figure)

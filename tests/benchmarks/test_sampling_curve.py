@@ -1,0 +1,66 @@
+"""The scores of samples over the number of network evaluations, and how they are shown."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.model import sampling_curve
+from benchmarks.report.sampling import draw_sampling_curve, sampling_text
+from dimr_fast.checkpoint import demo_model, load_model
+from dimr_fast.data.tiles import load_tiles
+from dimr_fast.evaluation import EfficientNetLite0Features, TensorImages, compute_statistics
+
+ROWS = [
+    {
+        "solver": solver,
+        "spacing": spacing,
+        "guidance": guidance,
+        "steps": steps,
+        "frechet": 170.0 + 100 / steps,
+        "precision": 0.5,
+        "recall": 0.25,
+    }
+    for solver, spacing, guidance in (("dpm++2m", "log_snr", 0.5), ("dpm++", "time", 0.0))
+    for steps in (1, 8)
+]
+REPORT = {
+    "device": "CPU",
+    "count": 768,
+    "recipe": "a network",
+    "rows": ROWS,
+    "rates": [
+        {"guided": guided, "steps": steps, "images_per_second": 300 / steps / (1 + guided)}
+        for guided in (True, False)
+        for steps in (1, 8)
+    ],
+}
+
+
+def test_every_point_is_there_once_and_every_solver_has_a_curve() -> None:
+    points = [tuple(point.values()) for point in sampling_curve.points()]
+    assert len(set(points)) == len(points)
+    assert {point[:2] for point in points} == {
+        (solver, spacing) for solver in sampling_curve.SOLVERS for spacing in ("time", "log_snr")
+    }
+    assert ("dpm++", "time", 1.0, 25) in points  # the default of the first release
+
+
+def test_a_point_is_drawn_and_scored() -> None:
+    features = EfficientNetLite0Features()
+    reference = compute_statistics(features, TensorImages(load_tiles().val_images[:64], "tiles"))
+    point = {"solver": "dpm++2m", "spacing": "log_snr", "guidance": 0.0, "steps": 2}
+    row = sampling_curve.score(load_model(demo_model()), features, reference, 24, point)
+    assert point.items() <= row.items()
+    assert row["frechet"] > 0
+    assert 0 <= row["precision"] <= 1
+    assert 0 <= row["recall"] <= 1
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_tables_and_plot_show_the_scores(tmp_path: Path, timed: bool) -> None:
+    report = REPORT if timed else {k: v for k, v in REPORT.items() if k != "rates"}
+    text = sampling_text(report)
+    assert "| dpm++2m, log_snr, guidance 0.5 | 270.0 | 182.5 |" in text
+    assert ("| with guidance | 150 | 18.8 |" in text) == timed
+    draw_sampling_curve(report, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 0
