@@ -45,13 +45,16 @@ class Linear(nn.Linear):
     `forward` also takes the input in several pieces along the last axis.
     """
 
+    implementation = "auto"
+
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return ops.linear(inputs, [self.weight], [] if self.bias is None else [self.bias])
+        biases = [] if self.bias is None else [self.bias]
+        return ops.linear(inputs, [self.weight], biases, implementation=self.implementation)
 
 
 def weights_and_biases(layers: Sequence[Linear]) -> tuple[list[Tensor], list[Tensor]]:
