@@ -38,6 +38,12 @@ class Steps(nn.Sequential):
     is in the place of a published child without parameters.
     """
 
+    def __getitem__(self, index: Any) -> Any:
+        """Return the child at `index`; TypeError for a slice, which could not be called."""
+        if isinstance(index, slice):
+            raise TypeError(f"index: got {index}, expected a number; list(steps) can be sliced")
+        return super().__getitem__(index)
+
 
 class Linear(nn.Linear):
     """`nn.Linear` with the published initialisation: truncated normal (std 0.02), zero bias.
@@ -45,13 +51,18 @@ class Linear(nn.Linear):
     `forward` also takes the input in several pieces along the last axis.
     """
 
+    implementation = "auto"
+
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return ops.linear(inputs, [self.weight], [] if self.bias is None else [self.bias])
+        if is_quantised(self):
+            return F.linear(torch.cat(inputs, -1), self.weight, self.bias)
+        biases = [] if self.bias is None else [self.bias]
+        return ops.linear(inputs, [self.weight], biases, implementation=self.implementation)
 
 
 def weights_and_biases(layers: Sequence[Linear]) -> tuple[list[Tensor], list[Tensor]]:
@@ -68,12 +79,22 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _are_plain(layers: Sequence[nn.Module]) -> bool:
-    """Return True if an operator may take the layers' weights instead of calling the layers.
+def is_quantised(layer: nn.Module) -> bool:
+    """Return True if the weight is a tensor subclass, such as those of quantising libraries.
 
-    Not if a layer was replaced, as adapters do it, is parametrised or has hooks.
+    PyTorch's functions know what to do with it, operators do not.
     """
-    return all(type(layer) is Linear and not _has_hooks(layer) for layer in layers)
+    return hasattr(layer.weight, "__tensor_flatten__")
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Return True if the weights of a linear layer, convolution or embedding are all that it does.
+
+    Otherwise the layer is called: it was replaced, as adapters do it, is parametrised or quantised,
+    or has hooks.
+    """
+    stock = type(layer) in (Linear, nn.Conv2d, Embedding)
+    return stock and not _has_hooks(layer) and not is_quantised(layer)
 
 
 class Embedding(nn.Embedding):
@@ -202,7 +223,7 @@ def _norm_and_layers(
 
     One operator computes them, unless a module was replaced or has hooks.
     """
-    if isinstance(norm, Norm) and not _has_hooks(norm) and _are_plain(layers):
+    if isinstance(norm, Norm) and not _has_hooks(norm) and all(map(is_plain, layers)):
         return norm(x, td, residual, layers)
     normed = norm(x, td) if residual is None else norm(x, td, residual)
     summed, normed = (x, normed) if residual is None else normed
@@ -233,16 +254,19 @@ class DepthwiseConv2d(Operation, Steps):
     operator = "depthwise_conv2d"
 
     def __init__(self, config: BranchConfig) -> None:
-        # The convolution only has and initialises the weights.
-        conv = nn.Conv2d(config.dim, config.dim, config.kernel_size, groups=config.dim)
+        k = config.kernel_size
+        conv = nn.Conv2d(config.dim, config.dim, k, padding=k // 2, groups=config.dim)
         super().__init__(nn.Identity(), conv, nn.Identity())
         self.size = (config.max_height, config.max_width)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, td: TDValues, residual: bool = False
     ) -> Tensor:
-        conv = cast(nn.Conv2d, self[1])
+        conv = self[1]
         image = x.unflatten(1, self.size)
+        if not is_plain(conv):
+            y = conv(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+            return x + y if residual else y
         return ops.depthwise_conv2d(
             image, conv.weight, conv.bias, residual=residual, implementation=self.implementation
         ).flatten(1, 2)
@@ -279,7 +303,7 @@ class GatedMLP(Operation):
 
     def output(self, hidden: Tensor) -> Tensor:
         """Return the MLP's output from `hidden`."""
-        layers = [self.w2] if _are_plain([self.w2]) else []
+        layers = [self.w2] if is_plain(self.w2) else []
         y = ops.gated_gelu(hidden, *weights_and_biases(layers), implementation=self.implementation)
         return y if layers else self.w2(y)
 
@@ -336,8 +360,15 @@ class PositionEmbedding(nn.Module):
         self.position_embeddings = Embedding(config.max_height * config.max_width, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        embeddings = self.position_embeddings
+        # Called only if it must be: the indices are all positions in their order.
+        vectors = (
+            embeddings.weight
+            if is_plain(embeddings)
+            else embeddings(torch.arange(x.shape[1], device=x.device))
+        )
         # In the dtype of x: under autocast the whole residual stream is in autocast's dtype.
-        return x + self.position_embeddings.weight.to(x.dtype)
+        return x + vectors.to(x.dtype)
 
 
 class PatchEmbedding(Steps):
@@ -349,9 +380,11 @@ class PatchEmbedding(Steps):
         super().__init__(nn.Identity(), conv, nn.Identity(), PositionEmbedding(config))
 
     def forward(self, x: Tensor) -> Tensor:
+        conv = self[1]
+        if not is_plain(conv):
+            return self[3](conv(x).flatten(2).mT)
         # A convolution whose stride equals its size is a linear layer on patches. Computed as one,
         # its result is channels-last, the layout of all features.
-        conv = cast(nn.Conv2d, self[1])
         r = conv.stride[0]
         patches = x.unflatten(3, (-1, r)).unflatten(2, (-1, r)).permute(0, 2, 4, 1, 3, 5)
         features = F.linear(patches.flatten(3).flatten(1, 2), conv.weight.flatten(1), conv.bias)
@@ -401,22 +434,22 @@ class UpsampleAdd(Operation, Steps):
     @property
     def norm_in(self) -> TDLayerNorm:
         """The norm of the concatenated features."""
-        return cast(TDLayerNorm, self[0])
+        return self[0]
 
     @property
     def kernel(self) -> Linear:
         """The projection of the normed features."""
-        return cast(_Projection, self[1]).kernel
+        return self[1].kernel
 
     @property
     def norm_out(self) -> TDLayerNorm:
         """The norm of the upsampled features."""
-        return cast(TDLayerNorm, self[2])
+        return self[2]
 
     def forward(  # type: ignore[override]
         self, x: Tensor, features: Sequence[Tensor], td: TDValues
     ) -> Tensor:
-        if not (_are_plain([self.kernel]) and not any(map(_has_hooks, self))):
+        if not is_plain(self.kernel) or any(map(_has_hooks, self)):
             return self._called_as_modules(x, features, td)
         return ops.upsample_add(
             x.unflatten(1, self.size),

@@ -152,6 +152,8 @@ class DiMR(Operation, HubModel):
     def set_implementation(self, implementation: str) -> Self:
         """Use the named implementation for every operator that has it, "auto" for the others.
 
+        "reference" is plain PyTorch, slower, for what the others lack: transforms of `torch.func`,
+        forward-mode AD, second derivatives, export.
         Raises ValueError if no operator has an implementation of that name.
         """
         known = {name for operator in ops.OPERATORS.values() for name in operator.names}
@@ -160,7 +162,9 @@ class DiMR(Operation, HubModel):
                 f"implementation: got {implementation!r}, expected 'auto' or one of {sorted(known)}"
             )
         for module in self.modules():
-            if isinstance(module, Operation):
+            if isinstance(module, Linear):
+                module.implementation = "reference" if implementation == "reference" else "auto"
+            elif isinstance(module, Operation):
                 has_it = implementation in ops.OPERATORS[module.operator].names
                 module.implementation = implementation if has_it else "auto"
         return self

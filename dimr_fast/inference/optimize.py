@@ -5,14 +5,13 @@ from typing import Any, Literal, NoReturn, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from dimr_fast import ops
 from dimr_fast.inference.branch import Buffers, OperatorBranch
 from dimr_fast.inference.cpu import FACTORS, CPUBranch, CPUFeatures, uses_cpu_library
 from dimr_fast.inference.fp8 import check_fp8
-from dimr_fast.layers import (
-    TDParameter,
-)
+from dimr_fast.layers import TDParameter, is_quantised
 from dimr_fast.model import Branch, DiMR, check_inputs
 from dimr_fast.utils.cuda_graphs import Capture, CUDAGraphs, capture_graph
 
@@ -52,7 +51,7 @@ def optimize_for_inference(
     `model` is a DiMR, or one in DataParallel, DistributedDataParallel or `torch.compile`. The copy
     can be copied and pickled.
 
-    Raises TypeError for another model; ValueError for a model whose linear layers were replaced,
+    Raises TypeError for another model; ValueError for a model whose layers were replaced,
     for any other dtype, for `cuda_graphs=True` if the model is not on a GPU, and for `quantize`
     where it cannot be used.
     """
@@ -100,12 +99,18 @@ def _check_layers(model: DiMR) -> None:
     with torch.device("meta"):
         as_built = DiMR(model.config)
     for name, module in as_built.named_modules():
-        found = model.get_submodule(name)
-        if isinstance(module, nn.Linear) and not isinstance(found, nn.Linear):
-            raise ValueError(
-                f"model: got {type(found).__name__} as {name}, expected Linear: merge adapters "
-                "into the layers first"
-            )
+        for kind in (nn.Linear, nn.Conv2d, nn.Embedding):
+            if not isinstance(module, kind):
+                continue
+            found = model.get_submodule(name)
+            if not isinstance(found, kind) or is_parametrized(found):
+                raise ValueError(
+                    f"model: got {type(found).__name__} as {name}, expected {kind.__name__}: merge "
+                    "adapters and parametrisations into the layers first"
+                )
+            if is_quantised(found):
+                weight = type(found.weight).__name__
+                raise ValueError(f"model: got {weight} as {name}.weight, expected Parameter")
 
 
 class InferenceDiMR(nn.Module):

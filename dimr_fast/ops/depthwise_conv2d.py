@@ -55,9 +55,7 @@ def depthwise_conv2d(
         dtype = x.dtype
     x, weight = _last_contiguous(x), weight.to(dtype).contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
-    if torch.is_grad_enabled():
-        return _run(x, weight, bias, residual, chosen)
-    return _fwd[chosen](x, weight, bias, residual)
+    return _run(x, weight, bias, residual, chosen)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -38,7 +38,7 @@ def gated_gelu(
     if chosen != "reference":
         return _run(x, chosen, compute_dtype(x), len(weights), *weights, *biases)
     y = reference.gated_gelu(x)
-    return linear([y], weights, biases) if weights else y
+    return linear([y], weights, biases, implementation=implementation) if weights else y
 
 
 def gated_gelu_fp8(x: Tensor, *, implementation: str = "auto") -> FP8Rows:

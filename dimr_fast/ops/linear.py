@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dimr_fast import _extension
@@ -15,19 +16,32 @@ from dimr_fast.ops._checks import check_device, compute_dtype
 from dimr_fast.ops.registration import compiled_operator, differentiable
 
 
-def linear(inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+def linear(
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    implementation: str = "auto",
+) -> Tensor:
     """Compute `x · Wᵀ + b`, where `x`, `W` and `b` are concatenations of the arguments.
 
     `x` concatenates `inputs` (each `[…, d]`) along the last axis, `W` concatenates `weights` (each
     `[D, Σd]`) and `b` concatenates `biases` (each `[D]`; one per weight or none) along the first.
     The result `[…, ΣD]` has the dtype of the first input; under autocast the autocast dtype. The
-    inputs and their gradients are never concatenated in memory.
-    Raises ValueError if the shape or the device of a weight or bias does not fit.
+    inputs and their gradients are never concatenated in memory, except by the implementation
+    "reference": plain PyTorch, with derivatives of every kind and order. The other one is "auto".
+    Raises ValueError if the shape or the device of a weight or bias does not fit, or for an unknown
+    implementation.
     """
+    if implementation not in ("auto", "reference"):
+        raise ValueError(f"implementation: got {implementation!r}, expected 'auto' or 'reference'")
     for i, x in enumerate(inputs):
         check_device(inputs[0], x, f"inputs[{i}]")
     check_layers(inputs[0], sum(x.shape[-1] for x in inputs), weights, biases)
     dtype = compute_dtype(inputs[0])
+    if implementation == "reference":
+        x, weight = (torch.cat(list(t), dim).to(dtype) for t, dim in ((inputs, -1), (weights, 0)))
+        return F.linear(x, weight, torch.cat(list(biases)).to(dtype) if biases else None)
     return _run(dtype, len(inputs), len(weights), *inputs, *weights, *biases)
 
 

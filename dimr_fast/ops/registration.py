@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import register_flop_formula
 
@@ -120,17 +119,59 @@ def differentiable(
     """Return a function that computes `forward` and has the gradient `backward`.
 
     `forward(ctx, *inputs)` returns the outputs and saves in `ctx` what `backward` needs.
-    `backward(ctx, *grads)` returns one gradient for each input, None for an input without one; it
-    cannot be differentiated again. An outer `torch.autograd.Function` costs less time per call than
-    `torch.library.register_autograd`.
+    `backward(ctx, *grads)` returns one gradient for each input, None for an input without one. An
+    outer `torch.autograd.Function` costs less time per call than `torch.library.register_autograd`.
+
+    Every other derivative raises NotImplementedError: second ones, forward-mode AD, transforms of
+    torch.func.
     """
-    members = {
-        "forward": staticmethod(forward),
-        "backward": staticmethod(once_differentiable(backward)),
-    }
     name = forward.__module__.rpartition(".")[2]
-    function: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), members)
-    return function.apply
+
+    def once(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        # `create_graph=True`: only a use of the second derivative is an error.
+        return _Once.apply(name, torch.empty(0, requires_grad=True), *found)
+
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> None:
+        raise _not_here(name, "forward-mode AD")
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(once)}
+    traced: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), members)
+    # torch.compile does not trace a function that has a jvp.
+    eager: type[torch.autograd.Function] = type(name, (traced,), {"jvp": staticmethod(jvp)})
+
+    def run(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return traced.apply(*inputs)
+        if torch._C._are_functorch_transforms_active():
+            raise _not_here(name, "a transform of torch.func")
+        return eager.apply(*inputs)
+
+    return run
+
+
+class _Once(torch.autograd.Function):
+    """Returns gradients unchanged; raises if they are differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, trigger: torch.Tensor, *gradients: Any) -> tuple[Any, ...]:
+        # `trigger` requires a gradient, so that the outputs do.
+        ctx.name = name
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> None:
+        raise _not_here(ctx.name, "a second derivative")
+
+
+def _not_here(operator: str, wanted: str) -> NotImplementedError:
+    return NotImplementedError(
+        f'{operator}: got {wanted}, which only implementation="reference" (plain PyTorch) has: '
+        'call model.set_implementation("reference")'
+    )
 
 
 def compiled_operator(name: str, schema: str) -> Kernel:

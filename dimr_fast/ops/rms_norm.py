@@ -54,6 +54,6 @@ def rms_norm(
     if scale.dim() != 1:
         raise ValueError(f"scale: got shape {tuple(scale.shape)}, expected [D]")
     check_width(x, scale, "scale")
-    chosen = operator.select(implementation, x)
+    operator.select(implementation, x)  # an error has the name of this operator
     # One scale for all images is the case T = 1 of the time-dependent norm.
-    return td_rms_norm(x, scale[None], residual, weights, biases, implementation=chosen)
+    return td_rms_norm(x, scale[None], residual, weights, biases, implementation=implementation)

@@ -69,7 +69,7 @@ def td_layer_norm(
         return _run(x, residual, weight, bias, dtype, chosen, len(weights), *weights, *biases)
     summed = x if residual is None else residual + x
     y = reference.td_layer_norm(summed, weight, bias).to(compute_dtype(x))
-    y = linear([y], weights, biases) if weights else y
+    y = linear([y], weights, biases, implementation=implementation) if weights else y
     return y if residual is None else (summed, y)
 
 

@@ -72,7 +72,7 @@ def td_rms_norm(
         return _run(x, residual, scale, dtype, chosen, len(weights), *weights, *biases)
     summed = x if residual is None else residual + x
     y = reference.td_rms_norm(summed, scale).to(compute_dtype(x))
-    y = linear([y], weights, biases) if weights else y
+    y = linear([y], weights, biases, implementation=implementation) if weights else y
     return y if residual is None else (summed, y)
 
 

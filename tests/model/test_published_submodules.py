@@ -39,6 +39,15 @@ def test_children_have_the_published_indices(model: DiMR) -> None:
             assert stage.upsample[1].kernel.weight.shape[0] % branch.dim == 0
 
 
+def test_a_slice_of_the_children_is_refused(model: DiMR) -> None:
+    """It would be called without the steps that the children do not show."""
+    layer = model.stages[0].input_layer
+    with pytest.raises(TypeError, match="index: got slice"):
+        layer[:2]
+    assert list(layer)[1:2] == [layer[1]]
+    assert [type(child) for child in layer] == [type(layer[i]) for i in range(-4, 0)]
+
+
 def test_initialising_the_last_layer_to_zero_gives_zero(model: DiMR) -> None:
     """As scripts do with the layer that predicts."""
     for stage in model.stages:

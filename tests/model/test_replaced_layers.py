@@ -1,4 +1,4 @@
-"""Linear layers that were replaced or have hooks are called as modules, as in the published model.
+"""Layers that were replaced or have hooks are called as modules, as in the published model.
 
 Adapters and quantising libraries replace layers; tools that inspect a model register hooks.
 """
@@ -21,11 +21,12 @@ def small() -> DiMR:
     return randomised(DiMR.from_preset("tiny"))
 
 
-LINEAR_LAYERS = [name for name, m in small().named_modules() if isinstance(m, nn.Linear)]
-ONE_OF_EACH = list(
-    {re.sub(r"(blocks|skip_denses)[.]\d+", "", n): n for n in LINEAR_LAYERS}.values()
-)
+KINDS = (nn.Linear, nn.Conv2d, nn.Embedding)
+LAYERS = {name: m for name, m in small().named_modules() if isinstance(m, KINDS)}
+ONE_OF_EACH = list({re.sub(r"(blocks|skip_denses)[.]\d+", "", n): n for n in LAYERS}.values())
 """One layer of each kind in each branch."""
+LINEAR = [name for name in ONE_OF_EACH if isinstance(LAYERS[name], nn.Linear)]
+OTHERS = [name for name in ONE_OF_EACH if name not in LINEAR]
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["auto", "reference"])
 
 
@@ -68,7 +69,7 @@ class LowRank(nn.Module):
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", LINEAR)
 def test_an_adapter_equals_the_layer_that_it_is_merged_into(name: str, implementation: str) -> None:
     model = small().set_implementation(implementation)
     adapter = LowRank(model.get_submodule(name))
@@ -82,16 +83,45 @@ def test_an_adapter_equals_the_layer_that_it_is_merged_into(name: str, implement
     assert any(not torch.allclose(a, b, atol=1e-4) for a, b in zip(found, without, strict=True))
 
 
+class Twice(nn.Module):
+    """A layer in place of another one: two times its result."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.layer(x)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_replaced_convolution_or_embedding_is_called(name: str, implementation: str) -> None:
+    model = small().set_implementation(implementation)
+    doubled = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in doubled.get_submodule(name).parameters():
+            parameter *= 2
+    replace(model, name, Twice(model.get_submodule(name)))
+    for actual, wanted in zip(predictions(model), predictions(doubled), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_a_model_with_adapters_is_not_optimised(name: str) -> None:
+def test_a_model_with_other_layers_is_not_optimised(name: str) -> None:
     """Its own layers' weights alone would be another model."""
     model = small()
-    replace(model, name, LowRank(model.get_submodule(name)))
-    with pytest.raises(ValueError, match=f"model: got LowRank as {name}, expected Linear"):
-        optimize_for_inference(model)
+    layer = model.get_submodule(name)
+    parametrised = copy.deepcopy(model)
+    parametrize.register_parametrization(parametrised.get_submodule(name), "weight", Doubled())
+    replace(model, name, Twice(layer))
+    expected = next(kind.__name__ for kind in KINDS if isinstance(layer, kind))
+    for changed, found in ((model, "Twice"), (parametrised, f"Parametrized{expected}")):
+        with pytest.raises(ValueError, match=f"model: got {found} as {name}, expected {expected}"):
+            optimize_for_inference(changed)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", LINEAR)
 def test_an_adapter_gets_gradients(name: str) -> None:
     model = small()
     adapter = LowRank(model.get_submodule(name))
@@ -119,17 +149,18 @@ def test_a_parametrised_weight_is_used(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
 @pytest.mark.parametrize("change", [False, True], ids=["sees", "changes"])
-def test_hooks_of_every_linear_layer_are_called(kind: str, change: bool) -> None:
+def test_hooks_of_every_layer_are_called(kind: str, change: bool) -> None:
     model = small()
     before = predictions(model)
-    called: dict[str, int] = dict.fromkeys(LINEAR_LAYERS, 0)
-    for name in LINEAR_LAYERS:
+    called: dict[str, int] = dict.fromkeys(LAYERS, 0)
+    for name in LAYERS:
 
         def hook(module: nn.Module, given: Any, output: Any = None, name: str = name) -> Any:
             called[name] += 1
             if not change:
                 return None
-            return tuple(0 * x for x in given) if output is None else 0 * output
+            # Half of an index is an index too.
+            return tuple(x // 2 for x in given) if output is None else 0 * output
 
         getattr(model.get_submodule(name), kind)(hook)
     after = predictions(model)

@@ -42,6 +42,25 @@ def test_outputs_and_gradients(case: str, dtype: torch.dtype, bias: bool) -> Non
     assert_as_accurate(with_gradients(ours), with_gradients(whole), *given, dtype=dtype)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_reference_equals_auto(case: str, bias: bool, autocast: bool) -> None:
+    inputs, weights, biases = tensors(*CASES[case], (3, 37))
+    found = []
+    for implementation in ("auto", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (*inputs, *weights, *biases)]
+        xs, rest = leaves[: len(inputs)], leaves[len(inputs) :]
+        ws, bs = rest[: len(weights)], rest[len(weights) :] if bias else []
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            y = linear(xs, ws, bs, implementation=implementation)
+        y.float().square().mean().backward()
+        found.append([y, *(leaf.grad for leaf in (*xs, *ws, *bs))])
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if autocast else {}
+    for auto, reference in zip(*found, strict=True):
+        torch.testing.assert_close(reference, auto, **tolerance)
+
+
 def test_autocast_decides_on_the_dtype_and_gradients_have_their_tensors() -> None:
     inputs, weights, biases = tensors(*CASES["all"], (2, 5))
     inputs[1] = inputs[1].bfloat16()
