@@ -31,13 +31,13 @@ class Solver(Protocol):
 
     `noise_fn(x, t)`: returns the predicted noise, shaped like `x`, at the time `t` in
     [min_time, 1], a 0-d tensor on the CPU, which can be read without waiting for the device. The
-    condition `log_snr` of a network is `schedule.condition_at(t)` (see `guided`). `x`: unit Gaussian noise [B, ...]; the state
-    keeps its dtype. `spacing`: spacing of the time grid. "time" is uniform in t; its last interval
-    then covers a large part of the range of λ, the integration variable. "log_snr" is uniform in λ;
-    the result is much closer to the exact solution, but many evaluations are spent at very low
-    noise. `clip`: range to which every predicted image is clipped; pixels have one, latents (and
-    the published sampler) none. `progress`: called after every evaluation. Returns the sample,
-    shaped like `x`; no gradients are recorded.
+    condition `log_snr` of a network is `schedule.condition_at(t)` (see `guided`). `x`: unit
+    Gaussian noise [B, ...]; the state keeps its dtype. `spacing`: spacing of the time grid. "time"
+    is uniform in t; its last interval then covers a large part of the range of λ, the integration
+    variable. "log_snr" is uniform in λ; the result is much closer to the exact solution, but many
+    evaluations are spent at very low noise. `clip`: range to which every predicted image is
+    clipped; pixels have one, latents (and the published sampler) none. `progress`: called after
+    every evaluation. Returns the sample, shaped like `x`; no gradients are recorded.
 
     Raises ValueError for `steps` not a whole number of at least 1, for another `spacing`, for an
     empty `clip`, for `x` not floating point and for a prediction of another shape.
