@@ -7,13 +7,14 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dimr_fast.config import DiMRConfig
 from dimr_fast.data.scaling import Scale, scale_from_dict, scale_to_dict
+from dimr_fast.diffusion import ScheduleName
 from dimr_fast.errors import CheckpointError
 from dimr_fast.hub.mixin import CONFIG
 from dimr_fast.model import DiMR
@@ -76,23 +77,31 @@ def load_checkpoint(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], di
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model to sample from, with the classes and input scale of its training data."""
+    """A model to sample from, and how it was trained.
+
+    `classes` and `scale` are those of its training data, `schedule` is its noise schedule, which
+    also says what its condition is. `defaults` names the settings it is sampled with by default:
+    see `SamplerConfig`.
+    """
 
     model: DiMR
     classes: tuple[str, ...]
     scale: Scale
+    schedule: ScheduleName = "discrete"
+    defaults: Literal["published"] | None = None
 
 
 def load_model(path: Path) -> TrainedModel:
     """Load the model of a training checkpoint or of a folder, on the CPU and in evaluation mode.
 
     From a training checkpoint it loads the EMA weights. A folder must have been written by
-    `save_model` or `dimr-fast export`. Raises CheckpointError where the files are unusable, do not
-    fit together or do not state the model's classes and input scale.
+    `save_model`, `dimr-fast export` or `dimr-fast convert`. Raises CheckpointError where the files
+    are unusable, do not fit together or do not state the model's classes, input scale and noise
+    schedule.
     """
     if path.is_dir():
         model, notes = DiMR.from_folder(path)
-        return TrainedModel(model, *_classes_and_scale(path, notes, model.config))
+        return _trained_model(path, model, notes, schedule_of(notes))
     tensors, metadata = load_checkpoint(path, EMA_PREFIX)
     if "config" not in metadata:
         raise CheckpointError(f"{path}: {_BARE_WEIGHTS}; {how_to_convert(path)}")
@@ -100,9 +109,44 @@ def load_model(path: Path) -> TrainedModel:
         config = DiMRConfig.from_dict(metadata["config"])
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of a DiMR model ({error})") from error
-    classes, scale = _classes_and_scale(path, metadata, config)
     weights = {name.removeprefix(EMA_PREFIX): value.clone() for name, value in tensors.items()}
-    return TrainedModel(DiMR.from_weights(config, weights, path), classes, scale)
+    model = DiMR.from_weights(config, weights, path)
+    # Runs of earlier versions knew no other schedule.
+    return _trained_model(path, model, metadata, metadata.get("schedule", "discrete"))
+
+
+def schedule_of(notes: Mapping[str, Any]) -> Any:
+    """Return the noise schedule in the notes of a model folder, or None where it is unknown.
+
+    Folders of earlier versions do not name it. Models of latents and exported runs, which have a
+    recipe, were trained with "discrete"; converted pixel models may have had any.
+    """
+    latents = isinstance(notes.get("scale"), dict) and notes["scale"].get("kind") == "latents"
+    return notes.get("schedule", "discrete" if latents or "recipe" in notes else None)
+
+
+def _trained_model(
+    path: Path, model: DiMR, metadata: dict[str, Any], schedule: Any
+) -> TrainedModel:
+    """Return the model with the facts in its metadata, which must be complete."""
+    if schedule is None:
+        raise CheckpointError(
+            f"{path}: its noise schedule is not recorded, and images drawn with another one are "
+            "wrong; state it, and the scale of its pixels, when you convert it: dimr-fast convert "
+            f"--input {path} --output FOLDER --schedule NAME --pixel-scale MEAN STD "
+            f"(NAME: {' or '.join(get_args(ScheduleName))}; 127.5 127.5 means −1..1)"
+        )
+    if schedule not in get_args(ScheduleName):
+        raise CheckpointError(
+            f"{path}: schedule: got {schedule!r}, expected {' or '.join(get_args(ScheduleName))}"
+        )
+    defaults = metadata.get("sampling_defaults")
+    if defaults not in (None, "published"):
+        raise CheckpointError(
+            f"{path}: sampling_defaults: got {defaults!r}, expected 'published' or none"
+        )
+    classes, scale = _classes_and_scale(path, metadata, model.config)
+    return TrainedModel(model, classes, scale, schedule, defaults)
 
 
 def _classes_and_scale(
@@ -145,6 +189,8 @@ def save_model(
     known = {
         "classes": list(trained.classes),
         "scale": scale_to_dict(trained.scale),
+        "schedule": trained.schedule,
+        "sampling_defaults": trained.defaults,
         "recipe": recipe,
         "scores": scores,
         "license": license,

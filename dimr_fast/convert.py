@@ -7,14 +7,15 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from dimr_fast.checkpoint import EMA_PREFIX, load_checkpoint, load_published
+from dimr_fast.checkpoint import EMA_PREFIX, load_checkpoint, load_published, schedule_of
 from dimr_fast.config import PRESETS, DiMRConfig, preset_of
 from dimr_fast.data.scaling import LatentScale, PixelScale, scale_to_dict
+from dimr_fast.diffusion import ScheduleName
 from dimr_fast.errors import CheckpointError
 from dimr_fast.hub.mixin import CONFIG, WEIGHTS, canonical, read_config
 from dimr_fast.model import DiMR
@@ -38,13 +39,30 @@ class ConvertConfig:
     preset: str | None = None
     """Name of the model's preset; by default the preset that fits the weights."""
     config: Path | None = None
-    """A file like a folder's config.json, for a model that is no preset; its classes and scale are
-    kept."""
+    """A file like a folder's config.json, for a model that is no preset; its classes, scale and
+    schedule are kept."""
+    schedule: ScheduleName | None = None
+    """Noise schedule that the model was trained with, for a folder as output. discrete: that of
+    published models of latents; vp-sde: that of published models of pixels. Needed for a pixel
+    model that is neither a published preset nor a training run of this package."""
+    pixel_scale: tuple[float, float] | None = None
+    """Mean and standard deviation that pixels 0..255 were scaled with, for a folder as output:
+    127.5 127.5 means −1..1."""
 
     def validate(self) -> None:
         """Raise ValueError naming a setting that is out of range."""
+        kind, scale = self.output.suffix, self.pixel_scale
+        folder = kind not in (*PUBLISHED, SAFETENSORS)
         require_fields(
             self,
+            schedule=(
+                self.schedule is None or (folder and self.schedule in get_args(ScheduleName)),
+                f"{' or '.join(get_args(ScheduleName))}, for a folder as output",
+            ),
+            pixel_scale=(
+                scale is None or (folder and scale[1] > 0),
+                "mean and standard deviation, a positive number, for a folder as output",
+            ),
             preset=(self.preset is None or self.preset in PRESETS, f"one of {', '.join(PRESETS)}"),
             config=(self.config is None or self.preset is None, "None beside preset"),
         )
@@ -119,8 +137,13 @@ def convert(config: ConvertConfig) -> Conversion:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, write_file)
     else:
-        notes, assumed = _with_classes_and_scale(model.config, notes)
+        notes, assumed = _with_training(model.config, notes, config)
         remarks += tuple(f"{remark}; if not so, correct {output / CONFIG}" for remark in assumed)
+        if "schedule" not in notes or "scale" not in notes:
+            remarks += (
+                "how it was trained is not known, so no images can be drawn with it; to state it, "
+                "convert again with --schedule and --pixel-scale",
+            )
         write_folder(output, write_model)
     count = sum(parameter.numel() for parameter in model.parameters())
     return Conversion(output, count, preset_of(model.config), remarks)
@@ -141,6 +164,8 @@ def _read(path: Path, kind: str) -> _Source:
             weights = {name.removeprefix(EMA_PREFIX): value for name, value in ema.items()}
             config = DiMRConfig.from_dict(said["config"])
             notes = {name: said[name] for name in ("classes", "scale") if name in said}
+            # Runs of earlier versions knew no other schedule.
+            notes["schedule"] = said.get("schedule", "discrete")
             remarks.append("took the EMA weights of a training checkpoint")
     else:
         weights = load_published(path)
@@ -201,22 +226,44 @@ def _sized(name: str, weights: dict[str, Tensor]) -> DiMRConfig:
     return dataclasses.replace(PRESETS[name], num_classes=classes)
 
 
-def _with_classes_and_scale(
-    config: DiMRConfig, notes: dict[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the notes with classes and scale, and remarks about what was assumed.
+def published_training(model: DiMRConfig) -> dict[str, Any]:
+    """Return how the published model of this configuration was trained, as notes of a folder.
 
-    The inputs of published latent models are latents × 0.18215. No recipe of the published pixel
-    models is known; −1..1 is the convention of the field.
+    The inputs of published latent models are latents × 0.18215, with the discrete schedule; those
+    of published pixel models are pixels in −1..1, with the VP-SDE. The result is empty for other
+    models, whose training is unknown.
     """
-    latents = config.channels == 4
+    if model.channels == 4:
+        scale, schedule = scale_to_dict(LatentScale()), "discrete"
+    elif (preset_of(model) or "").startswith("DiMR-"):
+        scale, schedule = scale_to_dict(PixelScale(127.5, 127.5)), "vp-sde"
+    else:
+        return {}
+    return {"scale": scale, "schedule": schedule, "sampling_defaults": "published"}
+
+
+def _with_training(
+    model: DiMRConfig, notes: dict[str, Any], config: ConvertConfig
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the notes with how the model was trained, and remarks about what was assumed."""
     found, assumed = dict(notes), []
+    if config.schedule is not None:
+        found["schedule"] = config.schedule
+    if config.pixel_scale is not None:
+        found["scale"] = scale_to_dict(PixelScale(*config.pixel_scale))
     if "classes" not in found:
-        found["classes"] = [str(number) for number in range(config.null_class)]
+        found["classes"] = [str(number) for number in range(model.null_class)]
         assumed.append("assumed class names 0, 1, 2, …")
-    if "scale" not in found:
-        found["scale"] = scale_to_dict(LatentScale() if latents else PixelScale(127.5, 127.5))
+    if (known := schedule_of(found)) is not None:
+        found["schedule"] = known
+    published = published_training(model)
+    if published and "scale" not in found:
+        found["scale"] = published["scale"]
+        latents = found["scale"]["kind"] == "latents"
         assumed.append(f"assumed inputs of {'latents × 0.18215' if latents else 'pixels, −1..1'}")
+    if published and known is None:
+        found = published | found
+        assumed.append(f"assumed the noise schedule {found['schedule']} and published sampling")
     return found, assumed
 
 

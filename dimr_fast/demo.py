@@ -95,7 +95,7 @@ def demo(
                 "images": len(samples),
                 "seconds": seconds,
                 "labels": "drawn as in the training tiles",
-                **sampler.recipe(trained.scale, resolve_device(config.device)),
+                **sampler.recipe(trained, resolve_device(config.device)),
             },
             "scores": dataclasses.asdict(scores),
         },

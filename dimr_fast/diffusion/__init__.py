@@ -8,7 +8,14 @@ from dimr_fast.diffusion.guidance import (
     guided,
 )
 from dimr_fast.diffusion.loss import multi_scale_loss, pool_noise
-from dimr_fast.diffusion.schedule import DiscreteSchedule, time_condition
+from dimr_fast.diffusion.schedule import (
+    VPSDE,
+    DiscreteSchedule,
+    Schedule,
+    ScheduleName,
+    noise_schedule,
+    time_condition,
+)
 from dimr_fast.diffusion.solvers import (
     SOLVERS,
     NoiseFn,
@@ -17,25 +24,33 @@ from dimr_fast.diffusion.solvers import (
     Spacing,
     dpm_solver_multistep,
     dpm_solver_singlestep,
+    euler,
+    euler_maruyama,
     heun,
 )
 
 __all__ = [
     "SOLVERS",
+    "VPSDE",
     "ConstantGuidance",
     "DiscreteSchedule",
     "Guidance",
     "ModelFn",
     "NoiseFn",
     "PowerCosineGuidance",
+    "Schedule",
+    "ScheduleName",
     "Solver",
     "SolverName",
     "Spacing",
     "dpm_solver_multistep",
     "dpm_solver_singlestep",
+    "euler",
+    "euler_maruyama",
     "guided",
     "heun",
     "multi_scale_loss",
+    "noise_schedule",
     "pool_noise",
     "time_condition",
 ]

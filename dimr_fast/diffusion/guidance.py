@@ -94,13 +94,16 @@ def guided(
     guidance: Guidance,
     *,
     interval: tuple[float, float] = (0.0, 1.0),
+    condition: Callable[[Tensor], Tensor] = time_condition,
 ) -> NoiseFn:
     """Return the guided noise prediction of a class-conditional model, for a solver.
 
     Each call of the result calls `model_fn` once, with a batch of 2B: the images with their labels,
     then the same images with the null label. If guidance is off or unconditional, or the time is
-    outside `interval`, the batch has only the B images. The condition of `model_fn` is `8·t − 4`,
-    of shape [1] if `t` is 0-d, otherwise with one entry per row of the batch.
+    outside `interval`, the batch has only the B images. The condition of `model_fn` is that of the
+    schedule the model was trained with, `schedule.condition_at`; by default that of
+    `DiscreteSchedule`, `8·t − 4`. It has the shape [1] if `t` is 0-d, otherwise one entry per row
+    of the batch.
 
     `y`: integer labels [B]. `null_label`: the label of the unconditional prediction. The result
     takes `x` [B, ...] and `t` (0-d or [B]) and returns the shape and dtype of `x`; guidance is
@@ -138,12 +141,12 @@ def guided(
             )
         inside = always or low <= t.item() <= high
         t = t.to(x.device, non_blocking=True)
-        condition = time_condition(t.reshape(-1))
+        log_snr = condition(t.reshape(-1))
         if guidance.off or not inside:
-            return _predict(model_fn, x, condition, y)
+            return _predict(model_fn, x, log_snr, y)
         if guidance.unconditional:
-            return _predict(model_fn, x, condition, without_class)
-        both = condition if t.ndim == 0 else torch.cat([condition, condition])
+            return _predict(model_fn, x, log_snr, without_class)
+        both = log_snr if t.ndim == 0 else torch.cat([log_snr, log_snr])
         conditional, null = _predict(model_fn, torch.cat([x, x]), both, labels).chunk(2)
         extra = guidance.extra(t).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
         return conditional + extra * (conditional - null)

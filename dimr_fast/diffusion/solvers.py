@@ -1,4 +1,4 @@
-"""Solvers of the probability-flow ODE, from noise to an image."""
+"""Solvers of the probability-flow ODE, and of the reverse SDE, from noise to an image."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from dimr_fast.diffusion.schedule import DiscreteSchedule
+from dimr_fast.diffusion.schedule import Schedule
 from dimr_fast.utils.validation import check_tensors
 
 NoiseFn = Callable[[Tensor, Tensor], Tensor]
@@ -21,20 +21,23 @@ Spacing = Literal["time", "log_snr"]
 
 
 class Solver(Protocol):
-    """The interface of `SOLVERS`: integrate from noise at t = 1 to a sample at t = 1/1000.
+    """The interface of `SOLVERS`: integrate from noise at t = 1 to a sample at the schedule's end.
+
+    The end is `schedule.min_time`, 1/1000 for `DiscreteSchedule` and 1/10,000 for `VPSDE`; only
+    `euler` and `euler_maruyama` end at 0.
 
     `steps` is the number of network evaluations, for every solver. The coefficients are float64
     numbers that are known before the first evaluation, so the loop never waits for the device.
 
-    `noise_fn(x, t)`: returns the predicted noise, shaped like `x`, at the time `t` in [1/1000, 1],
-    a 0-d tensor on the CPU, which can be read without waiting for the device. The condition
-    `log_snr` of a network is `8·t − 4` (see `guided`). `x`: unit Gaussian noise [B, ...]; the state
-    keeps its dtype. `spacing`: spacing of the time grid. "time" is uniform in t; its last interval
-    then covers a large part of the range of λ, the integration variable. "log_snr" is uniform in λ;
-    the result is much closer to the exact solution, but many evaluations are spent at very low
-    noise. `clip`: range to which every predicted image is clipped; pixels have one, latents (and
-    the published sampler) none. `progress`: called after every evaluation. Returns the sample,
-    shaped like `x`; no gradients are recorded.
+    `noise_fn(x, t)`: returns the predicted noise, shaped like `x`, at the time `t` in
+    [min_time, 1], a 0-d tensor on the CPU, which can be read without waiting for the device. The
+    condition `log_snr` of a network is `schedule.condition_at(t)` (see `guided`). `x`: unit
+    Gaussian noise [B, ...]; the state keeps its dtype. `spacing`: spacing of the time grid. "time"
+    is uniform in t; its last interval then covers a large part of the range of λ, the integration
+    variable. "log_snr" is uniform in λ; the result is much closer to the exact solution, but many
+    evaluations are spent at very low noise. `clip`: range to which every predicted image is
+    clipped; pixels have one, latents (and the published sampler) none. `progress`: called after
+    every evaluation. Returns the sample, shaped like `x`; no gradients are recorded.
 
     Raises ValueError for `steps` not a whole number of at least 1, for another `spacing`, for an
     empty `clip`, for `x` not floating point and for a prediction of another shape.
@@ -44,7 +47,7 @@ class Solver(Protocol):
         self,
         noise_fn: NoiseFn,
         x: Tensor,
-        schedule: DiscreteSchedule,
+        schedule: Schedule,
         steps: int,
         *,
         spacing: Spacing = "time",
@@ -73,14 +76,14 @@ class _Stage:
 def dpm_solver_singlestep(
     noise_fn: NoiseFn,
     x: Tensor,
-    schedule: DiscreteSchedule,
+    schedule: Schedule,
     steps: int,
     *,
     spacing: Spacing = "time",
     clip: tuple[float, float] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> Tensor:
-    """Solve from t = 1 to t = 1/1000 with DPM-Solver++ (single-step, order 3), as published.
+    """Solve to the schedule's end with DPM-Solver++ (single-step, order 3), as published.
 
     The grid has `steps` intervals. Each group of three intervals is one step of order 3. The end of
     the grid uses lower orders: one step of order 2 and one of order 1 if `steps` mod 3 is 0, one
@@ -98,7 +101,7 @@ def dpm_solver_singlestep(
 def dpm_solver_multistep(
     noise_fn: NoiseFn,
     x: Tensor,
-    schedule: DiscreteSchedule,
+    schedule: Schedule,
     steps: int,
     *,
     order: Literal[1, 2, 3] = 2,
@@ -140,7 +143,7 @@ def dpm_solver_multistep(
 def heun(
     noise_fn: NoiseFn,
     x: Tensor,
-    schedule: DiscreteSchedule,
+    schedule: Schedule,
     steps: int,
     *,
     spacing: Spacing = "time",
@@ -162,7 +165,65 @@ def heun(
     return _follow(groups, noise_fn, x, clip, progress)
 
 
-SolverName = Literal["dpm++", "dpm++2m", "dpm++3m", "ddim", "heun"]
+@torch.no_grad()
+def euler(
+    noise_fn: NoiseFn,
+    x: Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    spacing: Spacing = "time",
+    clip: tuple[float, float] | None = None,
+    progress: Callable[[], object] | None = None,
+) -> Tensor:
+    """Solve the probability-flow ODE in t with Euler's method, of order 1, to t = 0.
+
+    `dx/dt = −½·β·(x + score)`, where the score is `−ε/σ`. The times are `steps` points from t = 1
+    to 1/1000, then 0, as in the published code of pixel models. See `Solver` for arguments and
+    errors.
+
+    Source: Song et al. 2021, arXiv 2011.13456, equation 13.
+    """
+    _check(x, steps, spacing, clip)
+    for step in _euler_plan(schedule, steps, spacing, 0.5):
+        x = _euler_step(step, noise_fn, x, clip)
+        if progress is not None:
+            progress()
+    return x
+
+
+@torch.no_grad()
+def euler_maruyama(
+    noise_fn: NoiseFn,
+    x: Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    spacing: Spacing = "time",
+    clip: tuple[float, float] | None = None,
+    progress: Callable[[], object] | None = None,
+    draw: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """Solve the reverse SDE with the method of Euler and Maruyama, to t = 0.
+
+    `dx = −β·(½·x + score)·dt + √β·dw`, where the score is `−ε/σ`; times as in `euler`. Each step
+    but the last adds noise. `draw()` returns that noise, unit Gaussian and shaped like `x`; by
+    default it comes from the global random state. See `Solver` for other arguments and errors.
+
+    Source: Song et al. 2021, arXiv 2011.13456, equation 6.
+    """
+    _check(x, steps, spacing, clip)
+    for step in _euler_plan(schedule, steps, spacing, 1.0):
+        x = _euler_step(step, noise_fn, x, clip)
+        if step.noise:
+            fresh = torch.randn_like(x) if draw is None else draw().to(x.dtype)
+            x = x + step.noise * fresh
+        if progress is not None:
+            progress()
+    return x
+
+
+SolverName = Literal["dpm++", "dpm++2m", "dpm++3m", "ddim", "heun", "euler", "euler-maruyama"]
 
 SOLVERS: dict[SolverName, Solver] = {
     "dpm++": dpm_solver_singlestep,
@@ -170,6 +231,8 @@ SOLVERS: dict[SolverName, Solver] = {
     "dpm++3m": partial(dpm_solver_multistep, order=3),
     "ddim": partial(dpm_solver_multistep, order=1),
     "heun": heun,
+    "euler": euler,
+    "euler-maruyama": euler_maruyama,
 }
 """Solvers by name; "dpm++" is the published one."""
 
@@ -223,8 +286,11 @@ def _follow(
     return x
 
 
-def _grid(schedule: DiscreteSchedule, intervals: int, spacing: Spacing) -> list[float]:
-    last = 1 / schedule.num_steps
+def _grid(
+    schedule: Schedule, intervals: int, spacing: Spacing, end: float | None = None
+) -> list[float]:
+    """Return the times from 1 to `end`, by default the schedule's."""
+    last = schedule.min_time if end is None else end
     if spacing == "time":
         inner = [1 + (last - 1) * i / intervals for i in range(1, intervals)]
     else:
@@ -235,7 +301,7 @@ def _grid(schedule: DiscreteSchedule, intervals: int, spacing: Spacing) -> list[
     return [1.0, *inner, last]
 
 
-def _plan(schedule: DiscreteSchedule, steps: int, spacing: Spacing = "time") -> list[list[_Stage]]:
+def _plan(schedule: Schedule, steps: int, spacing: Spacing = "time") -> list[list[_Stage]]:
     groups, rest = divmod(steps, 3)
     orders = [3] * groups + [rest] if rest else [3] * (groups - 1) + [2, 1]
     grid = _grid(schedule, steps, spacing)
@@ -243,7 +309,7 @@ def _plan(schedule: DiscreteSchedule, steps: int, spacing: Spacing = "time") -> 
     return [_group(schedule, grid[begin : end + 1]) for begin, end in pairwise(ends)]
 
 
-def _group(schedule: DiscreteSchedule, times: Sequence[float]) -> list[_Stage]:
+def _group(schedule: Schedule, times: Sequence[float]) -> list[_Stage]:
     """Return one solver step of order `len(times) − 1` from the first time to the last.
 
     The exact solution integrates x̂0 over λ against an exponential. Each state approximates x̂0 by
@@ -279,7 +345,7 @@ def _group(schedule: DiscreteSchedule, times: Sequence[float]) -> list[_Stage]:
     return stages
 
 
-def _heun_group(schedule: DiscreteSchedule, begin: float, end: float) -> list[_Stage]:
+def _heun_group(schedule: Schedule, begin: float, end: float) -> list[_Stage]:
     """Return an Euler step from `begin` to `end`, and its correction by the mean of both slopes.
 
     The slope of `x/α` over `σ/α` is `(x/α − x̂0)/(σ/α)`. With `r` the ratio of `σ/α` at the end to
@@ -315,9 +381,7 @@ class _Step:
     weights: tuple[float, ...]
 
 
-def _multistep_plan(
-    schedule: DiscreteSchedule, steps: int, order: int, spacing: Spacing
-) -> list[_Step]:
+def _multistep_plan(schedule: Schedule, steps: int, order: int, spacing: Spacing) -> list[_Step]:
     times = _grid(schedule, steps, spacing)
     rates = [schedule.alpha_sigma(t) for t in times]
     growth = [schedule.half_log_snr(b) - schedule.half_log_snr(a) for a, b in pairwise(times)]
@@ -360,3 +424,52 @@ def _multistep_weights(growth: Sequence[float]) -> tuple[float, ...]:
     curvature = (linear * before + square) / (before + second)
     slope = (linear + curvature) / before
     return constant + slope, -slope - curvature / second, curvature / second
+
+
+_EULER_END = 1e-3
+"""Last time before 0 of the published Euler and Euler–Maruyama samplers."""
+
+
+@dataclass(frozen=True)
+class _EulerStep:
+    """One evaluation at `time`; next state `keep·x + weight·x̂0 + noise·z`."""
+
+    time: float
+    alpha: float
+    sigma: float
+    keep: float
+    weight: float
+    noise: float
+
+
+def _euler_plan(schedule: Schedule, steps: int, spacing: Spacing, share: float) -> list[_EulerStep]:
+    """Return the steps of the ODE (`share` of the score ½) or of the reverse SDE (1).
+
+    With `h = β·Δt` the next state is `x + h·(½·x + share·score)`, and the score of the predicted
+    image is `(α·x̂0 − x)/σ²`.
+    """
+    times = _grid(schedule, steps - 1, spacing, _EULER_END) if steps > 1 else [1.0]
+    plan = []
+    for time, end in pairwise([*times, 0.0]):
+        alpha, sigma = schedule.alpha_sigma(time)
+        h = schedule.beta(time) * (time - end)
+        score = share * h / sigma**2
+        noisy = share == 1 and end > 0
+        plan.append(
+            _EulerStep(
+                time,
+                alpha,
+                sigma,
+                keep=1 + h / 2 - score,
+                weight=score * alpha,
+                noise=math.sqrt(h) if noisy else 0.0,
+            )
+        )
+    return plan
+
+
+def _euler_step(
+    step: _EulerStep, noise_fn: NoiseFn, x: Tensor, clip: tuple[float, float] | None
+) -> Tensor:
+    image = _predict(noise_fn, x, step.time, step.alpha, step.sigma, clip)
+    return step.keep * x + step.weight * image

@@ -176,7 +176,7 @@ class _DrawnImages:
         self.recipe = {
             "checkpoint": str(checkpoint),
             "autoencoder": config.autoencoder,
-            **config.sampler.recipe(trained.scale, device),
+            **config.sampler.recipe(trained, device),
         }
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:

@@ -22,6 +22,8 @@ def model_card(
     *,
     classes: list[str] | None = None,
     scale: dict[str, Any] | None = None,
+    schedule: str | None = None,
+    sampling_defaults: str | None = None,
     recipe: dict[str, Any] | None = None,
     scores: dict[str, Any] | None = None,
     license: str | None = None,
@@ -29,8 +31,9 @@ def model_card(
 ) -> ModelCard:
     """Return a model's card: Markdown with the metadata that the Hub reads.
 
-    `classes`, `scale` (of `scale_to_dict`), `recipe` and `scores` are JSON values; the card says
-    which of them are unknown. `license` is an identifier of the Hub, such as "apache-2.0".
+    `classes`, `scale` (of `scale_to_dict`), `schedule`, `recipe` and `scores` are JSON values; the
+    card says which of them are unknown. `sampling_defaults`: "published" for a model that is
+    sampled as published by default. `license` is an identifier of the Hub, such as "apache-2.0".
     `pictures` are names of files beside the card.
     """
     metadata = ModelCardData(
@@ -48,6 +51,8 @@ def model_card(
         classes=classes,
         listed_classes=LISTED_CLASSES,
         scale=scale,
+        schedule=schedule,
+        sampling_defaults=sampling_defaults,
         recipe=recipe,
         scores=scores,
         license=license,

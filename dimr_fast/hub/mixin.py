@@ -16,7 +16,7 @@ from dimr_fast.hub.card import model_card
 from dimr_fast.utils.tensors import read_tensors, write_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-NOTES = ("classes", "scale", "recipe", "scores", "license")
+NOTES = ("classes", "scale", "schedule", "sampling_defaults", "recipe", "scores", "license")
 """Entries that `config.json` may have beside the model's configuration."""
 
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -124,7 +124,8 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         """Write `config.json`, `model.safetensors` and, unless there is one, `README.md`.
 
         `config` has further facts about the model for `config.json` and the card, as JSON values:
-        `classes`, `scale`, `recipe`, `scores`, `license`. `push_to_hub` takes it likewise. Other
+        `classes`, `scale`, `schedule` (the name of its noise schedule), `sampling_defaults`,
+        `recipe`, `scores`, `license`. `push_to_hub` takes it likewise. Other
         options are those of huggingface_hub's mixin. Raises ValueError for an entry of another
         name.
         """

@@ -235,7 +235,7 @@ def _job(
     if sampler.precision == "auto" and stored is not None:
         # A resumed job keeps its precision, also on a machine where "auto" means another one.
         sampler = replace(sampler, precision=stored["sampler"].get("precision", "auto"))
-    sampler = sampler.resolved(trained.scale, device)
+    sampler = sampler.resolved(trained, device)
     record = {
         "dimr_fast": importlib.metadata.version("dimr_fast"),
         "checkpoint": str(config.checkpoint or "the model that comes with the package"),
@@ -246,7 +246,7 @@ def _job(
         "labels": "each class equally often, or once more, going round the classes",
         "autoencoder": config.autoencoder,
         "formats": list(config.formats),
-        "sampler": sampler.recipe(trained.scale, device),
+        "sampler": sampler.recipe(trained, device),
     }
     labels = chosen[balanced_labels(count, len(chosen))]
     return _Job(config, sampler, labels, size, names, record)
@@ -339,7 +339,8 @@ def _wait_for_shards(job: _Job) -> None:
 
 def _check_same_job(job: _Job, stored: dict[str, Any]) -> None:
     """Raise ValueError unless the output was begun with these settings."""
-    begun = {**stored, **stored["sampler"]}
+    # A job of an earlier version recorded fewer settings, which had one value then.
+    begun = {"schedule": "discrete", **stored, **stored["sampler"]}
     for name, value in {**job.record, **job.record["sampler"]}.items():
         # The same weights may be at another path; the entries of "sampler" are compared singly.
         if name not in ("checkpoint", "dimr_fast", "sampler") and begun.get(name) != value:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -11,21 +12,23 @@ from torch import Tensor
 
 from dimr_fast.checkpoint import TrainedModel
 from dimr_fast.data.autoencoder import Decode
-from dimr_fast.data.scaling import LatentScale, Scale
+from dimr_fast.data.scaling import LatentScale
 from dimr_fast.diffusion import (
     SOLVERS,
     ConstantGuidance,
-    DiscreteSchedule,
     Guidance,
     PowerCosineGuidance,
+    Solver,
     SolverName,
     Spacing,
+    euler_maruyama,
     guided,
+    noise_schedule,
 )
 from dimr_fast.inference import Quantization, optimize_for_inference
 from dimr_fast.utils.device import Precision, precision_name, resolve_precision
 from dimr_fast.utils.seeds import derived_seed
-from dimr_fast.utils.validation import check_seed, check_tensors, require_fields
+from dimr_fast.utils.validation import check_seed, check_tensors, require, require_fields
 
 DECODER_BATCH_SIZE = 8
 """Latents in one call of the autoencoder, whose activations are far larger than the model's."""
@@ -36,6 +39,8 @@ _SOLVER_NAMES: dict[SolverName, str] = {
     "dpm++3m": "DPM-Solver++ multistep, order 3",
     "ddim": "DDIM, eta 0",
     "heun": "Heun, order 2",
+    "euler": "Euler, order 1",
+    "euler-maruyama": "Euler-Maruyama, reverse SDE",
 }
 
 
@@ -45,19 +50,28 @@ SamplingPrecision = Literal[Precision, Quantization]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """Settings of sampling. Times t run from 1, pure noise, to 1/1000."""
+    """Settings of sampling. Times t run from 1, pure noise, to nearly 0.
 
+    `resolved` decides the settings that are None for a model.
+    """
+
+    defaults: Literal["published"] | None = None
+    """Values of the settings steps, guidance, clip and noise_limit that are None. published: 250
+    steps, guidance 0.4 (0 for a model of the schedule vp-sde, whose labels were never dropped), no
+    clipping and no limit, as for the published scores. None: those that the model remembers, as a
+    converted one does, or else 25 steps, guidance 1, and for pixels clipping and a limit of 2.5."""
     solver: SolverName = "dpm++"
     """dpm++ is the published solver, single-step DPM-Solver++ of order 3; dpm++2m and dpm++3m are
-    its multistep variants."""
-    steps: int = 25
-    """Network evaluations per image, for every solver."""
+    its multistep variants. euler and the stochastic euler-maruyama are those of the published code
+    for pixels."""
+    steps: int | None = None
+    """Network evaluations per image, for every solver. None: see defaults."""
     spacing: Spacing = "time"
     """Solver times are uniform in `time`, as published, or in `log_snr`."""
-    guidance: float = 1.0
+    guidance: float | None = None
     """Classifier-free guidance s: ε = ε_c + s·(ε_c − ε_u), where ε_c is conditional and ε_u
     unconditional. 0 disables it, -1 draws images without class; a guidance scale of 1.4 in other
-    libraries is 0.4 here."""
+    libraries is 0.4 here. None: see defaults."""
     guidance_power: float | None = None
     """Power p of the schedule s·½(1 − cos(π·(1 − t)^p)), which rises from 0 at t = 1 to s at
     t = 0. None: constant guidance."""
@@ -66,8 +80,9 @@ class SamplerConfig:
     half of the batch is skipped."""
     noise_limit: float | None = None
     """Initial noise is clamped to ± this value: a briefly trained model underestimates larger
-    noise, which then remains as bright dots. None means 2.5 for pixel models and inf for latent
-    models."""
+    noise, which then remains as bright dots. inf: no limit. None: see defaults."""
+    clip: bool | None = None
+    """Clip each predicted image to the range of pixels; latents have none. None: see defaults."""
     batch_size: int = 64
     precision: SamplingPrecision = "auto"
     """int8 (on a CPU) and fp8 (on GPUs of compute capability 8.9 or later) quantise a model in
@@ -82,10 +97,11 @@ class SamplerConfig:
         require_fields(
             self,
             solver=(self.solver in SOLVERS, f"one of {', '.join(SOLVERS)}"),
-            steps=(self.steps > 0, "1 or more"),
+            defaults=(self.defaults in (None, "published"), "published or None"),
+            steps=(self.steps is None or self.steps > 0, "1 or more, or None"),
             spacing=(self.spacing in ("time", "log_snr"), "time or log_snr"),
             guidance=(
-                least <= self.guidance < math.inf,
+                self.guidance is None or least <= self.guidance < math.inf,
                 "a finite number, -1 (without class) or more"
                 if power is None
                 else "a finite number, 0 or more with guidance_power",
@@ -110,30 +126,50 @@ class SamplerConfig:
         quantized = self.precision in get_args(Quantization)
         return cast(Quantization, self.precision) if quantized else None
 
-    def resolved(self, scale: Scale, device: torch.device) -> "SamplerConfig":
-        """Return a copy whose automatic settings, precision and noise limit, are decided."""
-        limit = self.noise_limit
-        if limit is None:
-            limit = math.inf if isinstance(scale, LatentScale) else 2.5
+    def resolved(self, trained: TrainedModel, device: torch.device) -> "SamplerConfig":
+        """Return a copy in which no setting is None and the precision is decided.
+
+        `guidance_power` stays None for constant guidance. Raises ValueError for `clip` with a model
+        of latents.
+        """
+        latents = isinstance(trained.scale, LatentScale)
+        require(not (latents and self.clip), "clip", self.clip, "False or None: latents have none")
+        published = (self.defaults or trained.defaults) == "published"
+        limited = not (published or latents)
+        values: dict[str, Any] = {
+            "steps": 250 if published else 25,
+            "guidance": 1.0 if not published else 0.4 if trained.schedule == "discrete" else 0.0,
+            "noise_limit": 2.5 if limited else math.inf,
+            "clip": limited,
+        }
+        changes = {name: value for name, value in values.items() if getattr(self, name) is None}
         precision = self.precision
         if self.quantization is None:
             precision = precision_name(resolve_precision(cast(Precision, precision), device))
-        return dataclasses.replace(self, noise_limit=limit, precision=precision)
+        return dataclasses.replace(self, precision=precision, **changes)
 
-    def recipe(self, scale: Scale, device: torch.device) -> dict[str, Any]:
+    def recipe(self, trained: TrainedModel, device: torch.device) -> dict[str, Any]:
         """Return all settings that a score of the images must state, as JSON values."""
-        resolved = self.resolved(scale, device)
+        resolved = self.resolved(trained, device)
+        values = dataclasses.asdict(resolved)
+        del values["defaults"]  # it only fills in others
         return {
-            **dataclasses.asdict(resolved),
+            **values,
             "solver": _SOLVER_NAMES[self.solver],
             "guidance_interval": list(self.guidance_interval),
             "noise_limit": resolved.noise_limit if resolved.noise_limit != math.inf else "none",
-            "clip": "none" if scale.range is None else "each predicted image, to the pixels' range",
+            "clip": "each predicted image, to the pixels' range" if resolved.clip else "none",
+            "schedule": trained.schedule,
             "start": "noise of its own for each image, from seed and index",
         }
 
     def guidance_schedule(self) -> Guidance:
-        """Return the guidance at each time, for `diffusion.guided`."""
+        """Return the guidance at each time, for `diffusion.guided`.
+
+        Raises ValueError where `guidance` is None.
+        """
+        if self.guidance is None:
+            raise ValueError("guidance: got None, expected a number; see resolved")
         if self.guidance_power is None:
             return ConstantGuidance(self.guidance)
         return PowerCosineGuidance(self.guidance + 1, self.guidance_power)
@@ -166,14 +202,14 @@ class ImageSampler:
         self._scale, self._decode = trained.scale, decode
         self._config = trained.model.config
         self._device = next(trained.model.parameters()).device
-        self._sampler = sampler.resolved(trained.scale, self._device)
+        self._sampler = sampler.resolved(trained, self._device)
         quantize = self._sampler.quantization
         if quantize is None:
             dtype = resolve_precision(cast(Precision, self._sampler.precision), self._device)
         else:
             dtype = torch.bfloat16
         self.network = optimize_for_inference(trained.model, dtype, quantize=quantize)
-        self._schedule = DiscreteSchedule()
+        self._schedule = noise_schedule(trained.schedule)
 
     def __call__(
         self, labels: Tensor, *, first: int = 0, progress: Callable[[int], object] | None = None
@@ -207,15 +243,21 @@ class ImageSampler:
     @torch.inference_mode()
     def _batch(self, labels: Tensor, first: int) -> Tensor:
         shape = self._config.shape
-        noise = torch.empty(len(labels), *shape, dtype=torch.float32)
-        for i in range(len(labels)):
-            generator = torch.Generator().manual_seed(derived_seed(self._sampler.seed, first + i))
-            torch.randn(shape, generator=generator, out=noise[i])
-        limit = self._sampler.noise_limit
-        assert limit is not None
-        x = noise.clamp(-limit, limit).to(self._device)
+        seeds = [derived_seed(self._sampler.seed, first + i) for i in range(len(labels))]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def draw() -> Tensor:
+            noise = torch.empty(len(labels), *shape, dtype=torch.float32)
+            for image, generator in zip(noise, generators, strict=True):
+                torch.randn(shape, generator=generator, out=image)
+            return noise
+
+        settings = self._sampler
+        assert settings.noise_limit is not None
+        assert settings.steps is not None
+        x = draw().clamp(-settings.noise_limit, settings.noise_limit).to(self._device)
         if len(labels):
-            null, guidance = self._config.null_class, self._sampler.guidance_schedule()
+            null, guidance = self._config.null_class, settings.guidance_schedule()
             if (labels == null).all():
                 guidance = ConstantGuidance(0)  # would change nothing and cost a second evaluation
             predict = guided(
@@ -223,15 +265,20 @@ class ImageSampler:
                 labels.to(self._device),
                 null,
                 guidance,
-                interval=self._sampler.guidance_interval,
+                interval=settings.guidance_interval,
+                condition=self._schedule.condition_at,
             )
-            x = SOLVERS[self._sampler.solver](
+            solve: Solver = SOLVERS[settings.solver]
+            if solve is euler_maruyama:
+                # Its noise, too, comes from the seed and index of each image.
+                solve = partial(euler_maruyama, draw=lambda: draw().to(self._device))
+            x = solve(
                 predict,
                 x,
                 self._schedule,
-                self._sampler.steps,
-                spacing=self._sampler.spacing,
-                clip=self._scale.range,
+                settings.steps,
+                spacing=settings.spacing,
+                clip=self._scale.range if settings.clip else None,
             )
         if not x.isfinite().all():
             raise FloatingPointError(

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, get_args
 
 import yaml
 
+from dimr_fast.diffusion import ScheduleName
 from dimr_fast.utils.device import Precision
 from dimr_fast.utils.files import write_atomically
 from dimr_fast.utils.validation import (
@@ -79,7 +80,7 @@ class TrainConfig:
     """Branches that recompute only activations that need no matrix product."""
     learning_rate: float = 4e-3
     warmup_steps: int = 100
-    """The learning rate rises linearly over these steps."""
+    """The learning rate rises linearly over these steps, from 0 in the first one, as published."""
     decay: float = 0.5
     """The learning rate falls linearly to zero over this last fraction of the run."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -92,6 +93,12 @@ class TrainConfig:
     tenth."""
     label_dropout: float = 0.1
     """Fraction of labels replaced by the null class, for classifier-free guidance."""
+    schedule: ScheduleName = "discrete"
+    """Noise schedule and condition. discrete: those of published latent models, whose `log_snr` is
+    8·t − 4. vp-sde: those of published pixel models, whose `log_snr` is one."""
+    pixel_scale: tuple[float, float] | None = None
+    """Mean and standard deviation that pixels 0..255 are scaled with: [127.5, 127.5] gives −1..1,
+    as published. None measures them on the images."""
     mirror: bool = True
     """Mirror each image left-right with probability 0.5."""
     nonfinite: Nonfinite = "stop"
@@ -128,7 +135,12 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise ValueError naming a setting that is out of range."""
-        choices = {"precision": Precision, "sharding": Sharding, "nonfinite": Nonfinite}
+        choices = {
+            "precision": Precision,
+            "sharding": Sharding,
+            "nonfinite": Nonfinite,
+            "schedule": ScheduleName,
+        }
         for name, choice in choices.items():
             allowed = get_args(choice)
             value = getattr(self, name)
@@ -167,6 +179,10 @@ class TrainConfig:
                 self.sharding == "none" or self.precision != "fp16",
                 "none, or fsdp2 with precision bf16 or fp32: the gradient scaler of fp16 "
                 "does not support shards",
+            ),
+            pixel_scale=(
+                self.pixel_scale is None or self.pixel_scale[1] > 0,
+                "mean and standard deviation, a positive number, or none",
             ),
             workers=(self.workers >= 0, "0 or more"),
             checkpoint_minutes=(self.checkpoint_minutes > 0, "a positive number"),

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dimr_fast.checkpoint import save_checkpoint
 from dimr_fast.data.loader import Batch, Loader
 from dimr_fast.data.scaling import LatentScale
-from dimr_fast.diffusion import DiscreteSchedule, multi_scale_loss
+from dimr_fast.diffusion import multi_scale_loss, noise_schedule
 from dimr_fast.training.config import TrainConfig
 from dimr_fast.training.log import TrainLog
 from dimr_fast.training.parallel import gradient_sync
@@ -48,7 +48,7 @@ class TrainLoop:
     ) -> None:
         self.config, self.state, self.parallel = config, state, parallel
         self.loader, self.communicator, self.previews = loader, communicator, previews
-        self.schedule = DiscreteSchedule(communicator.device)
+        self.schedule = noise_schedule(config.schedule, communicator.device)
         self.dtype = DTYPES[config.precision]
         self.skipped_steps = 0
 
@@ -141,7 +141,7 @@ class TrainLoop:
         return total, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Yield inputs x0, labels (some dropped), diffusion steps and noise of each micro-batch.
+        """Yield inputs x0, labels (some dropped), diffusion times and noise of each micro-batch.
 
         Every process draws random numbers for the whole batch and takes its share, so that they do
         not depend on the number of processes.
@@ -152,7 +152,7 @@ class TrainLoop:
         share = size // self.communicator.world_size
         own = slice(self.communicator.rank * share, (self.communicator.rank + 1) * share)
         torch.manual_seed(derived_seed(config.seed, 0, batch.step))
-        step = torch.randint(1, self.schedule.num_steps + 1, (size,), device=device)[own]
+        step = self.schedule.draw(size, device)[own]
         draw: Any = {"dtype": torch.float32, "device": device}
         dropped = (torch.rand(size, **draw) < config.label_dropout)[own]
         noise = torch.randn(size, *shape, **draw)[own]
@@ -264,9 +264,10 @@ def progress(config: TrainConfig, state: TrainState) -> float:
 def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
     """Return the learning rate: linear warm-up, constant, linear decay to zero.
 
-    `progress` (0..1) is the fraction of the run that is done at `step`.
+    The warm-up begins with a learning rate of 0 at step 0, as published. `progress` (0..1) is the
+    fraction of the run that is done at `step`.
     """
-    warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
     decay = min(1.0, (1 - progress) / config.decay) if config.decay else 1.0
     return config.learning_rate * warmup * decay
 

@@ -42,7 +42,11 @@ class Previews:
     ) -> None:
         self.config, self.state = config, state
         self.communicator, self.labels = communicator, labels
-        self.sampler = SamplerConfig(precision=config.precision, seed=config.seed)
+        # Without dropped labels the null class is not trained, and guidance would use it.
+        guidance = 1.0 if config.label_dropout > 0 else 0.0
+        self.sampler = SamplerConfig(
+            guidance=guidance, precision=config.precision, seed=config.seed
+        )
         self.decode: Decode | None = None
         wanted = config.sample_steps is not None or config.score_steps is not None
         if not (wanted and communicator.is_main):
@@ -95,7 +99,7 @@ class Previews:
         source = self.config.output / CHECKPOINT
         model = DiMR.from_weights(replace(config, stage_configs=branches), named, source)
         model.to(self.communicator.device)
-        return TrainedModel(model, self.state.classes, self.state.scale)
+        return TrainedModel(model, self.state.classes, self.state.scale, self.state.schedule)
 
     def _draw_grid(self, trained: TrainedModel, log: TrainLog) -> None:
         rows = min(ROWS, len(trained.classes))

@@ -15,6 +15,7 @@ from torch import Tensor
 from dimr_fast.config import preset
 from dimr_fast.data.examples import Examples
 from dimr_fast.data.loader import Loader
+from dimr_fast.data.scaling import LatentScale, PixelScale, Scale
 from dimr_fast.data.sources import open_examples
 from dimr_fast.model import DiMR
 from dimr_fast.optim import EMA, adamw
@@ -178,7 +179,8 @@ def _build(
         ema=EMA(model),
         scaler=torch.amp.GradScaler(device.type, enabled=DTYPES[config.precision] == torch.float16),
         classes=examples.classes,
-        scale=examples.scale,
+        scale=_scale(config, examples),
+        schedule=config.schedule,
         recipe=config.recipe | {"data": _describe(examples, communicator)},
     )
     if stored is not None:
@@ -254,6 +256,17 @@ def _describe(examples: Examples, communicator: Communicator) -> str | None:
     if communicator.is_main:
         text = f"{len(examples.labels)} examples, SHA-256 {examples.fingerprint()}"
     return communicator.broadcast(text)
+
+
+def _scale(config: TrainConfig, examples: Examples) -> Scale:
+    """Return the scale of the inputs: the one of the settings, or that of the examples."""
+    if config.pixel_scale is None:
+        return examples.scale
+    if isinstance(examples.scale, LatentScale):
+        raise ValueError(
+            f"pixel_scale: got {config.pixel_scale}, expected none: latents have their own scale"
+        )
+    return PixelScale(*config.pixel_scale)
 
 
 def _new_model(config: TrainConfig, examples: Examples) -> DiMR:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dimr_fast.checkpoint import EMA_PREFIX, load_checkpoint, save_checkpoint
 from dimr_fast.data.scaling import Scale, scale_from_dict, scale_to_dict
+from dimr_fast.diffusion import ScheduleName
 from dimr_fast.errors import CheckpointError
 from dimr_fast.model import DiMR
 from dimr_fast.optim import EMA
@@ -37,6 +38,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     classes: tuple[str, ...]
     scale: Scale
+    schedule: ScheduleName
     recipe: dict[str, Any]
     step: int = 0
     seconds: float = 0.0
@@ -76,6 +78,7 @@ class TrainState:
             "config": self._config,
             "classes": self.classes,
             "scale": scale_to_dict(self.scale),
+            "schedule": self.schedule,
             "recipe": self.recipe,
             "scaler": self.scaler.state_dict(),
             "step": self.step,
@@ -105,7 +108,9 @@ class TrainState:
                 f"{path}: was trained with classes {_abbreviate(classes)}, "
                 f"not {_abbreviate(self.classes)}"
             )
-        for name, value in (metadata.get("recipe") or {}).items():
+        # Runs of earlier versions did not record these settings, which had one value then.
+        earlier = {"schedule": "discrete", "pixel_scale": None}
+        for name, value in (earlier | (metadata.get("recipe") or {})).items():
             if self.recipe.get(name) != value:
                 ours = self.recipe.get(name)
                 raise CheckpointError(f"{path}: was trained with {name} {value}, not {ours}")

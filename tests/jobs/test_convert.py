@@ -45,11 +45,13 @@ def run(source: Path, output: Path, **settings: Any) -> convert.Conversion:
 def test_a_published_file_becomes_a_folder_and_a_file_again(
     model: DiMR, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def command(source: Path, output: Path) -> str:
-        assert cli.main(["convert", "--input", str(source), "--output", str(output)]) == 0
+    def command(source: Path, output: Path, *options: str) -> str:
+        words = ["convert", "--input", str(source), "--output", str(output), *options]
+        assert cli.main(words) == 0
         return capsys.readouterr().out
 
-    said = command(published, tmp_path / "folder")
+    training = ["--schedule", "vp-sde", "--pixel-scale", "127.5", "127.5"]
+    said = command(published, tmp_path / "folder", *training)
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters, tiny" in said
     assert "the same outputs" in said
     assert "assumed class names 0, 1, 2, …" in said
@@ -117,7 +119,8 @@ def test_a_training_checkpoint_gives_its_ema_weights(model: DiMR, tmp_path: Path
 def test_the_number_of_classes_follows_the_weights(tmp_path: Path) -> None:
     model = randomised(DiMR.from_preset("tiny", num_classes=11))
     torch.save(model.state_dict(), tmp_path / "nnet.pth")
-    assert run(tmp_path / "nnet.pth", tmp_path / "folder").preset == "tiny"
+    training = {"schedule": "discrete", "pixel_scale": (100.0, 50.0)}
+    assert run(tmp_path / "nnet.pth", tmp_path / "folder", **training).preset == "tiny"
     assert DiMR.from_pretrained(tmp_path / "folder").config.num_classes == 11
     assert len(load_model(tmp_path / "folder").classes) == 10
 

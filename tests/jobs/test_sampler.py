@@ -168,11 +168,11 @@ def test_an_image_sampler_uses_one_network_for_all_calls(trained: TrainedModel) 
 
 def test_the_recipe_states_automatic_settings(trained: TrainedModel) -> None:
     cpu = torch.device("cpu")
-    pixels = SamplerConfig(solver="dpm++2m").recipe(trained.scale, cpu)
+    pixels = SamplerConfig(solver="dpm++2m").recipe(trained, cpu)
     assert pixels["solver"] == "DPM-Solver++ multistep, order 2"
     assert pixels["precision"] in ("fp32", "bf16")
     assert (pixels["noise_limit"], pixels["steps"], pixels["seed"]) == (2.5, 25, 0)
-    latents = SamplerConfig().recipe(LatentScale(), cpu)
+    latents = SamplerConfig().recipe(dataclasses.replace(trained, scale=LatentScale()), cpu)
     assert (latents["noise_limit"], latents["clip"]) == ("none", "none")
     assert json.loads(json.dumps(pixels, allow_nan=False)) == pixels
 

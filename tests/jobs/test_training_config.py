@@ -150,6 +150,8 @@ def test_missing_or_bad_files_are_named(tmp_path: Path) -> None:
 def test_every_shipped_recipe_is_valid(tmp_path: Path) -> None:
     assert set(shipped_recipes()) == {
         "demo",
+        "imagenet64_m3r",
+        "imagenet64_l3r",
         "imagenet256_xl2r",
         "imagenet256_g2r",
         "imagenet512_xl3r",
@@ -176,6 +178,21 @@ def test_the_imagenet_recipes_have_the_published_values(tmp_path: Path, name: st
     assert PRESETS[config.preset].image_size == (latent, latent)
     # No sampling of latents is asked for without what decodes them: the recipe runs as it is.
     assert config.autoencoder is not None or config.sample_steps is config.score_steps is None
+
+
+@pytest.mark.parametrize("name", ["imagenet64_m3r", "imagenet64_l3r"])
+def test_the_recipes_of_pixels_have_the_values_of_u_vit(tmp_path: Path, name: str) -> None:
+    config = TrainConfig.read(name, output=tmp_path)
+    assert (config.batch_size, config.steps, config.minutes) == (1024, 300_000, None)
+    assert (config.learning_rate, config.warmup_steps, config.decay) == (3e-4, 5000, 0)
+    assert (config.betas, config.weight_decay) == ((0.99, 0.99), 0.03)
+    assert (config.ema_decay, config.ema_warmup, config.label_dropout) == (0.9999, False, 0.0)
+    assert (config.schedule, config.pixel_scale) == ("vp-sde", (127.5, 127.5))
+    assert PRESETS[config.preset].shape == (3, 64, 64)
+    assert config.image_size == 64
+    text = shipped_recipes()[name].read_text(encoding="utf-8")
+    for source in ("the paper:", "U-ViT's configuration", "ours:"):
+        assert source in text
 
 
 @pytest.mark.parametrize("name", ["imagenet256_xl2r", "imagenet256_g2r", "imagenet512_xl3r"])

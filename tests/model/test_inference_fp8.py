@@ -152,7 +152,7 @@ def test_it_samples(model: DiMR) -> None:
     sampler = SamplerConfig(steps=2, precision="fp8")
     draw = ImageSampler(trained, sampler)
     assert draw(torch.arange(3)).shape == (3, 3, 16, 16)
-    assert sampler.recipe(trained.scale, HERE)["precision"] == "fp8"
+    assert sampler.recipe(trained, HERE)["precision"] == "fp8"
 
 
 def test_what_it_refuses_is_named(model: DiMR) -> None:

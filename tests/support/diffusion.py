@@ -52,14 +52,14 @@ X = torch.linspace(-2, 2, 9, dtype=torch.float64)
 
 
 class SmoothSchedule:
-    """A schedule with smooth λ(t) from t = 1 to t = 1/num_steps.
+    """A schedule with smooth λ(t) from t = 1 to t = min_time.
 
     The kinks of the discrete schedule, and its steep λ near t = 0, would limit the order of every
     solver. At t = 1 an input is nearly pure noise (α = 4e-6), so that the first steps of a
     multistep solver, of lower order, cost no accuracy.
     """
 
-    num_steps: float = 4
+    min_time = 0.25
 
     def log_alpha(self, t: float) -> float:
         return -12.5 * t * t
@@ -70,6 +70,9 @@ class SmoothSchedule:
     def half_log_snr(self, t: float) -> float:
         alpha, sigma = self.alpha_sigma(t)
         return math.log(alpha / sigma)
+
+    def beta(self, t: float) -> float:
+        return 50 * t
 
 
 class GaussianProblem:
@@ -90,7 +93,7 @@ class GaussianProblem:
 
     def solution(self, x: torch.Tensor) -> torch.Tensor:
         """Return the exact solution at the end of the schedule from `x` at t = 1."""
-        end = 1 / self.schedule.num_steps
+        end = self.schedule.min_time
         standard = (x - self.schedule.alpha_sigma(1.0)[0] * self.mean) / self.marginal_std(1.0)
         return self.schedule.alpha_sigma(end)[0] * self.mean + self.marginal_std(end) * standard
 
