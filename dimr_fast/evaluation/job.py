@@ -24,12 +24,12 @@ from dimr_fast.evaluation.features import (
 )
 from dimr_fast.evaluation.image_sets import ImageSet, counts_in_words, open_images
 from dimr_fast.evaluation.metrics import inception_score, precision_recall
-from dimr_fast.evaluation.real_images import Reference, user_cache
+from dimr_fast.evaluation.real_images import Reference
 from dimr_fast.evaluation.statistics import FeatureStatistics, compute_statistics
 from dimr_fast.sampling.sampler import ImageSampler, SamplerConfig, balanced_labels
 from dimr_fast.sampling.writers import SAMPLE_REPORT
 from dimr_fast.utils.device import device_name, keep_freed_memory, resolve_device
-from dimr_fast.utils.files import prepare_output, write_json
+from dimr_fast.utils.files import prepare_output, user_cache, write_json
 from dimr_fast.utils.validation import require_fields
 
 REPORT = "evaluation.json"
