@@ -10,23 +10,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from dimr_fast import DiMR, cli
+from dimr_fast import cli
+from dimr_fast.checkpoint import TrainedModel
+from dimr_fast.utils.tensors import read_tensors
 from tests.support.hub_server import hub_server
-from tests.support.models import randomised
+from tests.support.models import trained_model, write_checkpoint
 
-MODEL = "someone/Models:sub/tiny_800epochs.pth"
+WEIGHTS = "someone/Models:tiny_800epochs.pth"
+CHECKPOINT = "someone/Models:sub/checkpoint.safetensors"
 
 
 @pytest.fixture(scope="module")
-def model() -> DiMR:
-    return randomised(DiMR.from_preset("tiny"))
+def model() -> TrainedModel:
+    return trained_model()
 
 
 @pytest.fixture
-def hub(model: DiMR, tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+def hub(model: TrainedModel, tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     folder = tmp_path / "hub" / "someone" / "Models" / "sub"
     folder.mkdir(parents=True)
-    torch.save(model.state_dict(), folder / "tiny_800epochs.pth")
+    torch.save(model.model.state_dict(), folder.parent / "tiny_800epochs.pth")
+    write_checkpoint(model, folder / "checkpoint.safetensors")
     (folder / "words.pth").write_text("no weights")
     with hub_server(tmp_path / "hub") as served:
         yield served
@@ -47,30 +51,26 @@ def command(
     return done.returncode, done.stdout, done.stderr
 
 
-def sample(output: Path, checkpoint: str = MODEL) -> tuple[object, ...]:
+def sample(output: Path, checkpoint: str = CHECKPOINT) -> tuple[object, ...]:
     settings = ("--count", "6", "--steps", "3", "--precision", "fp32", "--formats", "grid", "npz")
     return ("sample", "--checkpoint", checkpoint, "--output", output, *settings)
 
 
-def test_a_file_on_the_hub_is_sampled(
-    hub: tuple[str, list[str]], model: DiMR, tmp_path: Path
-) -> None:
+def test_a_file_on_the_hub_is_sampled(hub: tuple[str, list[str]], tmp_path: Path) -> None:
     endpoint, requests = hub
     status, _, errors = command(tmp_path, endpoint, *sample(tmp_path / "first"))
     assert status == 0, errors
-    path = "/someone/Models/resolve/main/sub/tiny_800epochs.pth"
+    path = "/someone/Models/resolve/main/sub/checkpoint.safetensors"
     assert f"HEAD {path}" in requests
     assert requests.count(f"GET {path}") == 1
 
-    # The same images as from the file, converted by hand.
-    source = tmp_path / "hub/someone/Models/sub/tiny_800epochs.pth"
-    words = ["convert", "--input", str(source), "--output", str(tmp_path / "model")]
-    assert cli.main(words) == 0
-    assert cli.main([str(w) for w in sample(tmp_path / "local", str(tmp_path / "model"))]) == 0
+    # The same images as from the file itself.
+    source = tmp_path / "hub/someone/Models/sub/checkpoint.safetensors"
+    assert cli.main([str(word) for word in sample(tmp_path / "local", str(source))]) == 0
     for name in ("grid.png", "samples.npz"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
     record = json.loads((tmp_path / "first" / "sample.json").read_text())
-    assert "someone--Models--sub--tiny_800epochs.pth" in record["checkpoint"]
+    assert "someone--Models--sub--checkpoint.safetensors" in record["checkpoint"]
 
     # From the caches, without a network.
     status, _, errors = command(tmp_path, endpoint, *sample(tmp_path / "again"), HF_HUB_OFFLINE="1")
@@ -79,14 +79,16 @@ def test_a_file_on_the_hub_is_sampled(
 
 
 def test_a_file_on_the_hub_is_converted(
-    hub: tuple[str, list[str]], model: DiMR, tmp_path: Path
+    hub: tuple[str, list[str]], model: TrainedModel, tmp_path: Path
 ) -> None:
-    words = ("convert", "--input", MODEL, "--output", tmp_path / "model")
+    output = tmp_path / "model.safetensors"
+    words = ("convert", "--input", WEIGHTS, "--output", output)
     status, said, errors = command(tmp_path, hub[0], *words)
     assert status == 0, errors
-    assert f"wrote {tmp_path / 'model'}" in said
-    loaded = DiMR.from_pretrained(tmp_path / "model").state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+    assert f"wrote {output}" in said
+    loaded = read_tensors(output)[0]
+    expected = model.model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize(
@@ -112,6 +114,6 @@ def test_without_a_network_one_line_says_so(tmp_path: Path) -> None:
     )
     assert (status, said) == (2, "")
     assert errors == (
-        f"dimr-fast: error: {MODEL}: not downloaded, since the Hugging Face Hub cannot be reached; "
-        "download the file where there is a network, and give its path\n"
+        f"dimr-fast: error: {CHECKPOINT}: not downloaded, since the Hugging Face Hub cannot be "
+        "reached; download the file where there is a network, and give its path\n"
     )
