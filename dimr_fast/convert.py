@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dimr_fast.checkpoint import SAFETENSORS, StoredWeights, read_weights
 from dimr_fast.config import PRESETS, DiMRConfig, preset_of
+from dimr_fast.data.imagenet import default_classes
 from dimr_fast.data.scaling import LatentScale, PixelScale, scale_to_dict
 from dimr_fast.errors import CheckpointError
 from dimr_fast.hub.download import HUB_FILE, local_file
@@ -211,8 +212,9 @@ def _with_classes_and_scale(
     latents = config.channels == 4
     found, assumed = dict(notes), []
     if "classes" not in found:
-        found["classes"] = [str(number) for number in range(config.null_class)]
-        assumed.append("assumed class names 0, 1, 2, …")
+        found["classes"] = list(default_classes(config.null_class))
+        names = ", ".join(found["classes"][:3])
+        assumed.append(f"assumed class names {names}, …")
     if "scale" not in found:
         found["scale"] = scale_to_dict(LatentScale() if latents else PixelScale(127.5, 127.5))
         assumed.append(f"assumed inputs of {'latents × 0.18215' if latents else 'pixels, −1..1'}")
