@@ -54,7 +54,8 @@ class EvaluateConfig:
     output: Path
     """Output folder for `evaluation.json`, which must not exist yet."""
     autoencoder: str | None = None
-    """Folder or name of the AutoencoderKL that decodes the latents of a latent model."""
+    """Folder or name of the AutoencoderKL that decodes the latents of a latent model, or a file
+    autoencoder_kl_ema.pth of the published code."""
     count: int = 10_000
     """Images to draw from the checkpoint; published scores use 50,000."""
     inception_weights: Path | None = None

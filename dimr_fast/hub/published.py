@@ -4,8 +4,6 @@ Nothing of them is executed.
 """
 
 import ast
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from dimr_fast.config import DiMRConfig
 from dimr_fast.errors import CheckpointError
-from dimr_fast.utils.tensors import why_unreadable
+from dimr_fast.utils.tensors import unpickle_tensors
 
 COUNTER = "n_averaged"
 """Entry that `torch.optim.swa_utils.AveragedModel` adds to the weights."""
@@ -32,7 +30,7 @@ def load_published(path: Path, key: str | None = None) -> dict[str, Tensor]:
     one to read, and may be None if all of them are equal. Raises CheckpointError where the file is
     missing, damaged, holds anything else or several state dicts that differ.
     """
-    stored = _load(path)
+    stored = unpickle_tensors(path)
     if not isinstance(stored, dict):
         raise CheckpointError(f"{path}: holds {type(stored).__name__}, expected a state dict")
     sets = {str(name): value for name, value in stored.items() if _is_state_dict(value)}
@@ -55,54 +53,6 @@ def load_published(path: Path, key: str | None = None) -> dict[str, Tensor]:
             f"{path}: holds several weights that differ ({names}); choose by --key NAME"
         )
     return first
-
-
-def _load(path: Path) -> Any:
-    """Unpickle tensors and plain values. Raises CheckpointError for any other object."""
-    mapped = False
-    try:
-        mapped = path.is_file() and zipfile.is_zipfile(path)
-        if mapped:
-            _verify_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError as error:
-        # Its text advises to run the file's code.
-        if "GLOBAL" not in str(error):
-            reason = why_unreadable(path) or "not a file of torch.save"
-            raise CheckpointError(f"{path}: not a readable .pth file ({reason})") from None
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
-        names = f" ({', '.join(unsafe)})" if unsafe else ""
-        raise CheckpointError(
-            f"{path}: not a readable .pth file: it holds Python objects{names}, which are not "
-            "loaded, since they can run code; save the weights alone, in the project that wrote "
-            'it: torch.save(model.state_dict(), "weights.pth")'
-        ) from None
-    except Exception as error:  # a file of another kind can raise anything
-        known = None if mapped else why_unreadable(path)
-        reason = known or str(error).partition("\n")[0]
-        raise CheckpointError(f"{path}: not a readable .pth file ({reason})") from error
-
-
-def _verify_archive(path: Path) -> None:
-    """Compare the checksums in a zip archive, which torch does not do.
-
-    0 means that there is none (`torch.serialization.set_crc32_options`).
-    """
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.CRC == 0:
-                continue
-            try:
-                with archive.open(entry) as file:
-                    while file.read(1 << 20):
-                        pass
-            except zipfile.BadZipFile as error:
-                raise CheckpointError(
-                    f"{path}: damaged: the checksum of {entry.filename} is another; copy or "
-                    "download it again"
-                ) from error
 
 
 def _is_state_dict(value: object) -> bool:

@@ -84,7 +84,8 @@ class SampleConfig:
     classes are not drawn. png: `images/000000.png` and so on. npz: `samples.npz` as the ADM
     evaluation suite reads it, `arr_0` uint8 [N, H, W, 3], with labels as `arr_1`."""
     autoencoder: str | None = None
-    """Folder or name of the AutoencoderKL that decodes the latents of a latent model."""
+    """Folder or name of the AutoencoderKL that decodes the latents of a latent model, or a file
+    autoencoder_kl_ema.pth of the published code."""
     processes: int | None = None
     """Processes to start. None starts one for each GPU, one on a CPU, and one where a launcher such
     as torchrun has started several. They import the calling Python script anew, so it must call
