@@ -125,7 +125,7 @@ def _from_original_weights(path: Path) -> Any:
         "layers_per_block": len(blocks),
         "latent_channels": latents.shape[1],
     }
-    network = AutoencoderKL(**config)
+    network: Any = AutoencoderKL(**config)
     converted = convert_ldm_vae_checkpoint(weights, config)
     missing, unknown = network.load_state_dict(converted, strict=False)
     if missing or unknown or len(converted) != len(weights):

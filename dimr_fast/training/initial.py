@@ -100,20 +100,20 @@ def _fitted(
             )
     for i, branch in enumerate(config.stage_configs):
         name = f"stages.{i}.{POSITIONS}"
-        table = weights.get(name)
+        positions = weights.get(name)
         to = (branch.max_height, branch.max_width)
-        if table is None or table.dim() != 2 or len(table) == math.prod(to):
+        if positions is None or positions.dim() != 2 or len(positions) == math.prod(to):
             continue
         if old_config is not None and i < len(old_config.stage_configs):
             before = old_config.stage_configs[i]
             of = (before.max_height, before.max_width)
         else:
-            of = (math.isqrt(len(table)),) * 2
-        if len(table) != math.prod(of):
+            of = (math.isqrt(len(positions)),) * 2
+        if len(positions) != math.prod(of):
             raise CheckpointError(
-                f"init: {path}: {name} has {len(table)} positions, expected a square number of them"
+                f"init: {path}: {name} has {len(positions)} positions, expected a square number"
             )
-        weights[name] = _interpolated(table, of, to)
+        weights[name] = _interpolated(positions, of, to)
         remarks.append(f"interpolated the positions of branch {i} from {of} to {to}")
     return weights, remarks
 
