@@ -1,22 +1,25 @@
-"""Read and write training checkpoints and model folders; read published `.pth` files."""
+"""Read and write training checkpoints and model folders; read weights of every kind of file."""
 
 import json
-import pickle
 import shutil
-import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from dimr_fast.config import DiMRConfig
 from dimr_fast.data.scaling import Scale, scale_from_dict, scale_to_dict
 from dimr_fast.diffusion import ScheduleName
 from dimr_fast.errors import CheckpointError
-from dimr_fast.hub.mixin import CONFIG
+from dimr_fast.hub.mixin import CONFIG, WEIGHTS, canonical, read_config
+from dimr_fast.hub.published import (
+    COUNTER,
+    is_published_run,
+    load_published,
+    load_published_run,
+)
 from dimr_fast.model import DiMR
 from dimr_fast.utils.files import write_folder
 from dimr_fast.utils.tensors import (
@@ -24,23 +27,25 @@ from dimr_fast.utils.tensors import (
     how_to_convert,
     read_tensors,
     to_storable,
-    why_unreadable,
     write_tensors,
 )
 
 __all__ = [
     "EMA_PREFIX",
     "CheckpointError",
+    "StoredWeights",
     "TrainedModel",
     "demo_model",
     "load_checkpoint",
     "load_model",
     "load_published",
+    "read_weights",
     "save_checkpoint",
     "save_model",
 ]
 
 EMA_PREFIX = "ema."
+SAFETENSORS = ".safetensors"
 _CHECKSUMS = "crc32"
 _BARE_WEIGHTS = "not a checkpoint of a DiMR model, but weights without its configuration"
 
@@ -217,61 +222,62 @@ def demo_model() -> Path:
     return folder
 
 
-def load_published(path: Path) -> dict[str, Tensor]:
-    """Read the state dict of a published `.pth` file, for `model.load_state_dict(…, strict=True)`.
+@dataclass(frozen=True)
+class StoredWeights:
+    """Weights of a file or folder under their canonical names, and the facts stored with them.
 
-    Only tensors are unpickled; they are memory-mapped where the format allows it. Raises
-    CheckpointError where the file is missing, damaged or holds anything else.
+    `remarks` say which weights were taken where there were several, and what was removed from them.
     """
-    mapped = False
-    try:
-        mapped = path.is_file() and zipfile.is_zipfile(path)
-        if mapped:
-            _verify_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError as error:
-        # Its text advises to run the file's code.
-        if "GLOBAL" not in str(error):
-            reason = why_unreadable(path) or "not a file of torch.save"
-            raise CheckpointError(f"{path}: not a readable .pth file ({reason})") from None
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
-        names = f" ({', '.join(unsafe)})" if unsafe else ""
-        raise CheckpointError(
-            f"{path}: not a readable .pth file: it holds Python objects{names}, which are not "
-            "loaded, since they can run code; save the weights alone, in the project that wrote "
-            'it: torch.save(model.state_dict(), "weights.pth")'
-        ) from None
-    except Exception as error:  # a file of another kind can raise anything
-        known = None if mapped else why_unreadable(path)
-        reason = known or str(error).partition("\n")[0]
-        raise CheckpointError(f"{path}: not a readable .pth file ({reason})") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds {type(state).__name__}, expected a state dict")
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{path}: holds {type(value).__name__} at {name!r}, expected a tensor there"
-            )
-    return state
+
+    weights: dict[str, Tensor]
+    config: DiMRConfig | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
 
-def _verify_archive(path: Path) -> None:
-    """Compare the checksums in a zip archive, which torch does not do.
+def read_weights(path: Path, key: str | None = None, kind: str | None = None) -> StoredWeights:
+    """Read weights from any file or folder that holds a model; they are memory-mapped.
 
-    0 means that there is none (`torch.serialization.set_crc32_options`).
+    That is a training checkpoint, the folder of a saved model, a `.safetensors` file of weights, a
+    published `.pth` file, or the `STEP.ckpt` folder of a published run. `key` chooses among several
+    weights: "ema" (the default) or "model" of a training checkpoint, "nnet_ema" (the default) or
+    "nnet" of a published run, or a name in a `.pth` file. `kind` is the suffix that decides how a
+    file is read, by default its own. Raises CheckpointError where the weights are unusable or `key`
+    names none.
     """
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.CRC == 0:
-                continue
-            try:
-                with archive.open(entry) as file:
-                    while file.read(1 << 20):
-                        pass
-            except zipfile.BadZipFile as error:
-                raise CheckpointError(
-                    f"{path}: damaged: the checksum of {entry.filename} is another; copy or "
-                    "download it again"
-                ) from error
+    config: DiMRConfig | None = None
+    notes: dict[str, Any] = {}
+    remarks: list[str] = []
+    kind = path.suffix if kind is None else kind
+    chosen = None
+    if is_published_run(path):
+        weights, chosen = load_published_run(path, key)
+        remarks.append(f"took the weights {chosen} of a published run")
+    elif path.is_dir():
+        config, notes = read_config(path / CONFIG)
+        weights, _ = read_tensors(path / WEIGHTS)
+    elif kind == SAFETENSORS:
+        weights, metadata = read_tensors(path)
+        if "config" in metadata:
+            chosen = key or "ema"
+            if chosen not in ("ema", "model"):
+                raise CheckpointError(f"{path}: got key {key!r}, expected ema or model")
+            stored, said = load_checkpoint(path, f"{chosen}.")
+            weights = {name.removeprefix(f"{chosen}."): value for name, value in stored.items()}
+            config = DiMRConfig.from_dict(said["config"])
+            notes = {name: said[name] for name in ("classes", "scale") if name in said}
+            # Runs of earlier versions knew no other schedule.
+            notes["schedule"] = said.get("schedule", "discrete")
+            described = "EMA weights" if chosen == "ema" else "weights without EMA"
+            remarks.append(f"took the {described} of a training checkpoint")
+    else:
+        weights, chosen = load_published(path, key), key
+    if key is not None and chosen is None:
+        raise CheckpointError(f"{path}: got key {key!r}, but it holds one model; leave the key out")
+    weights, removed = canonical(weights)
+    if weights.pop(COUNTER, None) is not None:
+        remarks.append(f"removed `{COUNTER}`, the counter of an AveragedModel")
+    if removed:
+        parts = ", ".join(f"`{part}.`" for part in sorted(removed))
+        remarks.append(f"removed {parts} from the weights' names")
+    return StoredWeights(weights, config, notes, tuple(remarks))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO, TypeVar
+from typing import Any, Protocol, TextIO, TypeVar, cast
 
 from dimr_fast.errors import CheckpointError, DataUnavailableError, Interrupted
 
@@ -38,7 +38,8 @@ class TrainArguments:
 
     config: str | None = None
     """A YAML file of settings, or a shipped recipe: demo, imagenet64_m3r, imagenet64_l3r,
-    imagenet256_xl2r, imagenet256_g2r, imagenet512_xl3r. By default the demo's, or with --resume the run's own."""
+    imagenet256_xl2r, imagenet256_g2r, imagenet512_xl3r. By default the demo's, or with --resume
+    the run's own."""
     set: tuple[str, ...] = ()
     """KEY=VALUE, a setting to change. It can be repeated."""
     output: Path | None = None
@@ -72,7 +73,7 @@ def sample(parse: Parse) -> None:
     from dimr_fast.sampling import SampleConfig
     from dimr_fast.sampling import sample as run_sampling
 
-    for path in run_sampling(parse(SampleConfig)):
+    for path in run_sampling(_with_local_model(parse(SampleConfig))):
         print(f"wrote {path}")
 
 
@@ -81,7 +82,20 @@ def evaluate(parse: Parse) -> None:
     from dimr_fast.evaluation import EvaluateConfig
     from dimr_fast.evaluation import evaluate as run_evaluation
 
-    print(run_evaluation(parse(EvaluateConfig)))
+    print(run_evaluation(_with_local_model(parse(EvaluateConfig))))
+
+
+def _with_local_model(settings: T) -> T:
+    """Return settings whose checkpoint is local: a file on the Hub is downloaded and converted."""
+    from dimr_fast.hub.download import is_hub_file
+
+    checkpoint = getattr(settings, "checkpoint", None)
+    if checkpoint is None or not is_hub_file(checkpoint):
+        return settings
+    from dimr_fast.convert import model_of_hub_file
+
+    found: Any = settings
+    return cast(T, dataclasses.replace(found, checkpoint=model_of_hub_file(checkpoint)))
 
 
 def export(parse: Parse) -> None:

@@ -4,26 +4,34 @@
 """
 
 import dataclasses
+import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from dimr_fast.checkpoint import EMA_PREFIX, load_checkpoint, load_published, schedule_of
+from dimr_fast.checkpoint import SAFETENSORS, StoredWeights, read_weights, schedule_of
 from dimr_fast.config import PRESETS, DiMRConfig, preset_of
+from dimr_fast.data.imagenet import default_classes
 from dimr_fast.data.scaling import LatentScale, PixelScale, scale_to_dict
 from dimr_fast.diffusion import ScheduleName
 from dimr_fast.errors import CheckpointError
-from dimr_fast.hub.mixin import CONFIG, WEIGHTS, canonical, read_config
+from dimr_fast.hub.download import HUB_FILE, local_file
+from dimr_fast.hub.mixin import CONFIG, read_config
+from dimr_fast.hub.published import read_published_config
 from dimr_fast.model import DiMR
-from dimr_fast.utils.files import write_atomically, write_folder
-from dimr_fast.utils.tensors import read_tensors, write_tensors
-from dimr_fast.utils.validation import require_fields
+from dimr_fast.utils.files import lock_folder, user_cache, write_atomically, write_folder
+from dimr_fast.utils.tensors import write_tensors
+from dimr_fast.utils.validation import require, require_fields
 
-PUBLISHED, SAFETENSORS = (".pth", ".pt"), ".safetensors"
+PUBLISHED = (".pth", ".pt")
+CONVERSION_TIMEOUT = 600.0
+"""Seconds to wait for another process that converts the same file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +39,20 @@ class ConvertConfig:
     """Settings of a conversion."""
 
     input: Path
-    """A published .pth; a .safetensors file of bare weights or of a training run, whose EMA weights
-    are used; or a folder that was exported or saved."""
+    """A published .pth or the N.ckpt folder of a published run; a .safetensors file of bare weights
+    or of a training run; or a folder that was exported or saved. A file on the Hugging Face Hub is
+    OWNER/REPOSITORY:FILE."""
     output: Path
     """NAME.pth for the published code, NAME.safetensors with the same parameter names, or a folder.
     It must not exist yet."""
     preset: str | None = None
     """Name of the model's preset; by default the preset that fits the weights."""
     config: Path | None = None
-    """A file like a folder's config.json, for a model that is no preset; its classes, scale and
-    schedule are kept."""
+    """For a model that is no preset: a file like a folder's config.json, whose classes, scale and
+    schedule are kept, or a published configs/NAME.py, which is read without executing it."""
+    key: str | None = None
+    """Which weights to take where the input holds several: ema (the default) or model of a training
+    run, nnet_ema (the default) or nnet of an N.ckpt folder, or a name in a .pth file."""
     schedule: ScheduleName | None = None
     """Noise schedule that the model was trained with, for a folder as output. discrete: that of
     published models of latents; vp-sde: that of published models of pixels. Needed for a pixel
@@ -83,16 +95,6 @@ class Conversion:
         return "\n".join([f"{written}; loaded again, it gives the same outputs", *self.remarks])
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Weights under their canonical names, and the facts stored with them."""
-
-    weights: dict[str, Tensor]
-    config: DiMRConfig | None = None
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    remarks: tuple[str, ...] = ()
-
-
 def convert(config: ConvertConfig) -> Conversion:
     """Write the weights of `config.input` to `config.output`.
 
@@ -106,7 +108,7 @@ def convert(config: ConvertConfig) -> Conversion:
     output, kind = config.output, config.output.suffix
     if output.exists():
         raise FileExistsError(f"{output} exists already; choose another output")
-    source = _read(config.input, config.input.suffix)
+    source = read_weights(local_file(config.input), config.key)
     model, notes = _model(source, config)
     expected = _outputs(model)
     if not all(prediction.isfinite().all() for prediction in expected):
@@ -114,7 +116,7 @@ def convert(config: ConvertConfig) -> Conversion:
     remarks = source.remarks
 
     def verify(unfinished: Path) -> None:
-        written = _read(unfinished, kind)
+        written = read_weights(unfinished, kind=kind)
         again = DiMR.from_weights(model.config, written.weights, output)
         weights = (source.weights[name] for name in written.weights)
         if not (_equal(written.weights.values(), weights) and _equal(_outputs(again), expected)):
@@ -149,37 +151,33 @@ def convert(config: ConvertConfig) -> Conversion:
     return Conversion(output, count, preset_of(model.config), remarks)
 
 
-def _read(path: Path, kind: str) -> _Source:
-    """Read a folder, or a file of the format `kind` (a suffix). Weights are memory-mapped."""
-    config: DiMRConfig | None = None
-    notes: dict[str, Any] = {}
-    remarks: list[str] = []
-    if path.is_dir():
-        config, notes = read_config(path / CONFIG)
-        weights, _ = read_tensors(path / WEIGHTS)
-    elif kind == SAFETENSORS:
-        weights, metadata = read_tensors(path)
-        if "config" in metadata:
-            ema, said = load_checkpoint(path, EMA_PREFIX)
-            weights = {name.removeprefix(EMA_PREFIX): value for name, value in ema.items()}
-            config = DiMRConfig.from_dict(said["config"])
-            notes = {name: said[name] for name in ("classes", "scale") if name in said}
-            # Runs of earlier versions knew no other schedule.
-            notes["schedule"] = said.get("schedule", "discrete")
-            remarks.append("took the EMA weights of a training checkpoint")
-    else:
-        weights = load_published(path)
-    weights, removed = canonical(weights)
-    if removed:
-        parts = ", ".join(f"`{part}.`" for part in sorted(removed))
-        remarks.append(f"removed {parts} from the weights' names")
-    return _Source(weights, config, notes, tuple(remarks))
+def model_of_hub_file(name: Path) -> Path:
+    """Download and convert OWNER/REPOSITORY:FILE; return the folder of the converted model.
+
+    It is in the user's cache, where later calls find it. Raises CheckpointError where the Hub does
+    not give the file, or it is no model; OSError where the cache cannot be written.
+    """
+    found = HUB_FILE.fullmatch(str(name))
+    require(found is not None, "checkpoint", str(name), "OWNER/REPOSITORY:FILE")
+    source = local_file(name)
+    folder = user_cache() / "models" / metadata.version("dimr_fast")
+    folder /= re.sub(r"[/:]", "--", str(name))
+    folder.mkdir(parents=True, exist_ok=True)
+    # The path in the Hub's cache states the revision.
+    output = folder / hashlib.sha256(str(source).encode()).hexdigest()[:16]
+    with lock_folder(folder, CONVERSION_TIMEOUT):
+        if not output.exists():
+            convert(ConvertConfig(input=source, output=output))
+    return output
 
 
-def _model(source: _Source, config: ConvertConfig) -> tuple[DiMR, dict[str, Any]]:
+def _model(source: StoredWeights, config: ConvertConfig) -> tuple[DiMR, dict[str, Any]]:
     """The model of the source's weights, and the notes on it; CheckpointError if nothing fits."""
     if config.config is not None:
-        given, notes = read_config(config.config)
+        if config.config.suffix == ".py":
+            given, notes = read_published_config(config.config), source.notes
+        else:
+            given, notes = read_config(config.config)
         return DiMR.from_weights(given, source.weights, config.input), notes
     if source.config is not None and config.preset is None:
         return DiMR.from_weights(source.config, source.weights, config.input), source.notes
@@ -252,8 +250,9 @@ def _with_training(
     if config.pixel_scale is not None:
         found["scale"] = scale_to_dict(PixelScale(*config.pixel_scale))
     if "classes" not in found:
-        found["classes"] = [str(number) for number in range(model.null_class)]
-        assumed.append("assumed class names 0, 1, 2, …")
+        found["classes"] = list(default_classes(model.null_class))
+        names = ", ".join(found["classes"][:3])
+        assumed.append(f"assumed class names {names}, …")
     if (known := schedule_of(found)) is not None:
         found["schedule"] = known
     published = published_training(model)

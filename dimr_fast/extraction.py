@@ -1,4 +1,4 @@
-"""Encode a folder of images as latent shards: `dimr-fast extract`.
+"""Encode a folder of images, or copy published features, as latent shards: `dimr-fast extract`.
 
 Each shard is written by one worker, from images that its position determines, and carries the
 settings of the extraction (see `utils.sharded`). So workers and runs need no other coordination,
@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from dimr_fast.data.autoencoder import Autoencoder
+from dimr_fast.data.features import BATCH, FeatureFiles, list_features
+from dimr_fast.data.imagenet import default_classes
 from dimr_fast.data.images import ImageFiles, list_images, read_image
 from dimr_fast.data.latents import FORMAT, MANIFEST, open_shard, read_manifest, write_shard
 from dimr_fast.data.scaling import LatentScale, scale_to_dict
@@ -36,6 +38,8 @@ from dimr_fast.utils.validation import require_fields
 
 MAX_CPU_PROCESSES = 8
 """Default limit of processes on a CPU: each holds an autoencoder in memory."""
+READERS = 16
+"""Threads that read features, which mostly wait for the disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +50,17 @@ class ExtractConfig:
     rounding.
     """
 
-    images: Path
+    images: Path | None = None
     """Folder of images with one sub-folder for each class; without sub-folders it is one class."""
-    autoencoder: str
-    """Folder of a diffusers AutoencoderKL, or its name on the Hugging Face Hub."""
+    from_features: Path | None = None
+    """Instead of `images`: a folder of features that the published script extracted, 0.npy, 1.npy
+    and so on. They are copied without encoding again, and without running code from them."""
+    feature_batch: int = BATCH
+    """Images in a batch of the script that wrote the features: their mirror images come after
+    them."""
+    autoencoder: str | None = None
+    """For `images`: folder of a diffusers AutoencoderKL, its name on the Hugging Face Hub, or a
+    file autoencoder_kl_ema.pth of the published code."""
     output: Path
     """Output folder for the shards and `manifest.json`; shards of a killed run are kept."""
     image_size: int = 256
@@ -68,8 +79,15 @@ class ExtractConfig:
 
     def validate(self) -> None:
         """Raise ValueError naming a setting that is out of range."""
+        given = [path for path in (self.images, self.from_features) if path is not None]
+        if len(given) != 1:
+            raise ValueError(f"images, from_features: got {len(given)} of them, expected one")
+        encodes = self.images is not None
+        wanted = "an AutoencoderKL" if encodes else "None: features are encoded already"
         require_fields(
             self,
+            autoencoder=((self.autoencoder is not None) == encodes, wanted),
+            feature_batch=(self.feature_batch > 0, "1 or more"),
             image_size=(self.image_size > 0, "1 or more"),
             dtype=(self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
             precision=(self.precision in ("fp32", "bf16"), "fp32 or bf16"),
@@ -113,7 +131,7 @@ class ExtractSummary:
 
 
 def extract(config: ExtractConfig) -> ExtractSummary:
-    """Write the latents of all readable images below a folder, with a progress bar.
+    """Write the latents of all readable images below a folder, or of features, with a progress bar.
 
     Finished shards of an earlier run are kept if their checksums match. Under torchrun or
     `accelerate launch` each process writes its share, and the last one to finish writes the
@@ -125,17 +143,38 @@ def extract(config: ExtractConfig) -> ExtractSummary:
     not finite in the stored dtype, and ValueError if no image was readable.
     """
     config.validate()
+    source = config.images or config.from_features
+    assert source is not None
+    if config.output.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"output: got {config.output}, expected a folder outside {source}")
+    exit_with_launcher()
+    if config.from_features is None:
+        return _encode(config)
+    files = list_features(config.from_features, config.feature_batch)
+    settings = {
+        "features": files.fingerprint(),
+        "dtype": config.dtype,
+        "shard_size": config.shard_size,
+    }
+    job = _CopyJob(config, files.count, settings, files)
+    worker, cpu = Worker.from_environment(), torch.device("cpu")
+    processes = _process_count(job, worker, cpu)
+    prepare_output(config.output, ())
+    _refuse_other_latents(job)
+    run_sharded(job, files if processes == 1 else None, worker, cpu, processes, "copying")
+    return _finish(job, worker, LatentScale(), None)
+
+
+def _encode(config: ExtractConfig) -> ExtractSummary:
+    """Encode the images of a folder."""
+    assert config.images is not None
     device = resolve_device(config.device)
     files = list_images(config.images)
-    if config.output.resolve().is_relative_to(config.images.resolve()):
-        raise ValueError(f"output: got {config.output}, expected a folder outside the images'")
-    exit_with_launcher()
     worker = Worker.from_environment()
-    shards = -(-len(files.names) // config.shard_size)
-    on_cpu = min(_cpu_count(), MAX_CPU_PROCESSES)
-    processes = min(choose_process_count(config.processes, worker, device, on_cpu), shards)
+    job = _EncodeJob(config, len(files.names), {}, files)
+    processes = _process_count(job, worker, device)
     own_device = worker.device(device) if processes == 1 else torch.device("cpu")
-    autoencoder = _load(config, own_device)
+    autoencoder = job.load(own_device)
     scale, downsampling = autoencoder.scale, autoencoder.downsampling
     divisible = config.image_size % downsampling == 0
     require_fields(config, image_size=(divisible, f"a multiple of {downsampling}"))
@@ -145,13 +184,18 @@ def extract(config: ExtractConfig) -> ExtractSummary:
         **{name: getattr(config, name) for name in ("image_size", "dtype", "precision")},
         "shard_size": config.shard_size,
     }
-    job = _Job(config, files, settings)
+    job = replace(job, settings=settings)
     prepare_output(config.output, ())
     _refuse_other_latents(job)
     own_model = autoencoder if processes == 1 else None
     del autoencoder
     run_sharded(job, own_model, worker, device, processes, "extracting")
-    return _finish(job, scale, alone=worker.world_size == 1)
+    return _finish(job, worker, scale, files.classes)
+
+
+def _process_count(job: "_Job", worker: Worker, device: torch.device) -> int:
+    on_cpu = min(_cpu_count(), MAX_CPU_PROCESSES)
+    return min(choose_process_count(job.config.processes, worker, device, on_cpu), len(job.shards))
 
 
 @dataclass(frozen=True)
@@ -162,20 +206,17 @@ class _Job:
     """
 
     config: ExtractConfig
-    files: ImageFiles
+    count: int
     settings: dict[str, Any]
 
     @cached_property
     def shards(self) -> list[Shard]:
         output = self.config.output
         return split_into_shards(
-            len(self.files.names),
+            self.count,
             self.config.shard_size,
             lambda index, start: output / f"shard-{index:05}.safetensors",
         )
-
-    def load(self, device: torch.device) -> Autoencoder:
-        return _load(self.config, device)
 
     def is_complete(self, shard: Shard) -> bool:
         try:
@@ -185,6 +226,23 @@ class _Job:
         about = found.about
         return about.get("number") == shard.index and about.get("sha256") == found.checksum()
 
+    def write(
+        self, shard: Shard, moments: Tensor, labels: Tensor, skipped: list[tuple[str, str]]
+    ) -> None:
+        about = {"number": shard.index, "settings": self.settings, "skipped": skipped}
+        write_shard(shard.path, moments, labels, about)
+
+
+@dataclass(frozen=True)
+class _EncodeJob(_Job):
+    """Encode the images of a folder."""
+
+    files: ImageFiles
+
+    def load(self, device: torch.device) -> Autoencoder:
+        assert self.config.autoencoder is not None
+        return Autoencoder.load(self.config.autoencoder, device, DTYPES[self.config.precision])
+
     def make(self, shard: Shard, model: Autoencoder, worker: Worker, progress: Progress) -> None:
         threads = torch.get_num_threads()
         # The order of sums, and so their rounding, would depend on the number of threads.
@@ -192,17 +250,45 @@ class _Job:
         decoders = max(1, _cpu_count() // worker.local_world_size)
         try:
             with ThreadPoolExecutor(decoders) as pool:
-                _write_shard(self, shard, model, pool, progress)
+                _encode_shard(self, shard, model, pool, progress)
         finally:
             torch.set_num_threads(threads)
 
 
+@dataclass(frozen=True)
+class _CopyJob(_Job):
+    """Copy the features of a folder."""
+
+    files: FeatureFiles
+
+    def load(self, device: torch.device) -> FeatureFiles:
+        return self.files
+
+    def make(self, shard: Shard, model: FeatureFiles, worker: Worker, progress: Progress) -> None:
+        images = range(shard.images.start, shard.images.stop)
+        with ThreadPoolExecutor(READERS) as pool:
+            views, labels = [], []
+            for pair, label in pool.map(model.read, images):
+                views.append(pair)
+                labels.append(label)
+                progress(1)
+        shapes = {tuple(pair.shape) for pair in views}
+        if len(shapes) > 1 or len({label is None for label in labels}) > 1:
+            raise ValueError(
+                f"from_features: got images {images.start} to {images.stop - 1} of shapes "
+                f"{shapes}, expected one shape, and a label in all files or in none"
+            )
+        moments = torch.stack(views).to(DTYPES[self.config.dtype])
+        if not moments.isfinite().all():
+            raise FloatingPointError(
+                f"moments not finite in {self.config.dtype}: images {images.start} to "
+                f"{images.stop - 1} of {model.root}"
+            )
+        self.write(shard, moments, torch.tensor([label or 0 for label in labels]), [])
+
+
 def _cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _load(config: ExtractConfig, device: torch.device) -> Autoencoder:
-    return Autoencoder.load(config.autoencoder, device, DTYPES[config.precision])
 
 
 def _refuse_other_latents(job: _Job) -> None:
@@ -219,7 +305,7 @@ def _refuse_other_latents(job: _Job) -> None:
             if settings.get(name) != value:
                 other = (
                     f"other {name}"
-                    if name in ("images", "autoencoder")
+                    if name in ("images", "autoencoder", "features")
                     else f"{name} {settings.get(name)}, not {value}"
                 )
                 raise ValueError(
@@ -228,8 +314,12 @@ def _refuse_other_latents(job: _Job) -> None:
                 )
 
 
-def _write_shard(
-    job: _Job, shard: Shard, autoencoder: Autoencoder, pool: ThreadPoolExecutor, progress: Progress
+def _encode_shard(
+    job: _EncodeJob,
+    shard: Shard,
+    autoencoder: Autoencoder,
+    pool: ThreadPoolExecutor,
+    progress: Progress,
 ) -> None:
     """Encode the readable images of a shard and write it."""
     config = job.config
@@ -260,12 +350,11 @@ def _write_shard(
                 )
         progress(len(results))
     moments, labels = moments[: int(readable.sum())], labels[readable]
-    about = {"number": shard.index, "settings": job.settings, "skipped": skipped}
-    write_shard(shard.path, moments, labels, about)
+    job.write(shard, moments, labels, skipped)
 
 
 def _decoded_batches(
-    job: _Job, names: tuple[str, ...], pool: ThreadPoolExecutor
+    job: _EncodeJob, names: tuple[str, ...], pool: ThreadPoolExecutor
 ) -> Iterator[tuple[slice, list[Tensor | str]]]:
     """Yield batches of images, each an image or the reason why it is unreadable.
 
@@ -289,32 +378,40 @@ def _decoded_batches(
         yield rows, list(results)
 
 
-def _finish(job: _Job, scale: LatentScale, alone: bool) -> ExtractSummary:
-    """Write the manifest if all shards are there; with one process (`alone`) they must be."""
-    output, classes = job.config.output, job.files.classes
+def _finish(
+    job: _Job, worker: Worker, scale: LatentScale, classes: tuple[str, ...] | None
+) -> ExtractSummary:
+    """Write the manifest if all shards are there; without other processes they must be.
+
+    Without `classes` they are as many as the labels need.
+    """
+    config, output = job.config, job.config.output
+    source = config.images or config.from_features
+    assert source is not None
     paths = [shard.path for shard in job.shards]
     try:
         shards = [open_shard(path) for path in paths]
     except DamagedShardError:
-        if alone:
+        if worker.world_size == 1:
             raise
-        return ExtractSummary(output, 0, len(classes), 0, (), (), finished=False)
+        return ExtractSummary(output, 0, 0, 0, (), (), finished=False)
     skipped = [(name, reason) for shard in shards for name, reason in shard.about["skipped"]]
-    counts = torch.cat([shard.labels for shard in shards]).bincount(minlength=len(classes))
+    counts = torch.cat([shard.labels for shard in shards]).bincount(minlength=len(classes or ()))
     if counts.sum() == 0:
         name, reason = skipped[0]
-        raise ValueError(f"images: got {job.files.root} with none readable ({name}: {reason})")
+        raise ValueError(f"images: got {source} with none readable ({name}: {reason})")
+    classes = classes or default_classes(len(counts))
     manifest = {
         "format": FORMAT,
         "count": int(counts.sum()),
         "classes": dict(zip(classes, counts.tolist(), strict=True)),
         "shape": list(shards[0].moments.shape[2:]),
         "views": ["plain", "mirrored"],
-        "dtype": job.config.dtype,
+        "dtype": config.dtype,
         "scale": scale_to_dict(scale),
-        "source": str(job.files.root.resolve()),
-        "image_size": job.config.image_size,
-        "autoencoder": job.config.autoencoder,
+        "source": str(source.resolve()),
+        "image_size": config.image_size if config.images else None,
+        "autoencoder": config.autoencoder,
         "settings": job.settings,
         "shards": [
             {"file": path.name, "count": len(shard.labels), "sha256": shard.about["sha256"]}

@@ -1,15 +1,17 @@
 """The autoencoder between pixels and latents: diffusers' AutoencoderKL."""
 
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from dimr_fast.data.scaling import LatentScale, Scale
-from dimr_fast.errors import DataUnavailableError
-from dimr_fast.utils.tensors import sha256_of_named
+from dimr_fast.errors import CheckpointError, DataUnavailableError
+from dimr_fast.utils.tensors import sha256_of_named, unpickle_tensors
 
 Decode = Callable[[Tensor], Tensor]
 """A function from latents [B, C, h, w] to images uint8 [B, 3, H, W] on the CPU."""
@@ -36,7 +38,9 @@ class Autoencoder:
     ) -> Self:
         """Load an autoencoder from a folder that diffusers wrote, or by its name on the Hub.
 
-        It computes in `dtype`, float32 or bfloat16. Raises DataUnavailableError where diffusers is
+        It may also be a file of the weights of Stable Diffusion's autoencoder in their original
+        form, such as `autoencoder_kl_ema.pth` of the published code. It computes in `dtype`,
+        float32 or bfloat16. Raises DataUnavailableError where diffusers is
         missing, ValueError where there is no complete autoencoder of that name.
         """
         try:
@@ -45,6 +49,12 @@ class Autoencoder:
             raise DataUnavailableError("the diffusers package", extra="hub") from error
         path_or_name = os.path.expanduser(path_or_name)
         wanted = f"autoencoder: got {path_or_name!r}, expected a folder or name of an AutoencoderKL"
+        if os.path.isfile(path_or_name):
+            try:
+                network = _from_original_weights(Path(path_or_name))
+            except (CheckpointError, RuntimeError, ValueError) as error:
+                raise ValueError(f"{wanted} ({error})") from error
+            return cls(network.to(device, dtype))
         try:
             kind = AutoencoderKL.load_config(path_or_name).get("_class_name")
             if kind != "AutoencoderKL":
@@ -88,6 +98,40 @@ class Autoencoder:
     def fingerprint(self) -> str:
         """Return the SHA-256 of the weights, in the dtype it computes in."""
         return sha256_of_named(self._network.state_dict())
+
+
+def _from_original_weights(path: Path) -> Any:
+    """Return the AutoencoderKL of weights with the names of the latent diffusion code.
+
+    Sizes are those of the weights; the rest of the architecture is Stable Diffusion's.
+    """
+    from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    weights = unpickle_tensors(path)
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise CheckpointError(f"{path}: holds other data, expected a state dict")
+    first = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(len(weights))]
+    widths = [len(weights[name]) for name in first if name in weights]
+    latents = weights.get("post_quant_conv.weight")
+    if not widths or latents is None:
+        raise CheckpointError(f"{path}: its weights are not those of an autoencoder")
+    block = re.compile(r"encoder\.down\.0\.block\.\d+\.conv1\.weight")
+    blocks = [name for name in weights if block.fullmatch(str(name))]
+    config = {
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+        "block_out_channels": tuple(widths),
+        "layers_per_block": len(blocks),
+        "latent_channels": latents.shape[1],
+    }
+    network: Any = AutoencoderKL(**config)
+    converted = convert_ldm_vae_checkpoint(weights, config)
+    missing, unknown = network.load_state_dict(converted, strict=False)
+    if missing or unknown or len(converted) != len(weights):
+        which = f"{missing[0]} is missing" if missing else "it has others"
+        raise CheckpointError(f"{path}: not the weights of Stable Diffusion's autoencoder, {which}")
+    return network
 
 
 def load_decoder(

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +153,10 @@ def find_unreadable(folder: Path) -> dict[str, str]:
 class ImageFolder:
     """Training examples from a folder of images (see `list_images`), decoded when they are read.
 
-    The pixel scale is measured on at most 512 evenly spaced images, the only ones that are decoded
-    in advance. `read` raises UnreadableImageError at an unreadable image and names it;
-    `find_unreadable` names all of them. Raises ValueError for a folder that `list_images` refuses,
-    a size below 1 and images of one single colour.
+    The pixel scale is measured when it is first used, on at most 512 evenly spaced images, the only
+    ones that are decoded in advance; images of one single colour have none (ValueError). `read`
+    raises UnreadableImageError at an unreadable image and names it; `find_unreadable` names all of
+    them. Raises ValueError for a folder that `list_images` refuses and a size below 1.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -165,7 +166,11 @@ class ImageFolder:
         self.classes = self.files.classes
         self.labels = self.files.labels
         self.shape = (3, size, size)
-        self.scale = _pixel_scale(self)
+
+    @cached_property
+    def scale(self) -> PixelScale:
+        """Scale that standardises the images."""
+        return _pixel_scale(self)
 
     def fingerprint(self) -> str:
         """Return the fingerprint of the files' names and sizes."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dimr_fast.data.arrays import ImageArray
 from dimr_fast.data.examples import Examples
+from dimr_fast.data.features import holds_features
 from dimr_fast.data.images import ImageFolder
 from dimr_fast.data.latents import MANIFEST, LatentShards
 from dimr_fast.data.tiles import load_tiles
@@ -28,6 +29,11 @@ def open_examples(data: str, image_size: int | None, default_size: int) -> Examp
     folder = Path(os.path.expanduser(data))
     if not folder.is_dir():
         raise FileNotFoundError(f"data: got {data!r}, expected 'tiles' or a folder")
+    if holds_features(folder) and not (folder / MANIFEST).exists():
+        raise ValueError(
+            f"data: got {data!r}, features of the published code, expected 'tiles', images or "
+            f"latents; copy them first: dimr-fast extract --from-features {data} --output FOLDER"
+        )
     if not (folder / MANIFEST).exists():
         return ImageFolder(folder, size)
     if image_size is not None:

@@ -24,12 +24,12 @@ from dimr_fast.evaluation.features import (
 )
 from dimr_fast.evaluation.image_sets import ImageSet, counts_in_words, open_images
 from dimr_fast.evaluation.metrics import inception_score, precision_recall
-from dimr_fast.evaluation.real_images import Reference, user_cache
+from dimr_fast.evaluation.real_images import Reference
 from dimr_fast.evaluation.statistics import FeatureStatistics, compute_statistics
 from dimr_fast.sampling.sampler import ImageSampler, SamplerConfig, balanced_labels
 from dimr_fast.sampling.writers import SAMPLE_REPORT
 from dimr_fast.utils.device import device_name, keep_freed_memory, resolve_device
-from dimr_fast.utils.files import prepare_output, write_json
+from dimr_fast.utils.files import prepare_output, user_cache, write_json
 from dimr_fast.utils.validation import require_fields
 
 REPORT = "evaluation.json"
@@ -54,7 +54,8 @@ class EvaluateConfig:
     output: Path
     """Output folder for `evaluation.json`, which must not exist yet."""
     autoencoder: str | None = None
-    """Folder or name of the AutoencoderKL that decodes the latents of a latent model."""
+    """Folder or name of the AutoencoderKL that decodes the latents of a latent model, or a file
+    autoencoder_kl_ema.pth of the published code."""
     count: int = 10_000
     """Images to draw from the checkpoint; published scores use 50,000."""
     inception_weights: Path | None = None

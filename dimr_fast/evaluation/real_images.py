@@ -151,13 +151,6 @@ def cached_statistics(
     return statistics
 
 
-def user_cache() -> Path:
-    """Return the platform's folder for cached files of this user (XDG_CACHE_HOME and the like)."""
-    from platformdirs import user_cache_path
-
-    return user_cache_path("dimr_fast", appauthor=False)
-
-
 def _read_entry(path: Path, key: str) -> FeatureStatistics | None:
     """Read a cache entry; return None unless it is complete and has this key."""
     try:

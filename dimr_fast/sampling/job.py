@@ -5,6 +5,7 @@ the same batch, whichever worker draws it, so neither the number of processes no
 changes an image.
 """
 
+import difflib
 import importlib.metadata
 import json
 import shutil
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from dimr_fast.checkpoint import TrainedModel, demo_model, load_model
 from dimr_fast.data.autoencoder import Decode, load_decoder
+from dimr_fast.data.imagenet import imagenet_labels
 from dimr_fast.errors import CheckpointError
 from dimr_fast.model import DiMR
 from dimr_fast.sampling.sampler import ImageSampler, SamplerConfig, balanced_labels
@@ -64,7 +66,8 @@ class SampleConfig:
 
     checkpoint: Path | None = None
     """A training checkpoint, whose EMA weights are used, or the folder of a saved model. None is
-    the model that comes with the package."""
+    the model that comes with the package. On the command line also OWNER/REPOSITORY:FILE, a file on
+    the Hugging Face Hub, which is downloaded and converted."""
     output: Path
     """Output folder. It also gets `sample.json`, which holds all settings. The same command resumes
     an unfinished job in it and refuses a finished one."""
@@ -74,14 +77,15 @@ class SampleConfig:
     """Total number of images, instead of `per_class`; the classes are balanced as far as it
     allows."""
     classes: tuple[str, ...] = ()
-    """Classes to draw, by name or number; all classes by default. "none" draws images without
-    class."""
+    """Classes to draw, by name or number; all classes by default. Models of ImageNet know the names
+    of its 1000 classes, such as goldfish. "none" draws images without class."""
     formats: tuple[Format, ...] = ("grid",)
     """grid: `grid.png`, one row for each of at most 32 classes; if it is the only format, further
     classes are not drawn. png: `images/000000.png` and so on. npz: `samples.npz` as the ADM
     evaluation suite reads it, `arr_0` uint8 [N, H, W, 3], with labels as `arr_1`."""
     autoencoder: str | None = None
-    """Folder or name of the AutoencoderKL that decodes the latents of a latent model."""
+    """Folder or name of the AutoencoderKL that decodes the latents of a latent model, or a file
+    autoencoder_kl_ema.pth of the published code."""
     processes: int | None = None
     """Processes to start. None starts one for each GPU, one on a CPU, and one where a launcher such
     as torchrun has started several. They import the calling Python script anew, so it must call
@@ -255,20 +259,26 @@ def _job(
 def _select_classes(wanted: tuple[str, ...], classes: tuple[str, ...]) -> Tensor:
     """Return the labels of classes given by name or number, in that order, without duplicates.
 
-    The label after those of the classes means no class.
+    A model of ImageNet also knows its classes by the names of ImageNet. The label after those of
+    the classes means no class.
     """
     if not wanted and classes:
         return torch.arange(len(classes))
     labels = []
+    imagenet = imagenet_labels(classes)
     for name in wanted or (NO_CLASS,):
         if name in classes:
             labels.append(classes.index(name))
+        elif name in imagenet:
+            labels.append(imagenet[name])
         elif name == NO_CLASS:
             labels.append(len(classes))
         elif name.isdecimal() and int(name) < len(classes):
             labels.append(int(name))
         else:
-            known = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
+            names = tuple(imagenet) or classes
+            near = difflib.get_close_matches(name, names, n=3)
+            known = ", ".join(near or names[:10]) + (", …" if len(names) > 10 else "")
             raise ValueError(
                 f"classes: got {name!r}, expected a name ({known}) or 0..{len(classes) - 1}, "
                 f"or {NO_CLASS!r}"

@@ -61,6 +61,11 @@ class TrainConfig:
     """Output folder of the run. It must not contain a run, except with `--resume`."""
     preset: str = "demo"
     """Name of a preset; its number of classes, channels and size are adapted to the data."""
+    init: str | None = None
+    """Start from these weights instead of random ones: a converted or saved model, a training
+    checkpoint (its EMA weights), a published .pth file or N.ckpt folder, or OWNER/REPOSITORY:FILE
+    on the Hugging Face Hub. The EMA starts from them too. Embeddings of other classes are new, and
+    positions of another size are interpolated."""
     data: str = "tiles"
     """"tiles", the satellite tiles of the installed data package; or a folder of images with one
     sub-folder for each class; or a folder of latents that `dimr-fast extract` wrote."""

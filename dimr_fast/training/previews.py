@@ -13,13 +13,14 @@ from dimr_fast.checkpoint import EMA_PREFIX, TrainedModel
 from dimr_fast.data.autoencoder import Decode, load_decoder
 from dimr_fast.evaluation.features import EfficientNetLite0Features
 from dimr_fast.evaluation.frechet import frechet_to_reference
-from dimr_fast.evaluation.real_images import Reference, user_cache
+from dimr_fast.evaluation.real_images import Reference
 from dimr_fast.model import DiMR
 from dimr_fast.sampling.sampler import SamplerConfig, sample_images
 from dimr_fast.training.config import TrainConfig
 from dimr_fast.training.log import TrainLog
 from dimr_fast.training.state import CHECKPOINT, TrainState
 from dimr_fast.utils.distributed import Communicator
+from dimr_fast.utils.files import user_cache
 from dimr_fast.utils.plots import image_grid
 from dimr_fast.utils.seeds import derived_seed
 

@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from dimr_fast.config import preset
+from dimr_fast.config import DiMRConfig, preset
 from dimr_fast.data.examples import Examples
+from dimr_fast.data.images import ImageFolder
 from dimr_fast.data.loader import Loader
-from dimr_fast.data.scaling import LatentScale, PixelScale, Scale
+from dimr_fast.data.scaling import PixelScale, Scale
 from dimr_fast.data.sources import open_examples
 from dimr_fast.model import DiMR
 from dimr_fast.optim import EMA, adamw
 from dimr_fast.training.config import TrainConfig
+from dimr_fast.training.initial import initial_model
 from dimr_fast.training.log import LOG, require_tensorboard
 from dimr_fast.training.loop import TrainLoop
 from dimr_fast.training.parallel import check_batch_split, parallelize
@@ -167,9 +170,15 @@ def _build(
         pin_memory=device.type == "cuda",
     )
     stored = read_state(path) if resume else None
+    if stored is not None and config.init != stored[1].get("recipe", {}).get("init"):
+        raise ValueError(
+            f"init: got {config.init!r} for a run that is resumed, which goes on from its own "
+            "checkpoint; expected no other init than its own"
+        )
     config = dataclasses.replace(config, precision=_precision(config, stored, communicator))
     torch.manual_seed(config.seed)
-    model = _new_model(config, examples).to(device, torch.float32)
+    model, scale = _first_model(config, examples, resume, communicator)
+    model = model.to(device, torch.float32)
     parallel = parallelize(model, config, communicator)
     state = TrainState(
         model=model,
@@ -179,7 +188,7 @@ def _build(
         ema=EMA(model),
         scaler=torch.amp.GradScaler(device.type, enabled=DTYPES[config.precision] == torch.float16),
         classes=examples.classes,
-        scale=_scale(config, examples),
+        scale=scale,
         schedule=config.schedule,
         recipe=config.recipe | {"data": _describe(examples, communicator)},
     )
@@ -258,19 +267,37 @@ def _describe(examples: Examples, communicator: Communicator) -> str | None:
     return communicator.broadcast(text)
 
 
-def _scale(config: TrainConfig, examples: Examples) -> Scale:
-    """Return the scale of the inputs: the one of the settings, or that of the examples."""
-    if config.pixel_scale is None:
-        return examples.scale
-    if isinstance(examples.scale, LatentScale):
+def _first_model(
+    config: TrainConfig, examples: Examples, resume: bool, communicator: Communicator
+) -> tuple[DiMR, Scale]:
+    """Return the model before its first step, random or from given weights, and its input scale.
+
+    The scale is that of the settings, else of the given weights, else of the examples. A run that
+    is resumed replaces model and scale by those of its checkpoint.
+    """
+    adapted = _model_config(config, examples)
+    # The scale of a folder is measured when it is used, and here it may not be needed.
+    pixels = isinstance(examples, ImageFolder) or isinstance(examples.scale, PixelScale)
+    if config.pixel_scale is not None and not pixels:
         raise ValueError(
             f"pixel_scale: got {config.pixel_scale}, expected none: latents have their own scale"
         )
-    return PixelScale(*config.pixel_scale)
+    scale = None if config.pixel_scale is None else PixelScale(*config.pixel_scale)
+    if config.init is None or resume:
+        return DiMR(adapted), scale or examples.scale
+    found = initial_model(adapted, config.init, latents=not pixels)
+    if found.schedule not in (None, config.schedule):
+        raise ValueError(
+            f"schedule: got {config.schedule}, but the weights of init were trained with "
+            f"{found.schedule}: set schedule={found.schedule}"
+        )
+    if communicator.is_main:
+        tqdm.write("\n".join(found.remarks))
+    return found.model, scale or found.scale or examples.scale
 
 
-def _new_model(config: TrainConfig, examples: Examples) -> DiMR:
-    """Create the preset's model, adapted to the examples."""
+def _model_config(config: TrainConfig, examples: Examples) -> DiMRConfig:
+    """Return the preset's configuration, adapted to the examples."""
     channels, height, width = examples.shape
     adapted = preset(config.preset).fitted(channels, (height, width), len(examples.classes) + 1)
     branches = list(adapted.stage_configs)
@@ -279,7 +306,7 @@ def _new_model(config: TrainConfig, examples: Examples) -> DiMR:
             if number >= len(branches):
                 raise ValueError(f"{setting}: got branch {number}, expected 0..{len(branches) - 1}")
             branches[number] = dataclasses.replace(branches[number], checkpointing=mode)
-    return DiMR(dataclasses.replace(adapted, stage_configs=tuple(branches)))
+    return dataclasses.replace(adapted, stage_configs=tuple(branches))
 
 
 @contextmanager

@@ -113,3 +113,10 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def user_cache() -> Path:
+    """Return the platform's folder for cached files of this user (XDG_CACHE_HOME and the like)."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("dimr_fast", appauthor=False)

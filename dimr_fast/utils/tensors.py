@@ -1,10 +1,13 @@
-"""Read, write and digest tensors: safetensors files, SHA-256 and CRC-32."""
+"""Read, write and digest tensors: safetensors files, files of torch.save, SHA-256 and CRC-32."""
 
 import hashlib
 import os
+import pickle
+import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -28,6 +31,57 @@ def read_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = why_unreadable(path) or str(error)
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+
+
+def unpickle_tensors(path: Path) -> Any:
+    """Read a file of torch.save: tensors, which are memory-mapped where possible, and plain values.
+
+    Raises CheckpointError where it is missing, damaged or holds any other object.
+    """
+    mapped = False
+    try:
+        mapped = path.is_file() and zipfile.is_zipfile(path)
+        if mapped:
+            _verify_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        # Its text advises to run the file's code.
+        if "GLOBAL" not in str(error):
+            reason = why_unreadable(path) or "not a file of torch.save"
+            raise CheckpointError(f"{path}: not a readable .pth file ({reason})") from None
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
+        names = f" ({', '.join(unsafe)})" if unsafe else ""
+        raise CheckpointError(
+            f"{path}: not a readable .pth file: it holds Python objects{names}, which are not "
+            "loaded, since they can run code; save the weights alone, in the project that wrote "
+            'it: torch.save(model.state_dict(), "weights.pth")'
+        ) from None
+    except Exception as error:  # a file of another kind can raise anything
+        known = None if mapped else why_unreadable(path)
+        reason = known or str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: not a readable .pth file ({reason})") from error
+
+
+def _verify_archive(path: Path) -> None:
+    """Compare the checksums in a zip archive, which torch does not do.
+
+    0 means that there is none (`torch.serialization.set_crc32_options`).
+    """
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.CRC == 0:
+                continue
+            try:
+                with archive.open(entry) as file:
+                    while file.read(1 << 20):
+                        pass
+            except zipfile.BadZipFile as error:
+                raise CheckpointError(
+                    f"{path}: damaged: the checksum of {entry.filename} is another; copy or "
+                    "download it again"
+                ) from error
 
 
 def why_unreadable(path: Path) -> str | None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from dimr_fast.data.autoencoder import Autoencoder
 from dimr_fast.data.scaling import LatentScale
 from dimr_fast.errors import DataUnavailableError
-from tests.support.autoencoder import save_autoencoder
+from tests.support.autoencoder import original_names, save_autoencoder
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -104,3 +104,57 @@ def test_a_missing_package_names_the_extra(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(DataUnavailableError, match=r"diffusers.*dimr_fast\[hub\]"):
         Autoencoder.load(str(folder), CPU)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder of an autoencoder, and a file of its weights as the published code stores them."""
+    path = tmp_path_factory.mktemp("original")
+    # The original code has 32 groups in every norm.
+    widths = {"block_out_channels": (32, 32, 64, 64), "norm_num_groups": 32}
+    save_autoencoder(path / "folder", layers_per_block=2, **widths)
+    weights = original_names(load_file(path / "folder" / WEIGHTS))
+    torch.save(weights, path / "autoencoder_kl_ema.pth")
+    return path / "folder", path / "autoencoder_kl_ema.pth"
+
+
+def test_original_weights_are_the_same_autoencoder(original: tuple[Path, Path]) -> None:
+    theirs, ours = (Autoencoder.load(str(path), CPU) for path in original)
+    assert (ours.channels, ours.downsampling, ours.scale) == (4, 8, LatentScale(0.18215))
+    assert ours.fingerprint() == theirs.fingerprint()
+    pixels = images(1, 3, 32, 32)
+    assert torch.equal(ours.moments(pixels), theirs.moments(pixels))
+    latents = torch.randn(1, 4, 4, 4)
+    assert torch.equal(ours.decode(latents), theirs.decode(latents))
+
+
+def test_the_original_names_are_those_of_the_published_file(original: tuple[Path, Path]) -> None:
+    """Names in the file that the published code loads."""
+    names = torch.load(original[1], weights_only=True).keys()
+    assert {
+        "encoder.down.0.block.0.norm1.weight",
+        "encoder.down.2.block.0.nin_shortcut.weight",
+        "encoder.down.2.downsample.conv.bias",
+        "encoder.mid.attn_1.proj_out.weight",
+        "decoder.mid.block_2.conv2.weight",
+        "decoder.up.3.block.2.conv1.weight",
+        "decoder.up.1.upsample.conv.weight",
+        "decoder.norm_out.weight",
+        "quant_conv.weight",
+        "post_quant_conv.bias",
+    } <= names
+
+
+def test_unusable_files_of_weights_are_named(original: tuple[Path, Path], tmp_path: Path) -> None:
+    weights = torch.load(original[1], weights_only=True)
+    part = {name: value for name, value in weights.items() if "decoder.mid" not in name}
+    for name, content, message in (
+        ("code", {"a": Path("x")}, "holds Python objects"),
+        ("list", [1, 2], "holds other data, expected a state dict"),
+        ("model", {"a": torch.zeros(2)}, "its weights are not those of an autoencoder"),
+        ("part", part, r"decoder\.mid_block.* is missing"),
+        ("more", {**weights, "decoder.up.1.attn.0.q.weight": torch.zeros(4)}, "it has others"),
+    ):
+        torch.save(content, tmp_path / f"{name}.pth")
+        with pytest.raises(ValueError, match=rf"autoencoder: got .*{name}.pth.*{message}"):
+            Autoencoder.load(str(tmp_path / f"{name}.pth"), CPU)

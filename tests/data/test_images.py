@@ -165,7 +165,7 @@ def test_unreadable_images_are_named(folder: Path) -> None:
     assert "truncated" in found["b/cut.jpg"]
     assert "real numbers" in found["b/real.tif"]
     with pytest.raises(UnreadableImageError, match=r"b/cut\.jpg"):
-        ImageFolder(folder, 8)
+        _ = ImageFolder(folder, 8).scale
 
 
 def test_examples_in_any_order_and_mirrored(folder: Path) -> None:
@@ -201,7 +201,7 @@ def test_the_scale_of_many_images_is_that_of_512_evenly_spaced_ones(tmp_path: Pa
 def test_images_of_one_colour_have_no_scale(tmp_path: Path) -> None:
     save(tmp_path / "grey" / "x.png", np.full((8, 8, 3), 7, np.uint8))
     with pytest.raises(ValueError, match="grey, whose images have one colour"):
-        ImageFolder(tmp_path / "grey", 8)
+        _ = ImageFolder(tmp_path / "grey", 8).scale
 
 
 def test_a_thin_image_takes_little_memory(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ FLOORS = (
     },
     {
         "training.config",
+        "training.initial",
         "training.log",
         "training.loop",
         "training.parallel",

@@ -370,7 +370,7 @@ def test_bad_settings_are_refused_before_any_work(config: ExtractConfig, tmp_pat
         ({"dtype": "fp8"}, "dtype: got 'fp8', expected one of fp32, bf16, fp16"),
         ({"images": tmp_path / "nowhere"}, "expected an existing folder"),
         ({"autoencoder": str(tmp_path)}, "autoencoder: got"),
-        ({"output": config.images / "latents"}, "expected a folder outside the images'"),
+        ({"output": config.images / "latents"}, "expected a folder outside .*photos"),
     ):
         with pytest.raises(ValueError, match=message):
             extract(dataclasses.replace(config, **change))

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from dimr_fast.evaluation import frechet_to_reference
 from dimr_fast.evaluation.image_sets import FolderImages, TensorImages
-from dimr_fast.evaluation.real_images import cached_statistics, user_cache
+from dimr_fast.evaluation.real_images import cached_statistics
+from dimr_fast.utils.files import user_cache
 from tests.support.evaluation import Colours
 from tests.support.files import file_size_limit
 from tests.support.image_files import random_images, read_all, write_folder
