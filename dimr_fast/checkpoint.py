@@ -9,8 +9,14 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from dimr_fast.config import DiMRConfig
-from dimr_fast.data.scaling import Scale, scale_from_dict, scale_to_dict
+from dimr_fast.config import DiMRConfig, preset_of
+from dimr_fast.data.scaling import (
+    LatentScale,
+    PixelScale,
+    Scale,
+    scale_from_dict,
+    scale_to_dict,
+)
 from dimr_fast.diffusion import ScheduleName
 from dimr_fast.errors import CheckpointError
 from dimr_fast.hub.mixin import CONFIG, WEIGHTS, canonical, read_config
@@ -39,6 +45,7 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "load_published",
+    "published_training",
     "read_weights",
     "save_checkpoint",
     "save_model",
@@ -128,6 +135,22 @@ def schedule_of(notes: Mapping[str, Any]) -> Any:
     """
     latents = isinstance(notes.get("scale"), dict) and notes["scale"].get("kind") == "latents"
     return notes.get("schedule", "discrete" if latents or "recipe" in notes else None)
+
+
+def published_training(model: DiMRConfig) -> dict[str, Any]:
+    """Return how the published model of this configuration was trained, as notes of a folder.
+
+    The inputs of published latent models are latents × 0.18215, with the discrete schedule; those
+    of published pixel models are pixels in −1..1, with the VP-SDE. The result is empty for other
+    models, whose training is unknown.
+    """
+    if model.channels == 4:
+        scale, schedule = scale_to_dict(LatentScale()), "discrete"
+    elif (preset_of(model) or "").startswith("DiMR-"):
+        scale, schedule = scale_to_dict(PixelScale(127.5, 127.5)), "vp-sde"
+    else:
+        return {}
+    return {"scale": scale, "schedule": schedule, "sampling_defaults": "published"}
 
 
 def _trained_model(

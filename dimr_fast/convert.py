@@ -15,10 +15,16 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from dimr_fast.checkpoint import SAFETENSORS, StoredWeights, read_weights, schedule_of
+from dimr_fast.checkpoint import (
+    SAFETENSORS,
+    StoredWeights,
+    published_training,
+    read_weights,
+    schedule_of,
+)
 from dimr_fast.config import PRESETS, DiMRConfig, preset_of
 from dimr_fast.data.imagenet import default_classes
-from dimr_fast.data.scaling import LatentScale, PixelScale, scale_to_dict
+from dimr_fast.data.scaling import PixelScale, scale_to_dict
 from dimr_fast.diffusion import ScheduleName
 from dimr_fast.errors import CheckpointError
 from dimr_fast.hub.download import HUB_FILE, local_file
@@ -222,22 +228,6 @@ def _sized(name: str, weights: dict[str, Tensor]) -> DiMRConfig:
     table = weights.get("stages.0.class_embeds.weight")
     classes = PRESETS[name].num_classes if table is None else max(1, len(table))
     return dataclasses.replace(PRESETS[name], num_classes=classes)
-
-
-def published_training(model: DiMRConfig) -> dict[str, Any]:
-    """Return how the published model of this configuration was trained, as notes of a folder.
-
-    The inputs of published latent models are latents × 0.18215, with the discrete schedule; those
-    of published pixel models are pixels in −1..1, with the VP-SDE. The result is empty for other
-    models, whose training is unknown.
-    """
-    if model.channels == 4:
-        scale, schedule = scale_to_dict(LatentScale()), "discrete"
-    elif (preset_of(model) or "").startswith("DiMR-"):
-        scale, schedule = scale_to_dict(PixelScale(127.5, 127.5)), "vp-sde"
-    else:
-        return {}
-    return {"scale": scale, "schedule": schedule, "sampling_defaults": "published"}
 
 
 def _with_training(

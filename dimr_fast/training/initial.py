@@ -9,9 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from dimr_fast.checkpoint import read_weights, schedule_of
+from dimr_fast.checkpoint import published_training, read_weights, schedule_of
 from dimr_fast.config import DiMRConfig, preset_of
-from dimr_fast.convert import published_training
 from dimr_fast.data.scaling import LatentScale, PixelScale, scale_from_dict
 from dimr_fast.errors import CheckpointError
 from dimr_fast.hub.download import local_file

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dimr_fast import DiMR, cli
-from dimr_fast.checkpoint import CheckpointError, load_model, save_model
+from dimr_fast.checkpoint import CheckpointError, load_model, published_training, save_model
 from dimr_fast.config import PRESETS
-from dimr_fast.convert import Conversion, ConvertConfig, convert, published_training
+from dimr_fast.convert import Conversion, ConvertConfig, convert
 from dimr_fast.data.scaling import LatentScale
 from dimr_fast.sampling import SamplerConfig
 from tests.support.models import randomised, trained_model, write_checkpoint

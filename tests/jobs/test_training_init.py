@@ -186,6 +186,19 @@ def test_weights_of_pixels_are_refused_for_latents(start: Path, tmp_path: Path) 
         train(config, examples=Latents())
 
 
+def test_weights_of_another_noise_schedule_are_refused(start: Path, tmp_path: Path) -> None:
+    config = small_run(tmp_path / "run", init=str(start), schedule="vp-sde", **STILL)
+    with pytest.raises(ValueError, match=r"schedule: got vp-sde, .* trained with discrete"):
+        train_on_plain_images(config)
+    assert not (tmp_path / "run" / CHECKPOINT).exists()
+
+
+def test_the_scale_of_the_settings_replaces_that_of_the_start(start: Path, tmp_path: Path) -> None:
+    config = small_run(tmp_path / "run", init=str(start), pixel_scale=(127.5, 127.5), **STILL)
+    train_on_plain_images(config)
+    assert load_model(config.output / CHECKPOINT).scale == PixelScale(127.5, 127.5)
+
+
 def test_images_of_one_colour_are_scaled_as_the_start_was(start: Path, tmp_path: Path) -> None:
     for label in "ab":
         save(tmp_path / "photos" / label / "0.png", np.full((16, 16, 3), 7, np.uint8))
