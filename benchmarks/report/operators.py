@@ -132,7 +132,10 @@ def training_memory_table(report: Mapping[str, Any]) -> str:
         }
         rows.append(
             {"GB on a GPU": name, "weights, gradients, AdamW, EMA": f"{1e-9 * state:.0f}"}
-            | {f"all, with {IMAGES} images, checkpointing {setting}": f"{gb:.0f}" for setting, gb in totals.items()}
+            | {
+                f"all, with {IMAGES} images, checkpointing {setting}": f"{gb:.0f}"
+                for setting, gb in totals.items()
+            }
         )
     return (
         f"{table(rows)}\n\nCounted, not measured on a GPU: activations saved in bf16 autocast "
