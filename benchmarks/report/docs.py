@@ -1,4 +1,4 @@
-"""Generate RESULTS.md, the README's speedups and demo result, and the table of predictions.md.
+"""Generate RESULTS.md, and blocks of the README, predictions.md and the page on migration.
 
 Every figure comes from a file in `benchmarks/results/`, or from the registry of operators.
 """
@@ -131,10 +131,16 @@ def predictions_page(page: str) -> str:
     return replace_block(page, "predictions", text)
 
 
+def migration_page(page: str) -> str:
+    """Return the page for users of the published code with its table of memory renewed."""
+    return replace_block(page, "memory", _from_file("memory.json", operators.training_memory_table))
+
+
 PAGES: dict[Path, Callable[[str], str]] = {
     BENCHMARKS / "RESULTS.md": results_page,
     BENCHMARKS / "predictions.md": predictions_page,
     ROOT / "README.md": readme_page,
+    ROOT / "docs" / "from-the-published-code.md": migration_page,
 }
 """For each page with generated text, a function that returns its new text from its present one."""
 

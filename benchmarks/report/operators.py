@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.report.results import machine_line
 from benchmarks.utils import machine
 from benchmarks.utils.files import RESULTS
 from benchmarks.utils.markdown import table
+from dimr_fast import DiMR
 from dimr_fast.ops import OPERATORS
 
 
@@ -103,6 +106,41 @@ def memory_table(report: Mapping[str, Any]) -> str:
             "`checkpointing=True`": f"{1e-6 * sizes['checkpointed_bytes_per_image']:,.0f}",
         }
         for preset, sizes in report["presets"].items()
+    )
+
+
+IMAGES = 64
+"""Images on a GPU in the published recipe."""
+STATE_BYTES = 4 + 4 + 2 * 4 + 4 + 2
+"""Bytes of a parameter: weight, gradient, AdamW's two moments and EMA in fp32, and a bf16 copy."""
+SETTINGS = {
+    "off": "bytes_per_image",
+    '`"selective"`': "selective_bytes_per_image",
+    "`True`": "checkpointed_bytes_per_image",
+}
+
+
+def training_memory_table(report: Mapping[str, Any]) -> str:
+    """Return the memory of a published training step on a GPU by setting of `checkpointing`."""
+    rows = []
+    for name, sizes in report["presets"].items():
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in DiMR.from_preset(name).parameters())
+        state = STATE_BYTES * parameters
+        totals = {
+            setting: 1e-9 * (state + IMAGES * sizes[key]) for setting, key in SETTINGS.items()
+        }
+        rows.append(
+            {"GB on a GPU": name, "weights, gradients, AdamW, EMA": f"{1e-9 * state:.0f}"}
+            | {
+                f"all, with {IMAGES} images, checkpointing {setting}": f"{gb:.0f}"
+                for setting, gb in totals.items()
+            }
+        )
+    return (
+        f"{table(rows)}\n\nCounted, not measured on a GPU: activations saved in bf16 autocast "
+        f"([{machine.summary(report)}](../benchmarks/RESULTS.md#memory-of-a-training-step)) and "
+        f"{STATE_BYTES} bytes for each parameter; buffers of single operations come on top."
     )
 
 
