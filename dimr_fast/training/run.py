@@ -17,7 +17,7 @@ from dimr_fast.data.examples import Examples
 from dimr_fast.data.loader import Loader
 from dimr_fast.data.sources import open_examples
 from dimr_fast.model import DiMR
-from dimr_fast.optim import EMA, adamw
+from dimr_fast.optim import EMA, adamw, muon
 from dimr_fast.training.config import TrainConfig
 from dimr_fast.training.log import LOG, require_tensorboard
 from dimr_fast.training.loop import TrainLoop
@@ -172,9 +172,7 @@ def _build(
     parallel = parallelize(model, config, communicator)
     state = TrainState(
         model=model,
-        optimizer=adamw(
-            model, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-        ),
+        optimizer=_new_optimizer(config, model),
         ema=EMA(model),
         scaler=torch.amp.GradScaler(device.type, enabled=DTYPES[config.precision] == torch.float16),
         classes=examples.classes,
@@ -267,6 +265,16 @@ def _new_model(config: TrainConfig, examples: Examples) -> DiMR:
                 raise ValueError(f"{setting}: got branch {number}, expected 0..{len(branches) - 1}")
             branches[number] = dataclasses.replace(branches[number], checkpointing=mode)
     return DiMR(dataclasses.replace(adapted, stage_configs=tuple(branches)))
+
+
+def _new_optimizer(config: TrainConfig, model: DiMR) -> torch.optim.Optimizer:
+    """Create the optimizer of a run whose precision is decided."""
+    settings: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return adamw(model, config.learning_rate, **settings)
+    # Not in fp16: its range is too small for the products of Newton–Schulz steps.
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return muon(model, config.learning_rate, dtype=dtype, **settings)
 
 
 @contextmanager

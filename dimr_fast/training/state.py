@@ -16,12 +16,11 @@ from dimr_fast.checkpoint import EMA_PREFIX, load_checkpoint, save_checkpoint
 from dimr_fast.data.scaling import Scale, scale_from_dict, scale_to_dict
 from dimr_fast.errors import CheckpointError
 from dimr_fast.model import DiMR
-from dimr_fast.optim import EMA
+from dimr_fast.optim import EMA, state_names
 from dimr_fast.utils.files import write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -32,7 +31,7 @@ class TrainState:
     """
 
     model: DiMR
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     ema: EMA
     scaler: torch.amp.GradScaler
     classes: tuple[str, ...]
@@ -105,7 +104,9 @@ class TrainState:
                 f"{path}: was trained with classes {_abbreviate(classes)}, "
                 f"not {_abbreviate(self.classes)}"
             )
-        for name, value in (metadata.get("recipe") or {}).items():
+        # Runs of earlier versions do not name their optimizer, the only one there was.
+        recipe = {"optimizer": "adamw"} | (metadata.get("recipe") or {})
+        for name, value in recipe.items():
             if self.recipe.get(name) != value:
                 ours = self.recipe.get(name)
                 raise CheckpointError(f"{path}: was trained with {name} {value}, not {ours}")
@@ -114,15 +115,16 @@ class TrainState:
             self.step, self.seconds = metadata["step"], metadata["seconds"]
             self.losses = tensors["losses"].tolist()
             self.scaler.load_state_dict(metadata["scaler"])
-            # AdamW has no state before its first step.
+            # An optimizer has no state before its first step.
             stepped = any(name.startswith(OPTIMIZER_PREFIX) for name in tensors)
+            keys = state_names(self.optimizer)
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
                     _copy_into(parameter, tensors[MODEL_PREFIX + name])
                     _copy_into(self.ema.tensors[name], tensors[EMA_PREFIX + name])
                     self.optimizer.state[parameter] = {
                         key: _as_stored_in(tensors[f"{OPTIMIZER_PREFIX}{key}.{name}"], parameter)
-                        for key in (_MOMENTS if stepped else ())
+                        for key in (keys[parameter] if stepped else ())
                     }
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: not a checkpoint of this run ({error})") from error
