@@ -2,8 +2,8 @@
 
     python -m benchmarks.ablation.optimizers --state FOLDER
 
-Every run has the demo's recipe, seed and number of steps; only optimizer and learning rate differ.
-Therefore weights at the start, batches, noise levels and noise are the same in all of them.
+Every run has the demo's recipe with a fixed number of steps; only optimizer and learning rate
+differ. Therefore weights at the start, batches, noise levels and noise are the same in all of them.
 Interrupted (Ctrl-C), the same command resumes. `optimizers.json` is rewritten after each run.
 """
 
@@ -80,6 +80,8 @@ class Settings:
             "steps": self.steps,
             "batch_size": self.batch_size,
             "seed": self.seed,
+            # The share of the run that the demo's 100 steps are of 600.
+            "warmup_steps": self.steps // 6,
             "milestone_steps": self.steps // 2,
             "checkpoint_minutes": 0.5,
             "device": "cpu",
