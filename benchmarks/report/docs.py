@@ -1,4 +1,4 @@
-"""Generate RESULTS.md, the README's speedups and demo result, and the table of predictions.md.
+"""Generate RESULTS.md, and the tables of the README, of predictions.md and of the ablation's page.
 
 Every figure comes from a file in `benchmarks/results/`, or from the registry of operators.
 """
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ablation.optimizers import optimizer_table
 from benchmarks.ablation.report import ablation_table
 from benchmarks.report import model, operators
 from benchmarks.report.results import ModelResults
@@ -123,9 +124,16 @@ def predictions_page(page: str) -> str:
     return replace_block(page, "predictions", text)
 
 
+def ablation_page(page: str) -> str:
+    """Return the ablation's README with its table of optimizers renewed."""
+    text = _from_file("optimizers.json", optimizer_table)
+    return replace_block(page, "optimizers", text)
+
+
 PAGES: dict[Path, Callable[[str], str]] = {
     BENCHMARKS / "RESULTS.md": results_page,
     BENCHMARKS / "predictions.md": predictions_page,
+    BENCHMARKS / "ablation" / "README.md": ablation_page,
     ROOT / "README.md": readme_page,
 }
 """For each page with generated text, a function that returns its new text from its present one."""
