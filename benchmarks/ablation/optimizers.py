@@ -10,7 +10,7 @@ Interrupted (Ctrl-C), the same command resumes. `optimizers.json` is rewritten a
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,11 +19,10 @@ import torch
 import tyro
 from torch import nn
 
+from benchmarks.ablation.report import CODE, OPTIMIZERS_RESULT
 from benchmarks.ablation.run import CPU, TileBatches, held_out_loss, predict
 from benchmarks.utils import machine
-from benchmarks.utils.files import RESULTS
-from benchmarks.utils.markdown import table
-from benchmarks.utils.spread import Spread, figure
+from benchmarks.utils.spread import Spread
 from dimr_fast.checkpoint import load_model
 from dimr_fast.config import preset
 from dimr_fast.data.arrays import ImageArray
@@ -37,9 +36,6 @@ from dimr_fast.utils.files import write_json
 from dimr_fast.utils.validation import require_fields
 
 T = TypeVar("T")
-RESULT = RESULTS / "optimizers.json"
-CODE = ("dimr_fast", "csrc", "benchmarks/ablation")
-"""Code that the result depends on: changes to it are marked beside the commit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +44,7 @@ class Settings:
 
     state: Path
     """Folder of the runs, from which the same command resumes."""
-    output: Path = RESULT.parent
+    output: Path = OPTIMIZERS_RESULT.parent
     """Folder of `optimizers.json`."""
     steps: int = 600
     """Steps of each run; the loss is also measured after half of them."""
@@ -104,7 +100,7 @@ def compare(settings: Settings, tiles: Tiles | None = None) -> Path:
     keep_freed_memory()
     data = TileBatches(load_tiles() if tiles is None else tiles)
     precision = resolve_precision("auto", CPU)
-    result = settings.output / RESULT.name
+    result = settings.output / OPTIMIZERS_RESULT.name
     recipe = {"steps": settings.steps, "batch_size": settings.batch_size, "seed": settings.seed}
     found = kept(settings.state / "recipe.json", lambda: recipe)
     if found != recipe:
@@ -214,32 +210,6 @@ def step_times(
         for name, function in steps.items():
             timed(name, function)
     return {name: dataclasses.asdict(Spread.of(values)) for name, values in times.items()}
-
-
-def optimizer_table(report: Mapping[str, Any]) -> str:
-    """Return a table of held-out losses and of CPU time for each run of the report."""
-    times = {name: spread["median"] for name, spread in report["milliseconds"].items()}
-    steps = {name: times["gradient"] + times[name] for name in ("adamw", "muon")}
-    titles = {"adamw": "AdamW", "muon": "Muon"}
-    rows = [
-        {
-            "optimizer": titles[run["optimizer"]],
-            "learning rate": f"{run['learning_rate']:g}",
-            "held-out loss half-way": f"{run['held_out_loss']['half_way']:.4f}",
-            "at the end": f"{run['held_out_loss']['end']:.4f}",
-            "CPU ms a step": f"{steps[run['optimizer']]:.0f}",
-            "of them update": figure(times[run["optimizer"]]),
-        }
-        for run in report["runs"]
-    ]
-    return (
-        f"The demo's model, {report['steps']} steps of {report['batch_size']} images, seed "
-        f"{report['seed']}; EMA weights on {report['held_out_tiles']:,} held-out tiles "
-        f"({machine.summary(report)}, {report['precision']}).\n\n{table(rows)}\n\n"
-        f"A step with Muon takes {steps['muon'] / steps['adamw'] - 1:.0%} more time than one with "
-        f"AdamW. `torch.optim.Muon`, one matrix at a time and in bf16, takes "
-        f"{figure(times['torch.optim.Muon'])} ms for the update."
-    )
 
 
 if __name__ == "__main__":

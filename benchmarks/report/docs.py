@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation.optimizers import optimizer_table
-from benchmarks.ablation.report import ablation_table
+from benchmarks.ablation.report import ablation_table, optimizer_table
 from benchmarks.report import model, operators
 from benchmarks.report.results import ModelResults
 from benchmarks.utils.files import BENCHMARKS, RESULTS, ROOT

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.ablation.optimizers import Settings, compare, optimizer_table
+from benchmarks.ablation.optimizers import Settings, compare
+from benchmarks.ablation.report import optimizer_table
 from dimr_fast.data.tiles import Tiles
 
 
