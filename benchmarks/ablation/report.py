@@ -1,4 +1,4 @@
-"""Collect the results of the ablation, and make a table and a plot of them."""
+"""Collect the results of the ablation; make its table and plot, and the table of optimizers."""
 
 import json
 import statistics
@@ -16,6 +16,7 @@ from benchmarks.utils.markdown import table
 from benchmarks.utils.spread import figure
 
 RESULT = RESULTS / "ablation.json"
+OPTIMIZERS_RESULT = RESULTS / "optimizers.json"
 CODE = ("dimr_fast", "csrc", "benchmarks/ablation")
 """Code that a result depends on: changes to it are marked beside the commit."""
 OUR_COLOR, PAPER_COLOR = "#2f6fb0", "#9a9a9a"
@@ -92,6 +93,32 @@ def ablation_table(report: Mapping[str, Any]) -> str:
         f"Fréchet distance on {runs[0]['frechet_recipe']} (as many training tiles: "
         f"{runs[0]['frechet_training']:.0f}), {settings['sampling_steps']} steps, guidance "
         f"{settings['guidance']:g}. The paper's FID is for 64×64 ImageNet.\n\n{table(rows)}"
+    )
+
+
+def optimizer_table(report: Mapping[str, Any]) -> str:
+    """Return a table of held-out losses and of CPU time for each run of the report."""
+    times = {name: spread["median"] for name, spread in report["milliseconds"].items()}
+    steps = {name: times["gradient"] + times[name] for name in ("adamw", "muon")}
+    titles = {"adamw": "AdamW", "muon": "Muon"}
+    rows = [
+        {
+            "optimizer": titles[run["optimizer"]],
+            "learning rate": f"{run['learning_rate']:g}",
+            "held-out loss half-way": f"{run['held_out_loss']['half_way']:.4f}",
+            "at the end": f"{run['held_out_loss']['end']:.4f}",
+            "CPU ms a step": f"{steps[run['optimizer']]:.0f}",
+            "of them update": figure(times[run["optimizer"]]),
+        }
+        for run in report["runs"]
+    ]
+    return (
+        f"The demo's model, {report['steps']} steps of {report['batch_size']} images, seed "
+        f"{report['seed']}; EMA weights on {report['held_out_tiles']:,} held-out tiles "
+        f"({machine.summary(report)}, {report['precision']}).\n\n{table(rows)}\n\n"
+        f"A step with Muon takes {steps['muon'] / steps['adamw'] - 1:.0%} more time than one with "
+        f"AdamW. `torch.optim.Muon`, one matrix at a time and in bf16, takes "
+        f"{figure(times['torch.optim.Muon'])} ms for the update."
     )
 
 

@@ -1,4 +1,4 @@
-"""Generate RESULTS.md, and blocks of the README, predictions.md and the page on migration.
+"""Generate RESULTS.md, and blocks of other pages: see `PAGES`.
 
 Every figure comes from a file in `benchmarks/results/`, or from the registry of operators.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation.report import ablation_table
+from benchmarks.ablation.report import ablation_table, optimizer_table
 from benchmarks.report import model, operators
 from benchmarks.report.results import ModelResults
 from benchmarks.report.sampling import sampling_text
@@ -136,9 +136,16 @@ def migration_page(page: str) -> str:
     return replace_block(page, "memory", _from_file("memory.json", operators.training_memory_table))
 
 
+def ablation_page(page: str) -> str:
+    """Return the ablation's README with its table of optimizers renewed."""
+    text = _from_file("optimizers.json", optimizer_table)
+    return replace_block(page, "optimizers", text)
+
+
 PAGES: dict[Path, Callable[[str], str]] = {
     BENCHMARKS / "RESULTS.md": results_page,
     BENCHMARKS / "predictions.md": predictions_page,
+    BENCHMARKS / "ablation" / "README.md": ablation_page,
     ROOT / "README.md": readme_page,
     ROOT / "docs" / "from-the-published-code.md": migration_page,
 }

@@ -50,6 +50,7 @@ RESUME_OVERRIDES = {
 path to the same examples."""
 
 Nonfinite = Literal["stop", "skip"]
+Optimizer = Literal["adamw", "muon"]
 Sharding = Literal["none", "fsdp2"]
 
 
@@ -83,12 +84,16 @@ class TrainConfig:
     """Branches (0: lowest resolution) that recompute activations in the backward pass."""
     selective_checkpointing: tuple[int, ...] = ()
     """Branches that recompute only activations that need no matrix product."""
+    optimizer: Optimizer = "adamw"
+    """adamw: as published. muon: Muon for the matrices of blocks and cascade, AdamW for the other
+    parameters; the same learning rate and weight decay serve both."""
     learning_rate: float = 4e-3
     warmup_steps: int = 100
     """The learning rate rises linearly over these steps, from 0 in the first one, as published."""
     decay: float = 0.5
     """The learning rate falls linearly to zero over this last fraction of the run."""
     betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of AdamW's averages. Muon's momentum is 0.95."""
     weight_decay: float = 0.03
     """Applied to every parameter except the `nodecay_` ones."""
     max_grad_norm: float | None = 1.0
@@ -141,6 +146,7 @@ class TrainConfig:
     def validate(self) -> None:
         """Raise ValueError naming a setting that is out of range."""
         choices = {
+            "optimizer": Optimizer,
             "precision": Precision,
             "sharding": Sharding,
             "nonfinite": Nonfinite,

@@ -20,7 +20,7 @@ from dimr_fast.data.loader import Loader
 from dimr_fast.data.scaling import PixelScale, Scale
 from dimr_fast.data.sources import open_examples
 from dimr_fast.model import DiMR
-from dimr_fast.optim import EMA, adamw
+from dimr_fast.optim import EMA, adamw, muon
 from dimr_fast.training.config import TrainConfig
 from dimr_fast.training.initial import initial_model
 from dimr_fast.training.log import LOG, require_tensorboard
@@ -182,9 +182,7 @@ def _build(
     parallel = parallelize(model, config, communicator)
     state = TrainState(
         model=model,
-        optimizer=adamw(
-            model, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-        ),
+        optimizer=_new_optimizer(config, model),
         ema=EMA(model),
         scaler=torch.amp.GradScaler(device.type, enabled=DTYPES[config.precision] == torch.float16),
         classes=examples.classes,
@@ -307,6 +305,16 @@ def _model_config(config: TrainConfig, examples: Examples) -> DiMRConfig:
                 raise ValueError(f"{setting}: got branch {number}, expected 0..{len(branches) - 1}")
             branches[number] = dataclasses.replace(branches[number], checkpointing=mode)
     return dataclasses.replace(adapted, stage_configs=tuple(branches))
+
+
+def _new_optimizer(config: TrainConfig, model: DiMR) -> torch.optim.Optimizer:
+    """Create the optimizer of a run whose precision is decided."""
+    settings: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return adamw(model, config.learning_rate, **settings)
+    # Not in fp16: its range is too small for the products of Newton–Schulz steps.
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return muon(model, config.learning_rate, dtype=dtype, **settings)
 
 
 @contextmanager

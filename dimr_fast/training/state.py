@@ -17,12 +17,11 @@ from dimr_fast.data.scaling import Scale, scale_from_dict, scale_to_dict
 from dimr_fast.diffusion import ScheduleName
 from dimr_fast.errors import CheckpointError
 from dimr_fast.model import DiMR
-from dimr_fast.optim import EMA
+from dimr_fast.optim import EMA, state_names
 from dimr_fast.utils.files import write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -33,7 +32,7 @@ class TrainState:
     """
 
     model: DiMR
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     ema: EMA
     scaler: torch.amp.GradScaler
     classes: tuple[str, ...]
@@ -109,7 +108,7 @@ class TrainState:
                 f"not {_abbreviate(self.classes)}"
             )
         # Runs of earlier versions did not record these settings, which had one value then.
-        earlier = {"schedule": "discrete", "pixel_scale": None}
+        earlier = {"schedule": "discrete", "pixel_scale": None, "optimizer": "adamw"}
         for name, value in (earlier | (metadata.get("recipe") or {})).items():
             if self.recipe.get(name) != value:
                 ours = self.recipe.get(name)
@@ -119,15 +118,16 @@ class TrainState:
             self.step, self.seconds = metadata["step"], metadata["seconds"]
             self.losses = tensors["losses"].tolist()
             self.scaler.load_state_dict(metadata["scaler"])
-            # AdamW has no state before its first step.
+            # An optimizer has no state before its first step.
             stepped = any(name.startswith(OPTIMIZER_PREFIX) for name in tensors)
+            keys = state_names(self.optimizer)
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
                     _copy_into(parameter, tensors[MODEL_PREFIX + name])
                     _copy_into(self.ema.tensors[name], tensors[EMA_PREFIX + name])
                     self.optimizer.state[parameter] = {
                         key: _as_stored_in(tensors[f"{OPTIMIZER_PREFIX}{key}.{name}"], parameter)
-                        for key in (_MOMENTS if stepped else ())
+                        for key in (keys[parameter] if stepped else ())
                     }
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: not a checkpoint of this run ({error})") from error
