@@ -148,9 +148,7 @@ class TDValuesOnUse(Sequence[Tensor]):
     FSDP2 gathers the parameters of a block only while that block runs.
     """
 
-    def __init__(
-        self, tau: Tensor, parameters: Sequence[TDParameter], implementation: str
-    ) -> None:
+    def __init__(self, tau: Tensor, parameters: Sequence[TDParameter], implementation: str) -> None:
         self.tau, self.parameters, self.implementation = tau, parameters, implementation
 
     def __len__(self) -> int:
