@@ -84,7 +84,12 @@ def is_quantised(layer: nn.Module) -> bool:
 
     PyTorch's functions know what to do with it, operators do not.
     """
-    return hasattr(layer.weight, "__tensor_flatten__")
+    return is_subclass(layer.weight)
+
+
+def is_subclass(tensor: Any) -> bool:
+    """Return True for a tensor made of others: quantised, or FSDP2's shard of a parameter."""
+    return hasattr(tensor, "__tensor_flatten__")
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -135,6 +140,23 @@ class TDParameter(nn.Module):
     @property
     def vectors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.param0, self.param1, self.nodecay_weight, self.nodecay_bias
+
+
+class TDValuesOnUse(Sequence[Tensor]):
+    """`TDValues` that are computed one by one, when a module reads them.
+
+    FSDP2 gathers the parameters of a block only while that block runs.
+    """
+
+    def __init__(self, tau: Tensor, parameters: Sequence[TDParameter], implementation: str) -> None:
+        self.tau, self.parameters, self.implementation = tau, parameters, implementation
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    def __getitem__(self, index: Any) -> Any:
+        vectors = [self.parameters[index].vectors]
+        return ops.td_parameters(self.tau, vectors, implementation=self.implementation)[0]
 
 
 class Norm(Operation):
@@ -318,15 +340,19 @@ class Block(nn.Module):
         self.block2 = GatedMLP(config, norm_type)
         self.dropout = nn.Dropout(config.dropout_prob)
 
-    def forward(self, x: Tensor, td: TDValues) -> Tensor:
+    def forward(self, x: Tensor, td: TDValues, keep_products: bool = False) -> Tensor:
+        """Return the block's result.
+
+        With `keep_products`, backward has the results of matrix products and computes the rest
+        again.
+        """
+        if keep_products:
+            return self._checkpointed(x, td)
         x, increment = self.block2(*self._mixed(x, td))
         return x + self.dropout(increment)
 
-    def checkpointed(self, x: Tensor, td: TDValues) -> Tensor:
-        """Compute `forward`; backward keeps results of products only and computes the rest again.
-
-        The last product lies outside what is computed again: its result is not needed.
-        """
+    def _checkpointed(self, x: Tensor, td: TDValues) -> Tensor:
+        # The last product lies outside what is computed again: its result is not needed.
         x, hidden = checkpoint.checkpoint(
             self._hidden, x, td, use_reentrant=False, context_fn=_keep_products
         )

@@ -1,6 +1,6 @@
 """The DiMR model: branches of increasing resolution, joined by a cascade (paper figure 2)."""
 
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from dimr_fast.layers import (
     PatchEmbedding,
     TDParameter,
     TDValues,
+    TDValuesOnUse,
     UpsampleAdd,
+    is_subclass,
 )
 from dimr_fast.utils.validation import check_tensors
 
@@ -87,7 +89,7 @@ class Branch(nn.Module):
 
     def _run(self, block: nn.Module, x: Tensor, td: TDValues) -> Tensor:
         if self.checkpointing == "selective" and torch.is_grad_enabled():
-            return cast(Block, block).checkpointed(x, td)
+            return block(x, td, keep_products=True)
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint.checkpoint(block, x, td, use_reentrant=False)
         return block(x, td)
@@ -209,13 +211,11 @@ class DiMR(Operation, HubModel):
         """
         weight = next(self.parameters())
         log_snr, y = check_inputs(self.config, weight.device, x, log_snr, y)
-        if x.dtype != weight.dtype and not ops.autocast_enabled(x.device.type):
+        # FSDP2 casts the parameters of a branch when it gathers them, and its inputs likewise.
+        sharded = is_subclass(weight)
+        if x.dtype != weight.dtype and not sharded and not ops.autocast_enabled(x.device.type):
             raise ValueError(f"x: got dtype {x.dtype}, expected {weight.dtype} as the parameters")
-        td = ops.td_parameters(
-            log_snr.to(torch.promote_types(weight.dtype, torch.float32)) / 4,
-            [parameter.vectors for parameter in self._td_parameters],
-            implementation=self.implementation,
-        )
+        td = self._td_values(log_snr.to(torch.promote_types(weight.dtype, torch.float32)) / 4)
         predictions = []
         features: list[Tensor] = []
         for branch in self.stages:
@@ -224,6 +224,13 @@ class DiMR(Operation, HubModel):
                 features = [f.detach() for f in features]
             predictions.append(prediction)
         return predictions
+
+    def _td_values(self, tau: Tensor) -> TDValues:
+        """Return the values of all time-dependent parameters at times `tau` `[T]`."""
+        vectors = [parameter.vectors for parameter in self._td_parameters]
+        if any(is_subclass(v) for four in vectors for v in four):
+            return TDValuesOnUse(tau, self._td_parameters, self.implementation)
+        return ops.td_parameters(tau, vectors, implementation=self.implementation)
 
 
 def check_inputs(

@@ -108,7 +108,7 @@ def layers_forward(
     (first, *others), (w, *ws) = rows, weight.split([x.shape[1] for x in rows], 1)
     y = _product(first, w, _stacked(biases, dtype)) if biases else first @ w.mT
     for x, w in zip(others, ws, strict=True):
-        y.addmm_(x, w.mT)
+        torch.addmm(y, x, w.mT, out=y)  # unlike `addmm_`, torch.utils.flop_counter counts it
     ctx.heights, ctx.parameter_dtype = [len(w) for w in weights], weights[0].dtype
     return y.view(*inputs[0].shape[:-1], len(weight)), weight, rows
 
