@@ -38,8 +38,8 @@ class TrainArguments:
 
     config: str | None = None
     """A YAML file of settings, or a shipped recipe: demo, imagenet64_m3r, imagenet64_l3r,
-    imagenet256_xl2r, imagenet256_g2r, imagenet512_xl3r. By default the demo's, or with --resume
-    the run's own."""
+    imagenet256_xl2r, imagenet256_g2r, imagenet512_xl3r. By default the demo's, or with --resume the
+    run's own."""
     set: tuple[str, ...] = ()
     """KEY=VALUE, a setting to change. It can be repeated."""
     output: Path | None = None
