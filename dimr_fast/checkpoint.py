@@ -273,7 +273,7 @@ def read_weights(path: Path, key: str | None = None, kind: str | None = None) ->
     remarks: list[str] = []
     kind = path.suffix if kind is None else kind
     chosen = None
-    if is_published_run(path):
+    if is_published_run(path) and not (path / CONFIG).exists():
         weights, chosen = load_published_run(path, key)
         remarks.append(f"took the weights {chosen} of a published run")
     elif path.is_dir():

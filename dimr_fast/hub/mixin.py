@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dimr_fast.config import DiMRConfig
 from dimr_fast.errors import CheckpointError
 from dimr_fast.hub.card import model_card
-from dimr_fast.utils.tensors import read_tensors, write_tensors
+from dimr_fast.hub.published import is_published_run
+from dimr_fast.utils.tensors import how_to_convert, read_tensors, write_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 NOTES = ("classes", "scale", "schedule", "sampling_defaults", "recipe", "scores", "license")
@@ -180,9 +181,10 @@ def read_config(path: Path) -> tuple[DiMRConfig, dict[str, Any]]:
         notes = {name: values.pop(name) for name in NOTES if name in values}
         return DiMRConfig.from_dict(values), notes
     except FileNotFoundError as error:
-        # In the folder of a training run.
-        checkpoint = path.parent / "checkpoint.safetensors"
+        checkpoint = path.parent / "checkpoint.safetensors"  # in the folder of a training run
         hint = f"; its checkpoint is {checkpoint}" if checkpoint.is_file() else ""
+        if is_published_run(path.parent):
+            hint = f"; it is of a published run; {how_to_convert(path.parent)}"
         raise CheckpointError(
             f"{path.parent}: not a readable checkpoint (there is no {path.name} in it{hint})"
         ) from error

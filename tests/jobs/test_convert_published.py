@@ -99,6 +99,17 @@ def test_a_published_run_gives_its_average_or_its_weights(
     assert holds(tmp_path / "b.safetensors", other)
     with pytest.raises(CheckpointError, match="key 'ema', expected nnet_ema or nnet"):
         run(folder, tmp_path / "out", key="ema")
+    assert cli.main(["sample", "--checkpoint", str(folder), "--output", str(tmp_path / "o")]) == 2
+    hint = f"convert it first: dimr-fast convert --input {folder} --output FOLDER"
+    assert hint in capsys.readouterr().err
+
+
+def test_a_model_folder_is_no_published_run(model: DiMR, other: DiMR, tmp_path: Path) -> None:
+    """Although the published file that it was converted from may be in it."""
+    model.save_pretrained(tmp_path / "folder")
+    torch.save(other.state_dict(), tmp_path / "folder" / "nnet_ema.pth")
+    run(tmp_path / "folder", tmp_path / "out.safetensors")
+    assert holds(tmp_path / "out.safetensors", model)
 
 
 def test_a_training_checkpoint_gives_its_average_or_its_weights(
