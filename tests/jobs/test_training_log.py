@@ -67,4 +67,7 @@ def test_samples_and_scores_come_on_schedule(
     resumed = small_run(tmp_path, steps=5, score_reference=str(real), **settings)
     train_on_plain_images(resumed, resume=True)
     assert (tmp_path / "samples" / "00000004.png").exists()
-    assert [line for line in log_lines(tmp_path) if "frechet_distance" in line] == [score]
+    (again,) = [line for line in log_lines(tmp_path) if "frechet_distance" in line]
+    assert again["step"] == 4
+    # The images are the same bit for bit; the last bit of the distance depends on LAPACK's memory.
+    assert again["frechet_distance"] == pytest.approx(score["frechet_distance"], rel=1e-9)
