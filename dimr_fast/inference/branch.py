@@ -15,7 +15,6 @@ from dimr_fast.layers import (
     Block,
     DepthwiseConv2d,
     GatedMLP,
-    Linear,
     RMSNorm,
     TDParameter,
     TDRMSNorm,
@@ -67,7 +66,7 @@ class OperatorBranch(nn.Module):
             _Block(cast(Block, block), dtype, fp8) for block in branch.blocks
         )
         self.skip_denses = nn.ModuleList(
-            _Linear.of(cast(Linear, dense), dtype) for dense in branch.skip_denses
+            _Linear.of(cast(nn.Linear, dense), dtype) for dense in branch.skip_denses
         )
         self.output_layer = _copy(branch.output_layer, dtype)
 
@@ -212,8 +211,8 @@ class PaddedAttention(nn.Module):
         return self.dense(ops.attention(qkv, self.num_heads, implementation=self.implementation))
 
 
-class _Linear(Linear):
-    """`layers.Linear` with given weights in `dtype`.
+class _Linear(nn.Linear):
+    """`nn.Linear` with given weights in `dtype`.
 
     In bfloat16 on a CPU, `forward` calls oneDNN directly. The weight is stored in oneDNN's layout;
     PyTorch would convert it at every call. The bias is passed to oneDNN; PyTorch would first copy
@@ -252,8 +251,7 @@ class _Linear(Linear):
     def of(cls, linear: nn.Linear, dtype: torch.dtype) -> Self:
         return cls(linear.weight, linear.bias, dtype)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
+    def forward(self, x: Tensor) -> Tensor:
         if self.uses_onednn:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)

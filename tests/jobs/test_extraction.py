@@ -395,4 +395,4 @@ def test_the_command(again: ExtractConfig, capsys: pytest.CaptureFixture[str]) -
         in capsys.readouterr().out
     )
     assert main(command_words(dataclasses.replace(again, output=again.images / "x"))) == 2
-    assert "outside the images'" in capsys.readouterr().err
+    assert f"expected a folder outside {again.images}" in capsys.readouterr().err
