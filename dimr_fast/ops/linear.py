@@ -40,9 +40,14 @@ def linear(
     check_layers(inputs[0], sum(x.shape[-1] for x in inputs), weights, biases)
     dtype = compute_dtype(inputs[0])
     if implementation == "reference":
-        x, weight = (torch.cat(list(t), dim).to(dtype) for t, dim in ((inputs, -1), (weights, 0)))
-        return F.linear(x, weight, torch.cat(list(biases)).to(dtype) if biases else None)
+        x, weight = _joined(inputs, -1).to(dtype), _joined(weights, 0).to(dtype)
+        return F.linear(x, weight, _joined(biases, 0).to(dtype) if biases else None)
     return _run(dtype, len(inputs), len(weights), *inputs, *weights, *biases)
+
+
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """Concatenate, without a copy of a single tensor."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
 def check_layers(
