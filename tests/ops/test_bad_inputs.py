@@ -9,7 +9,7 @@ import pytest
 from dimr_fast import _extension
 from tests.support.paths import ROOT
 
-CALLS = 10_000
+CALLS = 5_000
 
 
 @pytest.mark.slow
