@@ -1,4 +1,4 @@
-"""Ten thousand random calls with bad inputs in a separate process, which must survive them."""
+"""Thousands of random calls with bad inputs in a separate process, which must survive them."""
 
 import os
 import subprocess
