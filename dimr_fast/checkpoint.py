@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dimr_fast.config import DiMRConfig, preset_of
 from dimr_fast.data.scaling import (
+    PUBLISHED_PIXELS,
     LatentScale,
-    PixelScale,
     Scale,
     scale_from_dict,
     scale_to_dict,
@@ -147,7 +147,7 @@ def published_training(model: DiMRConfig) -> dict[str, Any]:
     if model.channels == 4:
         scale, schedule = scale_to_dict(LatentScale()), "discrete"
     elif (preset_of(model) or "").startswith("DiMR-"):
-        scale, schedule = scale_to_dict(PixelScale(127.5, 127.5)), "vp-sde"
+        scale, schedule = scale_to_dict(PUBLISHED_PIXELS), "vp-sde"
     else:
         return {}
     return {"scale": scale, "schedule": schedule, "sampling_defaults": "published"}

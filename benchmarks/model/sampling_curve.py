@@ -37,7 +37,7 @@ PUBLISHED, FAST = ("dpm++", "time"), ("dpm++2m", "log_snr")
 GUIDANCE = {PUBLISHED: (1.0, 0.5), FAST: (0.5, 0.0, 0.25, 1.0)}
 """Of the solver and spacing; those of the others are drawn with 0.5."""
 MOST_STEPS = 12
-"""Of all curves but the first of `PUBLISHED` and of `FAST`: with more, solvers hardly differ."""
+"""Of all curves but the first of `PUBLISHED` and of `FAST`: more steps take the most time."""
 KEYS = ("solver", "spacing", "guidance", "steps")
 BATCH_SIZE = 64
 

@@ -38,6 +38,10 @@ class PixelScale:
         return (x * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
 
 
+PUBLISHED_PIXELS = PixelScale(127.5, 127.5)
+"""The scale of published pixel models, −1..1."""
+
+
 @dataclass(frozen=True)
 class LatentScale:
     """Sample latents from an autoencoder's moments and multiply them by `factor`, to unit variance.

@@ -185,11 +185,8 @@ def euler(
     Source: Song et al. 2021, arXiv 2011.13456, equation 13.
     """
     _check(x, steps, spacing, clip)
-    for step in _euler_plan(schedule, steps, spacing, 0.5):
-        x = _euler_step(step, noise_fn, x, clip)
-        if progress is not None:
-            progress()
-    return x
+    plan = _euler_plan(schedule, steps, spacing, 0.5)
+    return _follow_euler(plan, noise_fn, x, clip, progress)
 
 
 @torch.no_grad()
@@ -213,14 +210,8 @@ def euler_maruyama(
     Source: Song et al. 2021, arXiv 2011.13456, equation 6.
     """
     _check(x, steps, spacing, clip)
-    for step in _euler_plan(schedule, steps, spacing, 1.0):
-        x = _euler_step(step, noise_fn, x, clip)
-        if step.noise:
-            fresh = torch.randn_like(x) if draw is None else draw().to(x.dtype)
-            x = x + step.noise * fresh
-        if progress is not None:
-            progress()
-    return x
+    plan = _euler_plan(schedule, steps, spacing, 1.0)
+    return _follow_euler(plan, noise_fn, x, clip, progress, draw)
 
 
 SolverName = Literal["dpm++", "dpm++2m", "dpm++3m", "ddim", "heun", "euler", "euler-maruyama"]
@@ -468,8 +459,20 @@ def _euler_plan(schedule: Schedule, steps: int, spacing: Spacing, share: float) 
     return plan
 
 
-def _euler_step(
-    step: _EulerStep, noise_fn: NoiseFn, x: Tensor, clip: tuple[float, float] | None
+def _follow_euler(
+    plan: Sequence[_EulerStep],
+    noise_fn: NoiseFn,
+    x: Tensor,
+    clip: tuple[float, float] | None,
+    progress: Callable[[], object] | None,
+    draw: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    image = _predict(noise_fn, x, step.time, step.alpha, step.sigma, clip)
-    return step.keep * x + step.weight * image
+    for step in plan:
+        image = _predict(noise_fn, x, step.time, step.alpha, step.sigma, clip)
+        x = step.keep * x + step.weight * image
+        if step.noise:
+            fresh = torch.randn_like(x) if draw is None else draw().to(x.dtype)
+            x = x + step.noise * fresh
+        if progress is not None:
+            progress()
+    return x

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from dimr_fast.checkpoint import published_training, read_weights, schedule_of
 from dimr_fast.config import DiMRConfig, preset_of
-from dimr_fast.data.scaling import LatentScale, PixelScale, scale_from_dict
+from dimr_fast.data.scaling import PUBLISHED_PIXELS, LatentScale, PixelScale, scale_from_dict
 from dimr_fast.errors import CheckpointError
 from dimr_fast.hub.download import local_file
 from dimr_fast.model import DiMR
 
 CLASSES = "stages.0.class_embeds.weight"
-PUBLISHED_PIXELS = PixelScale(127.5, 127.5)
-"""Scale of pixels in published models: −1..1."""
 POSITIONS = "input_layer.3.position_embeddings.weight"
 
 
@@ -73,7 +71,7 @@ def _scale(
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"init: {path}: not the scale of a model ({error})") from error
     if scale is not None and isinstance(scale, LatentScale) != latents:
-        of, data = ("latents", "pixels") if latents is False else ("pixels", "latents")
+        of, data = ("pixels", "latents") if latents else ("latents", "pixels")
         raise CheckpointError(f"init: {path}: a model of {of}, but the data are {data}")
     if latents:
         return None, []
