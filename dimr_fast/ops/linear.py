@@ -155,7 +155,8 @@ def _stacked(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     rows = [len(p) for p in parameters]
     stacked = parameters[0].new_empty((sum(rows), *parameters[0].shape[1:]), dtype=dtype)
     for piece, parameter in zip(stacked.split(rows), parameters, strict=True):
-        piece.copy_(parameter)
+        # On a CPU, copying from fp32 to fp16 loses the sign of a negated view (torch 2.14).
+        piece.copy_(parameter.resolve_neg())
     return stacked
 
 

@@ -82,6 +82,16 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     assert [t.grad is not None for t in (*inputs, *weights, *biases)] == [False, True, False, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_negated_views_keep_their_sign(dtype: torch.dtype) -> None:
+    inputs, weights, biases = tensors(*CASES["wide layers"], (2, 5))
+    inputs = [x.to(dtype) for x in inputs]
+    weights = [torch._neg_view(w) for w in weights]
+    ours = linear(inputs, weights, biases)
+    expected = linear(inputs, weights, biases, implementation="reference")
+    torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("rows", [(0, 5), (2, 0)])
 def test_no_rows(rows: tuple[int, int]) -> None:
     inputs, weights, biases = tensors(*CASES["all"], rows)
