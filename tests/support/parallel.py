@@ -1,6 +1,5 @@
 """Training steps in the wrappers of torch.distributed, on two processes of one machine."""
 
-import resource
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from dimr_fast import DiMR
 from dimr_fast.config import preset
 from dimr_fast.layers import Block
+from tests.support.memory import memory_from_here
 from tests.support.models import inputs_of, randomised
 
 PROCESSES = 2
@@ -99,7 +99,7 @@ def peak_memory(rank: int, wrapper: str, _: dict[str, Any], out: Path) -> None:
     """
     model = large()
     given = inputs_of(model, 1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    used = memory_from_here()
     module = WRAPPERS[wrapper](model) if wrapper else model
     module.to_empty(device="cpu")
     with torch.no_grad():
@@ -107,7 +107,7 @@ def peak_memory(rank: int, wrapper: str, _: dict[str, Any], out: Path) -> None:
             parameter.fill_(0.01)
     train(module, given, 1)
     if rank == 0:
-        torch.save(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), out)
+        torch.save(used(), out)
 
 
 def _process(rank: int, processes: int, folder: str, job: Callable[..., None], *args: Any) -> None:
