@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,8 @@ class CMakeBuild(build_ext):
             )
         definitions = {
             "CMAKE_BUILD_TYPE": "Release",
+            # That of an earlier installation may have been in an environment that is gone.
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
             "Python_EXECUTABLE": sys.executable,
             "PYBIND11_FINDPYTHON": "ON",
@@ -68,7 +71,10 @@ class CMakeBuild(build_ext):
                 "CMAKE_CUDA_ARCHITECTURES": toolchain.cmake_architectures(cuda.architectures),
                 "DIMR_FAST_CUDA_ARCHITECTURES": " ".join(cuda.architectures),
             }
-        build = str(Path(self.build_temp).resolve())
+        # Kept, so that another installation compiles only what has changed. A build without CUDA
+        # has a folder of its own: CMake would keep the CUDA compiler of an earlier one.
+        kind = "cuda" if isinstance(cuda, toolchain.CudaPlan) else "cpu"
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.version}-{kind}"
         arguments = [f"-D{name}={value}" for name, value in definitions.items()]
         jobs = os.environ.get("MAX_JOBS")
         print(f"dimr_fast: building against torch {torch.version}", flush=True)

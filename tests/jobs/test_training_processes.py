@@ -31,7 +31,7 @@ psutil = pytest.importorskip("psutil", reason="needs the psutil package")
 
 pytestmark = pytest.mark.slow
 
-STEPS = 30
+STEPS = 16
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

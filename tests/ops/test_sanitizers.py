@@ -24,7 +24,7 @@ FLAGS = [
     "-fno-sanitize-recover=all",
     "-fno-omit-frame-pointer",
 ]
-BAD_CALLS = 3000
+BAD_CALLS = 1000
 
 PLANTED = """
 extern "C" float read(const float* from, long index) { return from[index]; }

@@ -54,7 +54,9 @@ def test_forward_and_gradients(
     [("buffer", torch.float32), ("tokens", torch.bfloat16), ("strided buffer", torch.float16)],
 )
 def test_the_published_width(features: str, dtype: torch.dtype, implementation: str) -> None:
-    values = inputs(images=1, size=(1, 1), slots=40, width=960, out=8)
+    # Features are summed one after another, and the interpreter takes seconds for each.
+    slots = 8 if implementation == "triton" and DEVICE == "cpu" else 40
+    values = inputs(images=1, size=(1, 1), slots=slots, width=960, out=8)
     ours, plain = (by(i, FEATURES[features]) for i in (implementation, "reference"))
     assert_as_accurate(with_gradients(ours), with_gradients(plain), *values, dtype=dtype)
 

@@ -71,28 +71,33 @@ def train(module: nn.Module, given: dict[str, Tensor], steps: int = 2) -> None:
         optimizer.zero_grad()
 
 
-def weights_after_training(rank: int, wrapper: str, settings: dict[str, Any], out: Path) -> None:
-    """Train on this process's half of a batch of four; rank 0 saves the whole weights."""
-    model = small(**settings)
-    half = {name: t.chunk(PROCESSES)[rank] for name, t in inputs_of(model, 4).items()}
-    module = WRAPPERS[wrapper](model)
-    train(module, half)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(module, options=options)
+def weights_after_training(rank: int, cases: list[tuple[str, dict[str, Any]]], out: Path) -> None:
+    """Train on this process's half of a batch of four; rank 0 saves the whole weights of each case.
+
+    A case is the name of a wrapper and the settings of `small`.
+    """
+    results = []
+    for wrapper, settings in cases:
+        model = small(**settings)
+        half = {name: t.chunk(PROCESSES)[rank] for name, t in inputs_of(model, 4).items()}
+        module = WRAPPERS[wrapper](model)
+        train(module, half)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        results.append(get_model_state_dict(module, options=options))
     if rank == 0:
-        torch.save(weights, out)
+        torch.save(results, out)
 
 
 def large() -> DiMR:
-    """Return a deep model of 290 MB of weights, on the meta device, for images of 16×16 pixels."""
+    """Return a deep model of 150 MB of weights, on the meta device, for images of 16×16 pixels."""
     config = preset("tiny")
     first, *others = config.stage_configs
-    first = replace(first, dim=512, hidden_dim=1024, num_blocks=25)
+    first = replace(first, dim=512, hidden_dim=1024, num_blocks=13)
     with torch.device("meta"):
         return DiMR(replace(config, stage_configs=(first, *others)))
 
 
-def peak_memory(rank: int, wrapper: str, _: dict[str, Any], out: Path) -> None:
+def peak_memory(rank: int, wrapper: str, out: Path) -> None:
     """Save the bytes that this process has needed at most for a training step.
 
     The weights are made after they were sharded: no process ever has all of them.
