@@ -93,7 +93,8 @@ class TrainedModel:
 
     `classes` and `scale` are those of its training data, `schedule` is its noise schedule, which
     also says what its condition is. `defaults` names the settings it is sampled with by default:
-    see `SamplerConfig`.
+    see `SamplerConfig`. `evaluations` is the number of network evaluations that a distilled model
+    draws an image in, None for other models.
     """
 
     model: DiMR
@@ -101,6 +102,7 @@ class TrainedModel:
     scale: Scale
     schedule: ScheduleName = "discrete"
     defaults: Literal["published"] | None = None
+    evaluations: int | None = None
 
 
 def load_model(path: Path) -> TrainedModel:
@@ -173,8 +175,14 @@ def _trained_model(
         raise CheckpointError(
             f"{path}: sampling_defaults: got {defaults!r}, expected 'published' or none"
         )
+    evaluations = metadata.get("evaluations")
+    whole = isinstance(evaluations, int) and not isinstance(evaluations, bool)
+    if not (evaluations is None or (whole and evaluations > 0)):
+        raise CheckpointError(
+            f"{path}: evaluations: got {evaluations!r}, expected a positive whole number or none"
+        )
     classes, scale = _classes_and_scale(path, metadata, model.config)
-    return TrainedModel(model, classes, scale, schedule, defaults)
+    return TrainedModel(model, classes, scale, schedule, defaults, evaluations)
 
 
 def _classes_and_scale(
@@ -219,6 +227,7 @@ def save_model(
         "scale": scale_to_dict(trained.scale),
         "schedule": trained.schedule,
         "sampling_defaults": trained.defaults,
+        "evaluations": trained.evaluations,
         "recipe": recipe,
         "scores": scores,
         "license": license,

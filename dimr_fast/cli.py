@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar, cast
 
 from dimr_fast.errors import CheckpointError, DataUnavailableError, Interrupted
+
+if TYPE_CHECKING:
+    from dimr_fast.training import TrainConfig
 
 T = TypeVar("T")
 
@@ -53,19 +56,60 @@ def train(parse: Parse) -> None:
     import tyro
 
     from dimr_fast.training import CONFIG, TrainConfig
-    from dimr_fast.training import train as run_training
 
     given = parse(tyro.conf.UseAppendAction[TrainArguments])
     config = given.config
     if config is None and given.resume and given.output and (given.output / CONFIG).exists():
         config = str(given.output / CONFIG)
-    settings = TrainConfig.read(config or "demo", given.set, given.output)
-    summary = run_training(settings, resume=given.resume)
+    _train(TrainConfig.read(config or "demo", given.set, given.output), given.resume)
+
+
+def _train(settings: "TrainConfig", resume: bool) -> None:
+    """Train and print the summary on rank 0; raise Interrupted where a signal ended the run."""
+    from dimr_fast.training import train as run_training
+
+    summary = run_training(settings, resume=resume)
     # The other processes of a launch end well: the launcher would kill rank 0 otherwise.
     if int(os.environ.get("RANK", "0")) == 0:
         print(summary.sentence(settings), flush=True)
         if summary.signal is not None:
             raise Interrupted(summary.signal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillArguments:
+    """Command-line arguments of `distill`."""
+
+    checkpoint: Path | None = None
+    """The teacher: a training checkpoint, whose EMA weights are used, or the folder of a saved
+    model. None is the model that comes with the package. A run that is resumed knows its own."""
+    output: Path
+    """Output folder of the run."""
+    evaluations: int | None = None
+    """Network evaluations per image of the distilled model, 1 to 4; by default 2."""
+    guidance: float | None = None
+    """Classifier-free guidance of the teacher; the distilled model is sampled without. By default
+    0.5."""
+    set: tuple[str, ...] = ()
+    """KEY=VALUE, another setting of training to change: minutes, data, learning_rate … It can be
+    repeated."""
+    resume: bool = False
+    """Continue the run in the output folder."""
+
+
+def distill(parse: Parse) -> None:
+    """Train a copy of a model that draws images in one to four steps; see docs/distillation.md."""
+    import tyro
+
+    from dimr_fast.training import distillation_config
+
+    given = parse(tyro.conf.UseAppendAction[DistillArguments])
+    words = [
+        *given.set,
+        *([] if given.evaluations is None else [f"evaluations={given.evaluations}"]),
+        *([] if given.guidance is None else [f"teacher_guidance={given.guidance}"]),
+    ]
+    _train(distillation_config(given.checkpoint, given.output, words, given.resume), given.resume)
 
 
 def sample(parse: Parse) -> None:
@@ -137,7 +181,7 @@ def info(parse: Parse) -> None:
 
 COMMANDS: dict[str, Callable[[Parse], None]] = {
     command.__name__: command
-    for command in (demo, extract, train, sample, evaluate, export, convert, info)
+    for command in (demo, extract, train, distill, sample, evaluate, export, convert, info)
 }
 
 

@@ -1,5 +1,11 @@
 """The diffusion process: schedule, training objective, guidance and solvers. Knows no model."""
 
+from dimr_fast.diffusion.consistency import (
+    ConsistencyTimes,
+    consistency_loss,
+    consistency_target,
+    consistency_times,
+)
 from dimr_fast.diffusion.guidance import (
     ConstantGuidance,
     Guidance,
@@ -32,6 +38,7 @@ from dimr_fast.diffusion.solvers import (
 __all__ = [
     "SOLVERS",
     "VPSDE",
+    "ConsistencyTimes",
     "ConstantGuidance",
     "DiscreteSchedule",
     "Guidance",
@@ -43,6 +50,9 @@ __all__ = [
     "Solver",
     "SolverName",
     "Spacing",
+    "consistency_loss",
+    "consistency_target",
+    "consistency_times",
     "dpm_solver_multistep",
     "dpm_solver_singlestep",
     "euler",

@@ -158,7 +158,7 @@ def heun(
     Source: Karras et al. 2022, arXiv 2206.00364, algorithm 1.
     """
     _check(x, steps, spacing, clip)
-    times = _grid(schedule, -(-steps // 2), spacing)
+    times = time_grid(schedule, -(-steps // 2), spacing)
     groups = [_heun_group(schedule, begin, end) for begin, end in pairwise(times)]
     if steps % 2:
         groups[-1] = groups[-1][:1]
@@ -277,8 +277,8 @@ def _follow(
     return x
 
 
-def _grid(
-    schedule: Schedule, intervals: int, spacing: Spacing, end: float | None = None
+def time_grid(
+    schedule: Schedule, intervals: int, spacing: Spacing = "time", end: float | None = None
 ) -> list[float]:
     """Return the times from 1 to `end`, by default the schedule's."""
     last = schedule.min_time if end is None else end
@@ -295,7 +295,7 @@ def _grid(
 def _plan(schedule: Schedule, steps: int, spacing: Spacing = "time") -> list[list[_Stage]]:
     groups, rest = divmod(steps, 3)
     orders = [3] * groups + [rest] if rest else [3] * (groups - 1) + [2, 1]
-    grid = _grid(schedule, steps, spacing)
+    grid = time_grid(schedule, steps, spacing)
     ends = accumulate(orders, initial=0)
     return [_group(schedule, grid[begin : end + 1]) for begin, end in pairwise(ends)]
 
@@ -373,7 +373,7 @@ class _Step:
 
 
 def _multistep_plan(schedule: Schedule, steps: int, order: int, spacing: Spacing) -> list[_Step]:
-    times = _grid(schedule, steps, spacing)
+    times = time_grid(schedule, steps, spacing)
     rates = [schedule.alpha_sigma(t) for t in times]
     growth = [schedule.half_log_snr(b) - schedule.half_log_snr(a) for a, b in pairwise(times)]
     plan = []
@@ -439,7 +439,7 @@ def _euler_plan(schedule: Schedule, steps: int, spacing: Spacing, share: float) 
     With `h = β·Δt` the next state is `x + h·(½·x + share·score)`, and the score of the predicted
     image is `(α·x̂0 − x)/σ²`.
     """
-    times = _grid(schedule, steps - 1, spacing, _EULER_END) if steps > 1 else [1.0]
+    times = time_grid(schedule, steps - 1, spacing, _EULER_END) if steps > 1 else [1.0]
     plan = []
     for time, end in pairwise([*times, 0.0]):
         alpha, sigma = schedule.alpha_sigma(time)

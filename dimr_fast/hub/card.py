@@ -24,6 +24,7 @@ def model_card(
     scale: dict[str, Any] | None = None,
     schedule: str | None = None,
     sampling_defaults: str | None = None,
+    evaluations: int | None = None,
     recipe: dict[str, Any] | None = None,
     scores: dict[str, Any] | None = None,
     license: str | None = None,
@@ -33,7 +34,8 @@ def model_card(
 
     `classes`, `scale` (of `scale_to_dict`), `schedule`, `recipe` and `scores` are JSON values; the
     card says which of them are unknown. `sampling_defaults`: "published" for a model that is
-    sampled as published by default. `license` is an identifier of the Hub, such as "apache-2.0".
+    sampled as published by default. `evaluations`: the number of network evaluations of a distilled
+    model. `license` is an identifier of the Hub, such as "apache-2.0".
     `pictures` are names of files beside the card.
     """
     metadata = ModelCardData(
@@ -53,6 +55,7 @@ def model_card(
         scale=scale,
         schedule=schedule,
         sampling_defaults=sampling_defaults,
+        evaluations=evaluations,
         recipe=recipe,
         scores=scores,
         license=license,

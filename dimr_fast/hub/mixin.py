@@ -17,7 +17,16 @@ from dimr_fast.hub.published import is_published_run
 from dimr_fast.utils.tensors import how_to_convert, read_tensors, write_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-NOTES = ("classes", "scale", "schedule", "sampling_defaults", "recipe", "scores", "license")
+NOTES = (
+    "classes",
+    "scale",
+    "schedule",
+    "sampling_defaults",
+    "evaluations",
+    "recipe",
+    "scores",
+    "license",
+)
 """Entries that `config.json` may have beside the model's configuration."""
 
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -126,9 +135,9 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
 
         `config` has further facts about the model for `config.json` and the card, as JSON values:
         `classes`, `scale`, `schedule` (the name of its noise schedule), `sampling_defaults`,
-        `recipe`, `scores`, `license`. `push_to_hub` takes it likewise. Other
-        options are those of huggingface_hub's mixin. Raises ValueError for an entry of another
-        name.
+        `evaluations` (of a distilled model), `recipe`, `scores`, `license`. `push_to_hub` takes it
+        likewise. Other options are those of huggingface_hub's mixin. Raises ValueError for an entry
+        of another name.
         """
         folder, notes = Path(save_directory), dict(config or {})
         own = self.config.to_dict()

@@ -56,18 +56,19 @@ class SamplerConfig:
     """
 
     defaults: Literal["published"] | None = None
-    """Values of the settings steps, guidance, clip and noise_limit that are None. published: 250
-    steps, guidance 0.4 (0 for a model of the schedule vp-sde, whose labels were never dropped), no
+    """Values of the settings that are None. published: solver dpm++, spacing time, 250 steps,
+    guidance 0.4 (0 for a model of the schedule vp-sde, whose labels were never dropped), no
     clipping and no limit, as for the published scores. None: those that the model remembers, as a
-    converted one does, or else 25 steps, guidance 1, and for pixels clipping and a limit of 2.5."""
-    solver: SolverName = "dpm++"
+    converted or distilled one does, or else dpm++, spacing time, 25 steps, guidance 1, and for
+    pixels clipping and a limit of 2.5."""
+    solver: SolverName | None = None
     """dpm++ is the published solver, single-step DPM-Solver++ of order 3; dpm++2m and dpm++3m are
     its multistep variants. euler and the stochastic euler-maruyama are those of the published code
-    for pixels."""
+    for pixels. A distilled model is sampled by ddim alone. None: see defaults."""
     steps: int | None = None
     """Network evaluations per image, for every solver. None: see defaults."""
-    spacing: Spacing = "time"
-    """Solver times are uniform in `time`, as published, or in `log_snr`."""
+    spacing: Spacing | None = None
+    """Solver times are uniform in `time`, as published, or in `log_snr`. None: see defaults."""
     guidance: float | None = None
     """Classifier-free guidance s: ε = ε_c + s·(ε_c − ε_u), where ε_c is conditional and ε_u
     unconditional. 0 disables it, -1 draws images without class; a guidance scale of 1.4 in other
@@ -96,10 +97,10 @@ class SamplerConfig:
         least = -1 if power is None else 0
         require_fields(
             self,
-            solver=(self.solver in SOLVERS, f"one of {', '.join(SOLVERS)}"),
+            solver=(self.solver is None or self.solver in SOLVERS, f"one of {', '.join(SOLVERS)}"),
             defaults=(self.defaults in (None, "published"), "published or None"),
             steps=(self.steps is None or self.steps > 0, "1 or more, or None"),
-            spacing=(self.spacing in ("time", "log_snr"), "time or log_snr"),
+            spacing=(self.spacing in ("time", "log_snr", None), "time or log_snr, or None"),
             guidance=(
                 self.guidance is None or least <= self.guidance < math.inf,
                 "a finite number, -1 (without class) or more"
@@ -130,23 +131,45 @@ class SamplerConfig:
         """Return a copy in which no setting is None and the precision is decided.
 
         `guidance_power` stays None for constant guidance. Raises ValueError for `clip` with a model
-        of latents.
+        of latents, and for a distilled model and settings it was not distilled for.
         """
         latents = isinstance(trained.scale, LatentScale)
         require(not (latents and self.clip), "clip", self.clip, "False or None: latents have none")
-        published = (self.defaults or trained.defaults) == "published"
-        limited = not (published or latents)
-        values: dict[str, Any] = {
-            "steps": 250 if published else 25,
-            "guidance": 1.0 if not published else 0.4 if trained.schedule == "discrete" else 0.0,
-            "noise_limit": 2.5 if limited else math.inf,
-            "clip": limited,
-        }
+        if trained.evaluations is not None:
+            values = self._of_distilled(trained.evaluations)
+        else:
+            published = (self.defaults or trained.defaults) == "published"
+            limited = not (published or latents)
+            dropped = trained.schedule == "discrete"
+            values = {
+                "solver": "dpm++",
+                "spacing": "time",
+                "steps": 250 if published else 25,
+                "guidance": 1.0 if not published else 0.4 if dropped else 0.0,
+                "noise_limit": 2.5 if limited else math.inf,
+                "clip": limited,
+            }
         changes = {name: value for name, value in values.items() if getattr(self, name) is None}
         precision = self.precision
         if self.quantization is None:
             precision = precision_name(resolve_precision(cast(Precision, precision), device))
         return dataclasses.replace(self, precision=precision, **changes)
+
+    def _of_distilled(self, evaluations: int) -> dict[str, Any]:
+        """Return the settings of a model that was distilled for `evaluations` DDIM steps.
+
+        Raises ValueError where a setting is another one.
+        """
+        fixed = {"solver": "ddim", "spacing": "time", "steps": evaluations, "guidance": 0.0}
+        for name, value in {**fixed, "defaults": None}.items():
+            given = getattr(self, name)
+            require(
+                given in (None, value),
+                name,
+                given,
+                f"{value}: the model was distilled for {evaluations} evaluations without guidance",
+            )
+        return {**fixed, "noise_limit": math.inf, "clip": False}
 
     def recipe(self, trained: TrainedModel, device: torch.device) -> dict[str, Any]:
         """Return all settings that a score of the images must state, as JSON values."""
@@ -155,7 +178,7 @@ class SamplerConfig:
         del values["defaults"]  # it only fills in others
         return {
             **values,
-            "solver": _SOLVER_NAMES[self.solver],
+            "solver": _SOLVER_NAMES[cast(SolverName, resolved.solver)],
             "guidance_interval": list(self.guidance_interval),
             "noise_limit": resolved.noise_limit if resolved.noise_limit != math.inf else "none",
             "clip": "each predicted image, to the pixels' range" if resolved.clip else "none",
@@ -255,6 +278,8 @@ class ImageSampler:
         settings = self._sampler
         assert settings.noise_limit is not None
         assert settings.steps is not None
+        assert settings.solver is not None
+        assert settings.spacing is not None
         x = draw().clamp(-settings.noise_limit, settings.noise_limit).to(self._device)
         if len(labels):
             null, guidance = self._config.null_class, settings.guidance_schedule()

@@ -4,6 +4,15 @@
 """
 
 from dimr_fast.training.config import TrainConfig
+from dimr_fast.training.distillation import distillation_config
 from dimr_fast.training.run import CHECKPOINT, CONFIG, FILES, TrainSummary, train
 
-__all__ = ["CHECKPOINT", "CONFIG", "FILES", "TrainConfig", "TrainSummary", "train"]
+__all__ = [
+    "CHECKPOINT",
+    "CONFIG",
+    "FILES",
+    "TrainConfig",
+    "TrainSummary",
+    "distillation_config",
+    "train",
+]

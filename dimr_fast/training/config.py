@@ -1,6 +1,7 @@
 """Settings of a training run: one typed dataclass, read from YAML files and KEY=VALUE words."""
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from dimr_fast.utils.validation import (
 RESUME_OVERRIDES = {
     "output",
     "data",
+    "teacher",
     "minutes",
     "steps",
     "accumulation",
@@ -46,8 +48,8 @@ RESUME_OVERRIDES = {
     "nonfinite",
     "device",
 }
-"""Settings that may change when a run is resumed; the others are its recipe. `data` may be another
-path to the same examples."""
+"""Settings that may change when a run is resumed; the others are its recipe. `data` and
+`teacher` may be other paths to the same examples and weights."""
 
 Nonfinite = Literal["stop", "skip"]
 Optimizer = Literal["adamw", "muon"]
@@ -67,6 +69,16 @@ class TrainConfig:
     checkpoint (its EMA weights), a published .pth file or N.ckpt folder, or OWNER/REPOSITORY:FILE
     on the Hugging Face Hub. The EMA starts from them too. Embeddings of other classes are new, and
     positions of another size are interpolated."""
+    teacher: Path | None = None
+    """Distil this trained model, a checkpoint or a folder, instead of learning from noise: see
+    `dimr-fast distill`, which also starts from its weights."""
+    evaluations: int = 2
+    """Network evaluations per image of the distilled model."""
+    teacher_guidance: float = 0.5
+    """Classifier-free guidance of the teacher; the distilled model is sampled without."""
+    teacher_steps: int = 48
+    """DDIM steps of the teacher, uniform in the log signal-to-noise ratio, that the distilled model
+    learns to replace."""
     data: str = "tiles"
     """"tiles", the satellite tiles of the installed data package; or a folder of images with one
     sub-folder for each class; or a folder of latents that `dimr-fast extract` wrote."""
@@ -178,6 +190,12 @@ class TrainConfig:
                 and not set(self.selective_checkpointing) & set(self.checkpointing),
                 "branch indices, 0 or more, none of them in checkpointing",
             ),
+            evaluations=(self.evaluations > 0, "1 or more"),
+            teacher_guidance=(-1 <= self.teacher_guidance < math.inf, "a number, -1 or more"),
+            teacher_steps=(
+                self.teacher_steps >= self.evaluations,
+                f"at least as many as evaluations, {self.evaluations}",
+            ),
             learning_rate=(self.learning_rate > 0, "a positive number"),
             warmup_steps=(self.warmup_steps >= 0, "0 or more"),
             decay=(0 <= self.decay <= 1, "0..1"),
@@ -239,7 +257,8 @@ class TrainConfig:
         """Return the settings as plain values (YAML, JSON)."""
         values = dataclasses.asdict(self)
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        return plain | {"output": str(self.output)}
+        teacher = None if self.teacher is None else str(self.teacher)
+        return plain | {"output": str(self.output), "teacher": teacher}
 
     @property
     def recipe(self) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from dimr_fast.checkpoint import save_checkpoint
 from dimr_fast.data.loader import Batch, Loader
 from dimr_fast.data.scaling import LatentScale
-from dimr_fast.diffusion import multi_scale_loss, noise_schedule
 from dimr_fast.training.config import TrainConfig
 from dimr_fast.training.log import TrainLog
+from dimr_fast.training.objective import Objective
 from dimr_fast.training.parallel import gradient_sync
 from dimr_fast.training.previews import Previews
 from dimr_fast.training.state import CHECKPOINT, TrainState, keep_milestone
@@ -42,13 +42,14 @@ class TrainLoop:
         config: TrainConfig,
         state: TrainState,
         parallel: nn.Module,
+        objective: Objective,
         loader: Loader,
         communicator: Communicator,
         previews: Previews,
     ) -> None:
         self.config, self.state, self.parallel = config, state, parallel
+        self.objective = objective
         self.loader, self.communicator, self.previews = loader, communicator, previews
-        self.schedule = noise_schedule(config.schedule, communicator.device)
         self.dtype = DTYPES[config.precision]
         self.skipped_steps = 0
 
@@ -122,15 +123,10 @@ class TrainLoop:
         micro_batches = list(self._micro_batches(batch))
         state.optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float32, device=device)
-        for index, (x0, y, step, noise) in enumerate(micro_batches):
+        for index, micro_batch in enumerate(micro_batches):
             with gradient_sync(self.parallel, enabled=index == len(micro_batches) - 1):
-                with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    predictions = self.parallel(
-                        self.schedule.add_noise(x0, noise, step),
-                        log_snr=self.schedule.condition(step),
-                        y=y,
-                    )
-                loss = multi_scale_loss(predictions, noise).mean() / len(micro_batches)
+                losses = self.objective.loss(self.parallel, *micro_batch)
+                loss = losses.mean() / len(micro_batches)
                 state.scaler.scale(loss).backward()
             total += loss.detach()
         state.scaler.unscale_(state.optimizer)
@@ -141,7 +137,7 @@ class TrainLoop:
         return total, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Yield inputs x0, labels (some dropped), diffusion times and noise of each micro-batch.
+        """Yield x0, labels (some dropped), draws of times and noise of each micro-batch.
 
         Every process draws random numbers for the whole batch and takes its share, so that they do
         not depend on the number of processes.
@@ -152,7 +148,7 @@ class TrainLoop:
         share = size // self.communicator.world_size
         own = slice(self.communicator.rank * share, (self.communicator.rank + 1) * share)
         torch.manual_seed(derived_seed(config.seed, 0, batch.step))
-        step = self.schedule.draw(size, device)[own]
+        times = self.objective.draw(size)[own]
         draw: Any = {"dtype": torch.float32, "device": device}
         dropped = (torch.rand(size, **draw) < config.label_dropout)[own]
         noise = torch.randn(size, *shape, **draw)[own]
@@ -165,7 +161,7 @@ class TrainLoop:
         y = y.masked_fill(dropped, state.model.config.null_class)
         micro = share // config.accumulation
         yield from zip(
-            x0.split(micro), y.split(micro), step.split(micro), noise.split(micro), strict=True
+            x0.split(micro), y.split(micro), times.split(micro), noise.split(micro), strict=True
         )
 
     def _synchronize(

@@ -44,7 +44,7 @@ class Previews:
         self.config, self.state = config, state
         self.communicator, self.labels = communicator, labels
         # Without dropped labels the null class is not trained, and guidance would use it.
-        guidance = 1.0 if config.label_dropout > 0 else 0.0
+        guidance = 0.0 if config.label_dropout == 0 or config.teacher is not None else None
         self.sampler = SamplerConfig(
             guidance=guidance, precision=config.precision, seed=config.seed
         )
@@ -100,7 +100,13 @@ class Previews:
         source = self.config.output / CHECKPOINT
         model = DiMR.from_weights(replace(config, stage_configs=branches), named, source)
         model.to(self.communicator.device)
-        return TrainedModel(model, self.state.classes, self.state.scale, self.state.schedule)
+        return TrainedModel(
+            model,
+            self.state.classes,
+            self.state.scale,
+            self.state.schedule,
+            evaluations=self.state.evaluations,
+        )
 
     def _draw_grid(self, trained: TrainedModel, log: TrainLog) -> None:
         rows = min(ROWS, len(trained.classes))

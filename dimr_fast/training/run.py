@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dimr_fast.checkpoint import TrainedModel, load_model
 from dimr_fast.config import DiMRConfig, preset
 from dimr_fast.data.examples import Examples
 from dimr_fast.data.images import ImageFolder
 from dimr_fast.data.loader import Loader
 from dimr_fast.data.scaling import PixelScale, Scale
 from dimr_fast.data.sources import open_examples
+from dimr_fast.diffusion import noise_schedule
 from dimr_fast.model import DiMR
 from dimr_fast.optim import EMA, adamw, muon
 from dimr_fast.training.config import TrainConfig
 from dimr_fast.training.initial import initial_model
 from dimr_fast.training.log import LOG, require_tensorboard
 from dimr_fast.training.loop import TrainLoop
+from dimr_fast.training.objective import ConsistencyDistillation, NoisePrediction, Objective
 from dimr_fast.training.parallel import check_batch_split, parallelize
 from dimr_fast.training.previews import Previews
 from dimr_fast.training.state import CHECKPOINT, TrainState, read_state
@@ -45,6 +48,7 @@ from dimr_fast.utils.files import (
     write_json,
 )
 from dimr_fast.utils.plots import loss_curve, require_matplotlib
+from dimr_fast.utils.tensors import sha256_of_named
 
 CONFIG = "config.yaml"
 FILES = (CHECKPOINT, CONFIG, LOG, "loss.png", "train.json")
@@ -178,6 +182,7 @@ def _build(
     config = dataclasses.replace(config, precision=_precision(config, stored, communicator))
     torch.manual_seed(config.seed)
     model, scale = _first_model(config, examples, resume, communicator)
+    teacher = _teacher(config, examples, model.config)
     model = model.to(device, torch.float32)
     parallel = parallelize(model, config, communicator)
     state = TrainState(
@@ -188,13 +193,26 @@ def _build(
         classes=examples.classes,
         scale=scale,
         schedule=config.schedule,
-        recipe=config.recipe | {"data": _describe(examples, communicator)},
+        recipe=config.recipe
+        | {
+            "data": _describe(examples, communicator),
+            "teacher": None if teacher is None else sha256_of_named(teacher.model.state_dict()),
+        },
+        evaluations=None if teacher is None else config.evaluations,
     )
     if stored is not None:
         # Its tensors are memory-mapped, and the file stays on disk as long as they exist.
         state.load(path, *stored)
     previews = Previews(config, state, communicator, examples.labels)
-    loop = TrainLoop(config, state, parallel, loader, communicator, previews)
+    loop = TrainLoop(
+        config,
+        state,
+        parallel,
+        _objective(config, teacher, device),
+        loader,
+        communicator,
+        previews,
+    )
     return _Run(config, state, communicator, loop)
 
 
@@ -292,6 +310,47 @@ def _first_model(
     if communicator.is_main:
         tqdm.write("\n".join(found.remarks))
     return found.model, scale or found.scale or examples.scale
+
+
+def _teacher(config: TrainConfig, examples: Examples, model: DiMRConfig) -> TrainedModel | None:
+    """Load the teacher of a distillation; None for other runs.
+
+    Raises ValueError where it was trained with other classes, size or schedule.
+    """
+    if config.teacher is None:
+        return None
+    teacher = load_model(config.teacher)
+    if teacher.evaluations is not None:
+        raise ValueError(f"teacher: {config.teacher} is distilled itself, expected its teacher")
+    for name, theirs, ours in (
+        ("classes", teacher.classes, examples.classes),
+        ("schedule", teacher.schedule, config.schedule),
+        ("image shape", teacher.model.config.shape, model.shape),
+    ):
+        if theirs != ours:
+            raise ValueError(
+                f"teacher: {config.teacher} has the {name} {theirs}, expected that of this run, "
+                f"{ours}"
+            )
+    return teacher
+
+
+def _objective(
+    config: TrainConfig, teacher: TrainedModel | None, device: torch.device
+) -> Objective:
+    """Create the objective of a run whose precision is decided."""
+    schedule, dtype = noise_schedule(config.schedule, device), DTYPES[config.precision]
+    if teacher is None:
+        return NoisePrediction(schedule, device, dtype)
+    teacher.model.to(device)
+    return ConsistencyDistillation(
+        teacher,
+        schedule,
+        dtype,
+        evaluations=config.evaluations,
+        guidance=config.teacher_guidance,
+        teacher_steps=config.teacher_steps,
+    )
 
 
 def _model_config(config: TrainConfig, examples: Examples) -> DiMRConfig:

@@ -29,6 +29,7 @@ class TrainState:
     """Hold a run between two steps. Tensors may be FSDP2 shards in memory; on disk they are whole.
 
     `step` counts the batches seen, `seconds` the time they took; `losses` has one entry per step.
+    `evaluations` is None unless the model is distilled (see `TrainedModel`).
     """
 
     model: DiMR
@@ -39,6 +40,7 @@ class TrainState:
     scale: Scale
     schedule: ScheduleName
     recipe: dict[str, Any]
+    evaluations: int | None = None
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
@@ -79,6 +81,7 @@ class TrainState:
             "scale": scale_to_dict(self.scale),
             "schedule": self.schedule,
             "recipe": self.recipe,
+            "evaluations": self.evaluations,
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -108,7 +111,12 @@ class TrainState:
                 f"not {_abbreviate(self.classes)}"
             )
         # Runs of earlier versions did not record these settings, which had one value then.
-        earlier = {"schedule": "discrete", "pixel_scale": None, "optimizer": "adamw"}
+        earlier = {
+            "schedule": "discrete",
+            "pixel_scale": None,
+            "optimizer": "adamw",
+            "teacher": None,
+        }
         for name, value in (earlier | (metadata.get("recipe") or {})).items():
             if self.recipe.get(name) != value:
                 ours = self.recipe.get(name)

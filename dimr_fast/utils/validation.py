@@ -73,7 +73,8 @@ def load_settings(cls: type[T], values: Mapping[str, Any]) -> T:
             value = None
         # pydantic would take true for 1 and 1 for true.
         require(isinstance(value, bool) == (kind is bool), name, value, _in_words(kind))
-        value = os.path.expanduser(str(value)) if kind is Path else value
+        if Path in (kind, *get_args(kind)) and value is not None:
+            value = os.path.expanduser(str(value))
         try:
             typed[name] = TypeAdapter(kind, config=lenient).validate_python(value)
         except ValidationError as error:

@@ -150,6 +150,7 @@ def test_missing_or_bad_files_are_named(tmp_path: Path) -> None:
 def test_every_shipped_recipe_is_valid(tmp_path: Path) -> None:
     assert set(shipped_recipes()) == {
         "demo",
+        "distill",
         "imagenet64_m3r",
         "imagenet64_l3r",
         "imagenet256_xl2r",

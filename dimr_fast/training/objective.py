@@ -1,0 +1,106 @@
+"""What a step of training computes: the loss of noise prediction, or of distillation."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dimr_fast.checkpoint import TrainedModel
+from dimr_fast.diffusion import (
+    ConstantGuidance,
+    Schedule,
+    consistency_loss,
+    consistency_target,
+    consistency_times,
+    guided,
+    multi_scale_loss,
+)
+from dimr_fast.inference import optimize_for_inference
+
+
+class Objective(Protocol):
+    """The interface of the objectives.
+
+    `draw(count)` draws what decides the times of a batch, [count], from the global random state.
+    `loss` returns the loss per image, [B], of the module `model` in mixed precision: `x0` and
+    `noise` are float32 [B, C, H, W], `y` labels [B], and `draws` a part of what `draw` returned.
+    """
+
+    def draw(self, count: int) -> Tensor: ...
+
+    def loss(
+        self, model: nn.Module, x0: Tensor, y: Tensor, draws: Tensor, noise: Tensor
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class NoisePrediction:
+    """The published objective: predict the noise in an image at a random time."""
+
+    schedule: Schedule
+    device: torch.device
+    dtype: torch.dtype
+
+    def draw(self, count: int) -> Tensor:
+        """Draw times as the schedule does."""
+        return self.schedule.draw(count, self.device)
+
+    def loss(self, model: nn.Module, x0: Tensor, y: Tensor, draws: Tensor, noise: Tensor) -> Tensor:
+        """Return the multi-scale loss of noise prediction."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            predictions = model(
+                self.schedule.add_noise(x0, noise, draws),
+                log_snr=self.schedule.condition(draws),
+                y=y,
+            )
+        return multi_scale_loss(predictions, noise)
+
+
+class ConsistencyDistillation:
+    """Learn to sample in `evaluations` steps what a teacher samples in `teacher_steps`.
+
+    `guidance` is that of the teacher, which the student learns to do without. Computation is in
+    `dtype`, the student's in mixed precision. See `consistency_target`.
+    """
+
+    def __init__(
+        self,
+        teacher: TrainedModel,
+        schedule: Schedule,
+        dtype: torch.dtype,
+        *,
+        evaluations: int,
+        guidance: float,
+        teacher_steps: int,
+    ) -> None:
+        self.device = next(teacher.model.parameters()).device
+        self.schedule, self.dtype = schedule, dtype
+        self.evaluations, self.teacher_steps = evaluations, teacher_steps
+        self.guidance = ConstantGuidance(guidance)
+        self.null_class = teacher.model.config.null_class
+        self.network = optimize_for_inference(teacher.model, dtype)
+
+    def draw(self, count: int) -> Tensor:
+        """Draw numbers uniform in [0, 1), on the CPU, where coefficients are computed."""
+        return torch.rand(count, dtype=torch.float64, device="cpu")
+
+    def loss(self, model: nn.Module, x0: Tensor, y: Tensor, draws: Tensor, noise: Tensor) -> Tensor:
+        """Return the consistency loss."""
+        times = consistency_times(
+            self.schedule, draws.tolist(), self.evaluations, self.teacher_steps, self.device
+        )
+
+        def student(x: Tensor, t: Tensor) -> list[Tensor]:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                return model(x, log_snr=self.schedule.condition_at(t), y=y)
+
+        teacher = guided(
+            self._predict, y, self.null_class, self.guidance, condition=self.schedule.condition_at
+        )
+        x = times.noisy(x0, noise)
+        target = consistency_target(x, times, teacher, lambda x, t: student(x, t)[-1].to(x.dtype))
+        return consistency_loss(student(x, times.time), target, times)
+
+    def _predict(self, x: Tensor, condition: Tensor, y: Tensor) -> Tensor:
+        return self.network(x, log_snr=condition, y=y, last_only=True)[0]

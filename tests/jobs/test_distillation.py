@@ -1,0 +1,179 @@
+"""Distillation as a job: trained, resumed, on two processes, sampled, shared, and refused."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dimr_fast.checkpoint import CheckpointError, load_checkpoint, load_model, save_model
+from dimr_fast.cli import main
+from dimr_fast.sampling import SampleConfig, SamplerConfig, sample, sample_images
+from dimr_fast.training import CHECKPOINT, TrainConfig, distillation_config
+from tests.support.models import randomised
+from tests.support.paths import ROOT
+from tests.support.training import same_tensors, small_run, train_on_plain_images
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the checkpoint of a model that has learned the colours of its six classes."""
+    folder = tmp_path_factory.mktemp("teacher")
+    train_on_plain_images(small_run(folder, steps=150, learning_rate=4e-3, warmup_steps=20))
+    return folder / CHECKPOINT
+
+
+def student_of(teacher: Path, output: Path, **changes: Any) -> TrainConfig:
+    return small_run(
+        output, **{"teacher": teacher, "init": str(teacher), "label_dropout": 0.0} | changes
+    )
+
+
+def test_a_student_draws_in_two_steps_what_its_teacher_draws_in_many(
+    teacher: Path, tmp_path: Path
+) -> None:
+    settings = student_of(teacher, tmp_path / "run", steps=200, learning_rate=2e-3)
+    summary = train_on_plain_images(settings)
+    assert summary.last_loss < 0.9 * summary.first_loss
+
+    labels = torch.arange(6).repeat_interleave(8)
+    trained = load_model(teacher)
+    many = SamplerConfig(
+        solver="ddim", spacing="log_snr", steps=48, guidance=0.5, clip=False, noise_limit=9.0
+    )
+    goal = sample_images(trained, labels, many).float()
+    two = dataclasses.replace(many, spacing="time", steps=2)
+    before = (sample_images(trained, labels, two).float() - goal).square().mean().sqrt()
+
+    student = load_model(tmp_path / "run" / CHECKPOINT)
+    assert student.evaluations == 2
+    drawn = sample_images(student, labels, SamplerConfig(noise_limit=9.0)).float()
+    after = (drawn - goal).square().mean().sqrt()
+    print(f"pixels from the teacher's: {before:.1f} untrained, {after:.1f} distilled")
+    assert after < 0.7 * before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
+    teacher: Path, tmp_path: Path, precision: str
+) -> None:
+    def interrupt(step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    changes = {"precision": precision, "accumulation": 2}
+    train_on_plain_images(student_of(teacher, tmp_path / "whole", **changes))
+    stopped = train_on_plain_images(student_of(teacher, tmp_path / "parts", **changes), interrupt)
+    assert stopped.steps == 3
+    # The teacher may have moved.
+    moved = Path(shutil.copy(teacher, tmp_path / "moved.safetensors"))
+    settings = dataclasses.replace(
+        student_of(teacher, tmp_path / "parts", **changes), teacher=moved
+    )
+    train_on_plain_images(settings, resume=True)
+    assert same_tensors(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_previews_and_an_exported_folder_know_the_number_of_evaluations(
+    teacher: Path, tmp_path: Path
+) -> None:
+    settings = student_of(teacher, tmp_path / "run", evaluations=1, sample_steps=8, data="tiles")
+    train_on_plain_images(settings)
+    assert (tmp_path / "run" / "samples" / "00000008.png").stat().st_size > 0
+    words = ["--checkpoint", tmp_path / "run" / CHECKPOINT, "--output", tmp_path / "model"]
+    assert main(["export", *map(str, words)]) == 0
+    shared = load_model(tmp_path / "model")
+    assert shared.evaluations == 1
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "it draws an image in 1 network evaluation, without guidance" in card
+    save_model(shared, tmp_path / "again")
+    assert load_model(tmp_path / "again").evaluations == 1
+    paths = sample(SampleConfig(checkpoint=tmp_path / "again", output=tmp_path / "out"))
+    assert all(path.exists() for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"steps": 4}, "steps: got 4, expected 2: the model was distilled for 2 evaluations"),
+        ({"guidance": 1.0}, "guidance: got 1.0, expected 0.0"),
+        ({"solver": "dpm++"}, "solver: got 'dpm.*', expected ddim"),
+        ({"spacing": "log_snr"}, "spacing: got 'log_snr', expected time"),
+        ({"defaults": "published"}, "defaults: got 'published', expected None"),
+    ],
+)
+def test_a_distilled_model_refuses_other_settings(
+    teacher: Path, settings: dict[str, Any], named: str
+) -> None:
+    trained = dataclasses.replace(load_model(teacher), evaluations=2)
+    with pytest.raises(ValueError, match=named):
+        sample_images(trained, torch.tensor([0]), SamplerConfig(**settings))
+    same = SamplerConfig(solver="ddim", steps=2, guidance=0.0)
+    assert sample_images(trained, torch.tensor([0]), same).shape == (1, 3, 16, 16)
+
+
+def test_unusable_teachers_are_refused_before_any_work(teacher: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trained = load_model(teacher)
+    save_model(dataclasses.replace(trained, classes=tuple("ABCDEF")), tmp_path / "others")
+    with pytest.raises(ValueError, match=r"teacher: .*others has the classes .*'A'.*'a'"):
+        train_on_plain_images(student_of(tmp_path / "others", run, init=None))
+    with pytest.raises(ValueError, match=r"teacher: .* has the schedule discrete, .* vp-sde"):
+        train_on_plain_images(student_of(teacher, run, schedule="vp-sde", init=None))
+    save_model(dataclasses.replace(trained, evaluations=1), tmp_path / "student")
+    with pytest.raises(ValueError, match=r"teacher: .*student is distilled itself"):
+        train_on_plain_images(student_of(tmp_path / "student", run))
+    with pytest.raises(CheckpointError, match="nowhere"):
+        train_on_plain_images(student_of(tmp_path / "nowhere", run, init=None))
+    for changes, named in (
+        ({"evaluations": 0}, "evaluations: got 0"),
+        ({"teacher_steps": 1}, "teacher_steps: got 1, expected at least as many as evaluations, 2"),
+        ({"teacher_guidance": -2.0}, "teacher_guidance: got -2.0"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            train_on_plain_images(student_of(teacher, run, **changes))
+    assert not run.exists()
+
+
+def test_another_teacher_or_none_does_not_resume_a_run(teacher: Path, tmp_path: Path) -> None:
+    settings = student_of(teacher, tmp_path / "run", steps=2)
+    train_on_plain_images(settings)
+    trained = load_model(teacher)
+    randomised(trained.model)
+    save_model(trained, tmp_path / "other")
+    for other in (tmp_path / "other", None):
+        with pytest.raises(CheckpointError, match="was trained with teacher"):
+            train_on_plain_images(dataclasses.replace(settings, teacher=other), resume=True)
+
+
+def test_settings_are_made_from_the_teacher(teacher: Path, tmp_path: Path) -> None:
+    found = distillation_config(teacher, tmp_path / "run", ["evaluations=4", "minutes=2"])
+    assert (found.teacher, found.init, found.preset) == (teacher, str(teacher), "tiny")
+    assert (found.evaluations, found.minutes, found.label_dropout) == (4, 2.0, 0.0)
+    packaged = distillation_config(None, tmp_path / "run")
+    assert packaged.preset == "demo"
+
+
+@pytest.mark.slow
+def test_the_command_distils_on_two_processes_and_resumes(tmp_path: Path) -> None:
+    """The packaged model, with the settings of the recipe: the same losses as on one process."""
+    words = ["--set", "minutes=none", "--set", "steps=4", "--set", "precision=fp32"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(["distill", "--output", str(one), *words]) == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, "-m", "dimr_fast", "distill", "--output", str(two)]
+    run = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run([*command, *words], **run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [load_checkpoint(run / CHECKPOINT)[0]["losses"] for run in (one, two)]
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+    done = subprocess.run([*command, "--resume", "--set", "steps=6"], **run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(load_checkpoint(two / CHECKPOINT)[0]["losses"]) == 6
