@@ -161,7 +161,8 @@ def test_settings_are_made_from_the_teacher(teacher: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_the_command_distils_on_two_processes_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_the_command_distils_on_two_processes_and_resumes(tmp_path: Path, sharding: str) -> None:
     """The packaged model, with the settings of the recipe: the same losses as on one process."""
     words = ["--set", "minutes=none", "--set", "steps=4", "--set", "precision=fp32"]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -170,9 +171,9 @@ def test_the_command_distils_on_two_processes_and_resumes(tmp_path: Path) -> Non
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, "-m", "dimr_fast", "distill", "--output", str(two)]
     run = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 600}
-    done = subprocess.run([*command, *words], **run)
+    done = subprocess.run([*command, *words, "--set", f"sharding={sharding}"], **run)
     assert done.returncode == 0, done.stderr[-3000:]
-    losses = [load_checkpoint(run / CHECKPOINT)[0]["losses"] for run in (one, two)]
+    losses = [load_checkpoint(folder / CHECKPOINT)[0]["losses"] for folder in (one, two)]
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
     done = subprocess.run([*command, "--resume", "--set", "steps=6"], **run)
     assert done.returncode == 0, done.stderr[-3000:]
