@@ -136,7 +136,8 @@ class SamplerConfig:
         latents = isinstance(trained.scale, LatentScale)
         require(not (latents and self.clip), "clip", self.clip, "False or None: latents have none")
         if trained.evaluations is not None:
-            values = self._of_distilled(trained.evaluations)
+            limit = math.inf if latents else 2.5
+            values = {**self._of_distilled(trained.evaluations), "noise_limit": limit}
         else:
             published = (self.defaults or trained.defaults) == "published"
             limited = not (published or latents)
@@ -169,7 +170,7 @@ class SamplerConfig:
                 given,
                 f"{value}: the model was distilled for {evaluations} evaluations without guidance",
             )
-        return {**fixed, "noise_limit": math.inf, "clip": False}
+        return {**fixed, "clip": False}
 
     def recipe(self, trained: TrainedModel, device: torch.device) -> dict[str, Any]:
         """Return all settings that a score of the images must state, as JSON values."""
