@@ -54,7 +54,7 @@ class CMakeBuild(build_ext):
         definitions = {
             "CMAKE_BUILD_TYPE": "Release",
             # That of an earlier installation may have been in an environment that is gone.
-            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
             "Python_EXECUTABLE": sys.executable,
             "PYBIND11_FINDPYTHON": "ON",

@@ -86,10 +86,11 @@ class DistillArguments:
     output: Path
     """Output folder of the run."""
     evaluations: int | None = None
-    """Network evaluations per image of the distilled model, 1 to 4; by default 2."""
+    """Network evaluations per image of the distilled model, such as 1, 2 or 4. None: those of the
+    recipe distill, 2."""
     guidance: float | None = None
-    """Classifier-free guidance of the teacher; the distilled model is sampled without. By default
-    0.5."""
+    """Classifier-free guidance of the teacher; the distilled model is sampled without. None: that
+    of the recipe distill, 0.5."""
     set: tuple[str, ...] = ()
     """KEY=VALUE, another setting of training to change: minutes, data, learning_rate … It can be
     repeated."""

@@ -41,9 +41,8 @@ class ConsistencyTimes:
 
     Each image has a time, a nearer one (one step of the teacher closer to the image) and the end of
     its interval. `time`, `nearer`: float32 [B]; `alpha`, `sigma`: factors of image and noise at
-    `time`. `teacher` steps from the time to the nearer one,
-    `rest` from there to the end, `whole` from the time to the end. `reaches_end`: bool [B], whether
-    the nearer time is the end.
+    `time`. `teacher` steps from the time to the nearer one, `rest` from there to the end, `whole`
+    from the time to the end. `reaches_end`: bool [B], whether the nearer time is the end.
     """
 
     time: Tensor
@@ -79,38 +78,34 @@ def consistency_times(
     outside = [draw for draw in draws if not 0 <= draw < 1]
     require(not outside, "draws", outside[:1], "numbers in 0 <= u < 1")
     grid = time_grid(schedule, evaluations)[::-1]
-    range_ = schedule.half_log_snr(schedule.min_time) - schedule.half_log_snr(1.0)
+    first, last = schedule.half_log_snr(1.0), schedule.half_log_snr(schedule.min_time)
+    length = (last - first) / teacher_steps
     times = [1 - draw * (1 - schedule.min_time) for draw in draws]
     ends = [grid[max(bisect_left(grid, time) - 1, 0)] for time in times]
     nearer = [
-        max(schedule.time_at(schedule.half_log_snr(time) + range_ / teacher_steps), end)
+        max(schedule.time_at(schedule.half_log_snr(time) + length), end)
         for time, end in zip(times, ends, strict=True)
     ]
-
-    def steps(begins: list[float], ends: list[float]) -> DDIMSteps:
-        keep, noise = [], []
-        for begin, end in zip(begins, ends, strict=True):
-            (alpha, sigma), (end_alpha, end_sigma) = map(schedule.alpha_sigma, (begin, end))
-            keep.append(end_alpha / alpha)
-            noise.append(end_sigma - end_alpha * sigma / alpha)
-        return DDIMSteps(on_device(keep), on_device(noise))
-
-    def on_device(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
-
-    alphas, sigmas = zip(*map(schedule.alpha_sigma, times), strict=True)
-    return ConsistencyTimes(
-        time=on_device(times),
-        nearer=on_device(nearer),
-        alpha=on_device(alphas),
-        sigma=on_device(sigmas),
-        teacher=steps(times, nearer),
-        rest=steps(nearer, ends),
-        whole=steps(times, ends),
-        reaches_end=torch.tensor(
-            [at == end for at, end in zip(nearer, ends, strict=True)], dtype=torch.bool
-        ).to(device, non_blocking=True),
+    # In float64: differences of factors of close times would lose digits.
+    rates = torch.tensor(
+        [[schedule.alpha_sigma(t) for t in at] for at in (times, nearer, ends)],
+        dtype=torch.float64,
     )
+    alpha, sigma = rates.unbind(-1)
+    (begin, end) = ([0, 1, 0], [1, 2, 2])  # of the teacher's step, the rest and the whole
+    keep = alpha[end] / alpha[begin]
+    noise = sigma[end] - keep * sigma[begin]
+    reaches_end = [at == end for at, end in zip(nearer, ends, strict=True)]
+    rows = [
+        torch.tensor([times, nearer, reaches_end], dtype=torch.float64),
+        rates[0].T,
+        keep,
+        noise,
+    ]
+    # One copy to the device.
+    time, near, reaches, alpha, sigma, *factors = torch.cat(rows).float().to(device)
+    teacher, rest, whole = map(DDIMSteps, factors[:3], factors[3:])
+    return ConsistencyTimes(time, near, alpha, sigma, teacher, rest, whole, reaches.bool())
 
 
 @torch.no_grad()
@@ -128,8 +123,8 @@ def consistency_target(
     `x`: [B, ...] at `times.time`, floating point. `teacher` and `student` take states and times
     [B]. Returns the shape and dtype of `x`.
 
-    Source: Heek, Hoogeboom and Salimans 2024, arXiv 2403.06807, algorithm 2 (multistep consistency
-    distillation), for a network that predicts noise; Song et al. 2023, arXiv 2303.01469.
+    Source: Heek, Hoogeboom and Salimans 2024, arXiv 2403.06807 (multistep consistency
+    distillation), here for a network that predicts noise; Song et al. 2023, arXiv 2303.01469.
     """
     taught = teacher(x, times.time)
     nearer = times.teacher(x, taught)

@@ -135,21 +135,19 @@ class SamplerConfig:
         """
         latents = isinstance(trained.scale, LatentScale)
         require(not (latents and self.clip), "clip", self.clip, "False or None: latents have none")
+        published = (self.defaults or trained.defaults) == "published"
+        limited = not (published or latents)
+        dropped = trained.schedule == "discrete"
+        values: dict[str, Any] = {
+            "solver": "dpm++",
+            "spacing": "time",
+            "steps": 250 if published else 25,
+            "guidance": 1.0 if not published else 0.4 if dropped else 0.0,
+            "noise_limit": 2.5 if limited else math.inf,
+            "clip": limited,
+        }
         if trained.evaluations is not None:
-            limit = math.inf if latents else 2.5
-            values = {**self._of_distilled(trained.evaluations), "noise_limit": limit}
-        else:
-            published = (self.defaults or trained.defaults) == "published"
-            limited = not (published or latents)
-            dropped = trained.schedule == "discrete"
-            values = {
-                "solver": "dpm++",
-                "spacing": "time",
-                "steps": 250 if published else 25,
-                "guidance": 1.0 if not published else 0.4 if dropped else 0.0,
-                "noise_limit": 2.5 if limited else math.inf,
-                "clip": limited,
-            }
+            values |= self._of_distilled(trained.evaluations)
         changes = {name: value for name, value in values.items() if getattr(self, name) is None}
         precision = self.precision
         if self.quantization is None:

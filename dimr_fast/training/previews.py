@@ -44,7 +44,7 @@ class Previews:
         self.config, self.state = config, state
         self.communicator, self.labels = communicator, labels
         # Without dropped labels the null class is not trained, and guidance would use it.
-        guidance = 0.0 if config.label_dropout == 0 or config.teacher is not None else None
+        guidance = 1.0 if config.label_dropout > 0 and config.teacher is None else 0.0
         self.sampler = SamplerConfig(
             guidance=guidance, precision=config.precision, seed=config.seed
         )

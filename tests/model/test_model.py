@@ -260,7 +260,7 @@ def test_compiled_it_takes_batches_of_any_size(implementation: str) -> None:
     torch.compiler.reset()  # models of other tests count towards Dynamo's limit
     model = in_training(DiMR(PRESETS["tiny"])).set_implementation(implementation)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for batch, times in ((2, 2), (3, 1)):
+    for batch, times in ((2, 2), (3, 3), (4, 1)):
         inputs = tiny_inputs(batch)
         inputs["log_snr"] = inputs["log_snr"][:times]
         for actual, expected in zip(compiled(**inputs), model(**inputs), strict=True):

@@ -14,7 +14,7 @@ import pytest
 def memory_from_here() -> Callable[[], int]:
     """Return a function that gives the bytes by which the process has grown since, at its peak.
 
-    Skips the test where the kernel is not Linux, or built without it.
+    Skips the test where the system is not Linux, or its kernel cannot reset the peak.
     """
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what is in use now
