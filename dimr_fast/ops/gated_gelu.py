@@ -96,7 +96,7 @@ def _forward(ctx: Any, *given: Any) -> Tensor:
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, *weight = ctx.saved_tensors
     dy = (dout @ weight[0]).to(x.dtype) if weight else dout
-    dx, y = _bwd[ctx.implementation](dy, x, bool(weight))
+    dx, y = _bwd[ctx.implementation](dy, x, len(weight) > 0)
     grads: list[Tensor | None] = []
     if weight:
         grads = layers_gradients(ctx, dout, [y], ctx.needs_input_grad[4:])

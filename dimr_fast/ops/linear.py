@@ -60,7 +60,7 @@ def check_layers(
         if weight.dim() != 2 or weight.shape[1] != width:
             raise ValueError(f"weights[{i}]: got {tuple(weight.shape)}, expected [D, {width}]")
         check_device(x, weight, f"weights[{i}]")
-    for i, (bias, weight) in enumerate(zip(biases, weights, strict=bool(biases))):
+    for i, (bias, weight) in enumerate(zip(biases, weights, strict=len(biases) > 0)):
         if bias.shape != weight.shape[:1]:
             raise ValueError(
                 f"biases[{i}]: got {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}"

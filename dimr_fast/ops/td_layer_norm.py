@@ -182,7 +182,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     else:
         dy = dout @ layers_weight[0] if layers_weight else dout
         dx, both, y = bwd[ctx.implementation](
-            dy, dsum, [summed], weight, bias, mean, rstd, True, bool(layers_weight)
+            dy, dsum, [summed], weight, bias, mean, rstd, True, len(layers_weight) > 0
         )
         dx = dx[0]
         dweight, dbias = parameter_gradients(both, weight, bias)

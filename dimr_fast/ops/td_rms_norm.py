@@ -177,7 +177,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dx, dscale = dsum, None
     else:
         dy = dout @ weight[0] if weight else dout
-        dx, dscale, y = _bwd[ctx.implementation](dy, dsum, summed, scale, rms, bool(weight))
+        dx, dscale, y = _bwd[ctx.implementation](dy, dsum, summed, scale, rms, len(weight) > 0)
         dscale = dscale.to(scale.dtype)
         if weight:
             dparameters = layers_gradients(ctx, dout, [y], wanted)
