@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dimr_fast import PRESETS, DiMR, ops, optimize_for_inference, reference
 from tests.support.cpu_library import needs_cpu, on_threads
@@ -92,6 +92,22 @@ def test_every_instruction_set_computes_the_same_integers(instruction_set: str) 
     (expected,) = _quantised(model, inputs)
     # Not exactly: a number half-way between two integers may be rounded to the other one.
     assert error([found], [expected]) < 0.05 * error([expected], exact(model, inputs))
+
+
+def test_the_largest_sums_of_integers(instruction_set: str) -> None:
+    """G/2R multiplies 66,816 numbers by the cascade's weights."""
+    width = (1 << 17) - 1
+    model = model_of(num_blocks=1, hidden_dim=width)
+    mlp = model.stages[0].blocks[0].block2
+    for layer in (mlp.w0, mlp.w1):
+        nn.init.zeros_(layer.weight)
+        nn.init.ones_(layer.bias)
+    nn.init.constant_(mlp.w2.weight, 4 / width)
+    inputs = inputs_of(model, 2)
+    for sign in (1, -1):
+        mlp.w2.weight.data *= sign
+        optimised = optimize_for_inference(model, torch.float32, quantize="int8")
+        assert error(optimised(**inputs), exact(model, inputs)) < 0.03
 
 
 def _quantised(model: DiMR, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -289,7 +305,7 @@ def test_a_transformer_branch_needs_a_divisor_of_the_width() -> None:
         (torch.zeros(4, 3).double(), None, "weight: "),
         (torch.zeros(4, 0), None, "weight: "),
         (torch.zeros(4, 3), torch.zeros(3), "bias: "),
-        (torch.zeros(1, 1 << 16), None, "65536"),
+        (torch.zeros(1, 1 << 17), None, "131072"),
     ],
 )
 def test_weights_that_cannot_be_packed_are_refused(

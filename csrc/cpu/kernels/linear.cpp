@@ -185,7 +185,8 @@ template <typename P>
 inline Vector finished(const float* sums, float row_scale, const ColumnValues& values, int64_t c) {
     const Vector bias = load(values.bias + c);
     if constexpr (P::DEPTH == 4) {
-        const Integers exact = read<Integers>(sums + c) - read<Integers>(values.offset + c);
+        // Unsigned, because the sum may have overflowed.
+        const auto exact = (Integers)(read<Bits>(sums + c) - read<Bits>(values.offset + c));
         return __builtin_convertvector(exact, Vector) * (load(values.scale + c) * row_scale) + bias;
     } else {
         return load(sums + c) + bias;
