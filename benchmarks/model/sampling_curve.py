@@ -36,7 +36,7 @@ STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 25, 50)
 PUBLISHED, FAST = ("dpm++", "time"), ("dpm++2m", "log_snr")
 GUIDANCE = {PUBLISHED: (1.0, 0.5), FAST: (0.5, 0.0, 0.25, 1.0)}
 """Of the solver and spacing; those of the others are drawn with 0.5."""
-MOST_STEPS = 12
+MOST_STEPS = 8
 """Of all curves but the first of `PUBLISHED` and of `FAST`: more steps take the most time."""
 KEYS = ("solver", "spacing", "guidance", "steps")
 BATCH_SIZE = 64
