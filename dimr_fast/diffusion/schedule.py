@@ -38,7 +38,38 @@ class Schedule(ABC):
 
     @abstractmethod
     def draw(self, count: int, device: torch.device | str = "cpu") -> Tensor:
-        """Draw `count` times to train at, from the global random state of `device`."""
+        """Draw `count` times to train at, uniform, from the global random state of `device`."""
+
+    def draw_normal(
+        self, count: int, mean: float, std: float, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Draw `count` times to train at, so that `λ = log(α/σ)` is normal, and limited to [0, 1].
+
+        The global random state of the CPU decides. Returns what `draw` returns, on `device`.
+        λ of mean 0.5 and standard deviation 1.2 are the noise levels of EDM (Karras et al. 2022,
+        arXiv 2206.00364, table 1, for data of variance 1); 0 and 1 those of rectified flow at
+        logit-normal times (Esser et al. 2024, arXiv 2403.03206). Raises ValueError if `mean` is not
+        finite or `std` not positive and finite.
+        """
+        if not math.isfinite(mean) or not 0 < std < math.inf:
+            raise ValueError(
+                f"mean, std: got {mean}, {std}, expected a finite and a positive finite number"
+            )
+        lowest, highest = self.half_log_snr(1), self.half_log_snr(self.min_time)
+        values = mean + std * torch.randn(count, dtype=torch.float64, device="cpu")
+        times = map(self.time_at, values.clamp(lowest, highest).tolist())
+        return self._drawn(torch.tensor(list(times), dtype=torch.float64)).to(device)
+
+    @abstractmethod
+    def _drawn(self, t: Tensor) -> Tensor:
+        """Return times t, float64 in (0, 1], as `draw` would."""
+
+    @abstractmethod
+    def snr(self, time: Tensor, /) -> Tensor:
+        """Return the signal-to-noise ratio `α²/σ²`, float64, at times [B] as `draw` returns them.
+
+        Raises ValueError as `add_noise` does for these times.
+        """
 
     @abstractmethod
     def add_noise(self, x0: Tensor, noise: Tensor, time: Tensor, /) -> Tensor:
@@ -135,6 +166,15 @@ class DiscreteSchedule(Schedule):
         """Draw `count` steps, int64, uniform on 1..1000, from the random state of `device`."""
         return torch.randint(1, self.num_steps + 1, (count,), device=device)
 
+    def _drawn(self, t: Tensor) -> Tensor:
+        return (t * self.num_steps).round().long().clamp(1, self.num_steps)
+
+    def snr(self, step: Tensor) -> Tensor:
+        """Return the signal-to-noise ratio `ᾱ_n/(1 − ᾱ_n)`, float64, of steps [B]."""
+        _check_step(step)
+        kept = self._alphas_cumprod_at(step)
+        return kept / (1 - kept)
+
     def add_noise(self, x0: Tensor, noise: Tensor, step: Tensor) -> Tensor:
         """Return the noisy input `√ᾱ_n·x0 + √(1 − ᾱ_n)·noise`, each image at its own step.
 
@@ -149,14 +189,7 @@ class DiscreteSchedule(Schedule):
         """
         _check_step(step)
         _check_inputs(x0, noise, self.alphas_cumprod.device, step=step)
-        try:
-            # Unlike indexing, index_select refuses index -1, which step 0 gives.
-            kept = self.alphas_cumprod.index_select(0, step.long() - 1)
-        except IndexError as error:
-            raise ValueError(
-                f"step: got values in {step.min().item()}..{step.max().item()}, "
-                f"expected 1..{self.num_steps}"
-            ) from error
+        kept = self._alphas_cumprod_at(step)
         return _mix(x0, noise, kept.sqrt(), (1 - kept).sqrt())
 
     def condition(self, step: Tensor) -> Tensor:
@@ -194,6 +227,16 @@ class DiscreteSchedule(Schedule):
     def _time_of(self, log_alpha: float) -> float:
         return _interpolate(log_alpha, self._log_alphas[::-1], self._times[::-1])
 
+    def _alphas_cumprod_at(self, step: Tensor) -> Tensor:
+        try:
+            # Unlike indexing, index_select refuses index -1, which step 0 gives.
+            return self.alphas_cumprod.index_select(0, step.long() - 1)
+        except IndexError as error:
+            raise ValueError(
+                f"step: got values in {step.min().item()}..{step.max().item()}, "
+                f"expected 1..{self.num_steps}"
+            ) from error
+
     def _check_time(self, t: float) -> None:
         if not self._times[0] <= t <= self._times[-1]:
             raise ValueError(f"t: got {t}, expected a time in [1/{self.num_steps}, 1]")
@@ -216,6 +259,14 @@ class VPSDE(Schedule):
     def draw(self, count: int, device: torch.device | str = "cpu") -> Tensor:
         """Draw `count` times, float32, uniform in [0, 1), from the random state of `device`."""
         return torch.rand(count, dtype=torch.float32, device=device)
+
+    def _drawn(self, t: Tensor) -> Tensor:
+        return t.float()
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Return the signal-to-noise ratio, float64, at times [B] in [0, 1]; infinite at 0."""
+        self._check_times(t)
+        return 1 / self._integral(t.double()).expm1()
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return the noisy input `α·x0 + σ·noise`, each image at its own time.

@@ -118,6 +118,13 @@ class TrainConfig:
     schedule: ScheduleName = "discrete"
     """Noise schedule and condition. discrete: those of published latent models, whose `log_snr` is
     8·t − 4. vp-sde: those of published pixel models, whose `log_snr` is one."""
+    half_log_snr: tuple[float, float] | None = None
+    """Mean and standard deviation of the normal distribution from which the log signal-to-noise
+    ratio log(α/σ) is drawn: [0.5, 1.2] trains at the noise levels of EDM, [0, 1] at those of
+    rectified flow. None: uniform times, as published."""
+    min_snr: float | None = None
+    """Multiply the loss of an image by min(1, min_snr/SNR): less weight for images with little
+    noise; 5 is usual. None: the same weight for all, as published."""
     pixel_scale: tuple[float, float] | None = None
     """Mean and standard deviation that pixels 0..255 are scaled with: [127.5, 127.5] gives −1..1,
     as published. None measures them on the images."""
@@ -170,6 +177,7 @@ class TrainConfig:
             require(value in allowed, name, value, f"one of {', '.join(allowed)}")
         minutes, clip = self.minutes, self.max_grad_norm
         timed = self.steps is not None if minutes is None else minutes > 0
+        drawn, learns_noise = self.half_log_snr, self.teacher is None
 
         def often(name: str) -> tuple[bool, str]:
             return getattr(self, name) is None or getattr(self, name) > 0, "a positive number"
@@ -204,6 +212,15 @@ class TrainConfig:
             max_grad_norm=(clip is None or clip > 0, "a positive number or none"),
             ema_decay=(0 <= self.ema_decay < 1, "0 <= decay < 1"),
             label_dropout=(0 <= self.label_dropout <= 1, "0..1"),
+            half_log_snr=(
+                drawn is None
+                or (learns_noise and math.isfinite(drawn[0]) and 0 < drawn[1] < math.inf),
+                "mean and standard deviation, a positive number, or none; none with a teacher",
+            ),
+            min_snr=(
+                self.min_snr is None or (learns_noise and 0 < self.min_snr < math.inf),
+                "a positive number, or none; none with a teacher",
+            ),
             sharding=(
                 self.sharding == "none" or self.precision != "fp16",
                 "none, or fsdp2 with precision bf16 or fp32: the gradient scaler of fp16 "

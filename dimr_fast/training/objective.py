@@ -36,25 +36,39 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class NoisePrediction:
-    """The published objective: predict the noise in an image at a random time."""
+    """Predict the noise in an image at a random time.
+
+    The published objective draws uniform times and weighs them alike. `half_log_snr` are mean and
+    standard deviation of `log(α/σ)` where it is drawn (see `Schedule.draw_normal`). With `min_snr`
+    the loss of an image is multiplied by `min(1, min_snr/SNR)`, so that images with little noise
+    count less (Hang et al. 2023, arXiv 2303.09556).
+    """
 
     schedule: Schedule
     device: torch.device
     dtype: torch.dtype
+    half_log_snr: tuple[float, float] | None = None
+    min_snr: float | None = None
 
     def draw(self, count: int) -> Tensor:
-        """Draw times as the schedule does."""
-        return self.schedule.draw(count, self.device)
+        """Draw times."""
+        if self.half_log_snr is None:
+            return self.schedule.draw(count, self.device)
+        return self.schedule.draw_normal(count, *self.half_log_snr, self.device)
 
     def loss(self, model: nn.Module, x0: Tensor, y: Tensor, draws: Tensor, noise: Tensor) -> Tensor:
-        """Return the multi-scale loss of noise prediction."""
+        """Return the multi-scale loss of noise prediction, weighted by `min_snr`."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             predictions = model(
                 self.schedule.add_noise(x0, noise, draws),
                 log_snr=self.schedule.condition(draws),
                 y=y,
             )
-        return multi_scale_loss(predictions, noise)
+        losses = multi_scale_loss(predictions, noise)
+        if self.min_snr is None:
+            return losses
+        weights = (self.min_snr / self.schedule.snr(draws)).clamp(max=1)
+        return losses * weights.to(losses.dtype)
 
 
 class ConsistencyDistillation:

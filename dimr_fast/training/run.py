@@ -341,7 +341,7 @@ def _objective(
     """Create the objective of a run whose precision is decided."""
     schedule, dtype = noise_schedule(config.schedule, device), DTYPES[config.precision]
     if teacher is None:
-        return NoisePrediction(schedule, device, dtype)
+        return NoisePrediction(schedule, device, dtype, config.half_log_snr, config.min_snr)
     teacher.model.to(device)
     return ConsistencyDistillation(
         teacher,

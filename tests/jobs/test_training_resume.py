@@ -22,16 +22,19 @@ from tests.support.files import file_size_limit
 from tests.support.training import same_tensors, small_run, train_on_plain_images
 
 
-def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, {"half_log_snr": (0.5, 1.2), "min_snr": 5.0}])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
     def interrupt(step: int) -> None:
         if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    train_on_plain_images(small_run(tmp_path / "whole"))
-    stopped = train_on_plain_images(small_run(tmp_path / "parts"), interrupt)
+    train_on_plain_images(small_run(tmp_path / "whole", **changes))
+    stopped = train_on_plain_images(small_run(tmp_path / "parts", **changes), interrupt)
     assert stopped.interrupted
     assert stopped.steps == 3
-    resumed = train_on_plain_images(small_run(tmp_path / "parts"), resume=True)
+    resumed = train_on_plain_images(small_run(tmp_path / "parts", **changes), resume=True)
     assert resumed.steps == 8
     assert same_tensors(tmp_path / "whole", tmp_path / "parts")
 
