@@ -1,4 +1,4 @@
-"""Collect the results of the ablation; make its table and plot, and the table of optimizers."""
+"""Collect the results of the ablation; make its table and plot, and the table of recipes."""
 
 import json
 import statistics
@@ -16,7 +16,7 @@ from benchmarks.utils.markdown import table
 from benchmarks.utils.spread import figure
 
 RESULT = RESULTS / "ablation.json"
-OPTIMIZERS_RESULT = RESULTS / "optimizers.json"
+RECIPES_RESULT = RESULTS / "recipes.json"
 CODE = ("dimr_fast", "csrc", "benchmarks/ablation")
 """Code that a result depends on: changes to it are marked beside the commit."""
 OUR_COLOR, PAPER_COLOR = "#2f6fb0", "#9a9a9a"
@@ -96,30 +96,43 @@ def ablation_table(report: Mapping[str, Any]) -> str:
     )
 
 
-def optimizer_table(report: Mapping[str, Any]) -> str:
-    """Return a table of held-out losses and of CPU time for each run of the report."""
+def recipe_table(report: Mapping[str, Any]) -> str:
+    """Return a table of scores and of CPU time for each arm of the report: means over the seeds."""
     times = {name: spread["median"] for name, spread in report["milliseconds"].items()}
     steps = {name: times["gradient"] + times[name] for name in ("adamw", "muon")}
-    titles = {"adamw": "AdamW", "muon": "Muon"}
-    rows = [
-        {
-            "optimizer": titles[run["optimizer"]],
-            "learning rate": f"{run['learning_rate']:g}",
-            "held-out loss half-way": f"{run['held_out_loss']['half_way']:.4f}",
-            "at the end": f"{run['held_out_loss']['end']:.4f}",
-            "CPU ms a step": f"{steps[run['optimizer']]:.0f}",
-            "of them update": figure(times[run["optimizer"]]),
-        }
-        for run in report["runs"]
-    ]
+    arms: dict[str, list[Mapping[str, Any]]] = {}
+    for run in report["runs"]:
+        arms.setdefault(run["arm"], []).append(run)
+    rows = []
+    for arm, runs in sorted(arms.items(), key=lambda item: _mean(item[1], "frechet")):
+        rows.append(
+            {
+                "changed settings": f"`{arm}`" if arm else "none",
+                "seeds": len(runs),
+                "held-out loss half-way": f"{_mean(runs, 'half_way_loss'):.4f}",
+                "at the end": f"{_mean(runs, 'held_out_loss'):.4f}",
+                "Fréchet distance": _range([run["frechet"] for run in runs]),
+                "precision": f"{_mean(runs, 'precision'):.2f}",
+                "recall": f"{_mean(runs, 'recall'):.2f}",
+                "CPU ms a step": f"{steps[runs[0]['optimizer']]:.0f}",
+            }
+        )
+    sampling = report["sampling"]
     return (
-        f"The demo's model, {report['steps']} steps of {report['batch_size']} images, seed "
-        f"{report['seed']}; EMA weights on {report['held_out_tiles']:,} held-out tiles "
-        f"({machine.summary(report)}, {report['precision']}).\n\n{table(rows)}\n\n"
-        f"A step with Muon takes {steps['muon'] / steps['adamw'] - 1:.0%} more time than one with "
-        f"AdamW. `torch.optim.Muon`, one matrix at a time and in bf16, takes "
-        f"{figure(times['torch.optim.Muon'])} ms for the update."
+        f"The demo's model, {report['steps']} steps of {report['batch_size']} images; EMA weights "
+        f"on {report['held_out_tiles']:,} held-out tiles; {report['images']} samples "
+        f"({sampling['solver']}, {sampling['steps']} steps, guidance {sampling['guidance']:g}; "
+        f"{report['features']}). {machine.summary(report)}, {report['precision']}.\n\n"
+        f"{table(rows)}\n\n"
+        f"Of the time of a step, the update takes {figure(times['adamw'])} ms with AdamW and "
+        f"{figure(times['muon'])} ms with Muon; a step with Muon takes "
+        f"{steps['muon'] / steps['adamw'] - 1:.0%} more time. `torch.optim.Muon`, one matrix at a "
+        f"time and in bf16, takes {figure(times['torch.optim.Muon'])} ms for the update."
     )
+
+
+def _mean(runs: list[Mapping[str, Any]], name: str) -> float:
+    return statistics.fmean(run[name] for run in runs)
 
 
 def machine_line(report: Mapping[str, Any]) -> str:

@@ -14,11 +14,12 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.utils import machine
 from benchmarks.utils.files import RESULTS
@@ -62,8 +63,18 @@ def score(
     count: int,
     point: dict[str, Any],
 ) -> dict[str, Any]:
-    """Draw `count` images with the settings of a point; return them with its scores."""
+    """Draw `count` images with the settings of a point; return them with its scores.
+
+    `evaluations` are those of the network for one image.
+    """
     draw = ImageSampler(trained, SamplerConfig(batch_size=BATCH_SIZE, **point))
+    evaluated = 0
+
+    def count_rows(_: object, __: object, outputs: Sequence[Tensor]) -> None:
+        nonlocal evaluated
+        evaluated += len(outputs[-1])
+
+    draw.network.register_forward_hook(count_rows)
     images = draw(balanced_labels(count, len(trained.classes)))
     found = compute_statistics(features, TensorImages(images, "samples"))
     precision, recall = precision_recall(found.features, reference.features)
@@ -71,6 +82,7 @@ def score(
         "frechet": found.distance(reference),
         "precision": precision,
         "recall": recall,
+        "evaluations": evaluated / count,
     }
 
 
@@ -116,7 +128,7 @@ def main() -> None:
         "count": arguments.count,
         "recipe": features.recipe,
     }
-    rows = _earlier_rows(arguments.out, header)
+    rows = earlier_rows(arguments.out, header)
     done = {tuple(row[key] for key in KEYS) for row in rows}
     with torch.inference_mode():
         reference = compute_statistics(features, TensorImages(load_tiles().val_images, "held out"))
@@ -130,13 +142,13 @@ def main() -> None:
         write_json(arguments.out, header | {"rows": rows, "rates": measured})
 
 
-def _earlier_rows(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of a results file of the same weights, features and count."""
+def earlier_rows(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a results file of the same weights, features, count and sampling."""
     if not path.is_file():
         return []
     earlier = json.loads(path.read_text())
-    same = ("weights_sha256", "count", "recipe")
-    return earlier["rows"] if all(earlier.get(name) == header[name] for name in same) else []
+    same = ("weights_sha256", "count", "recipe", "sampling")
+    return earlier["rows"] if all(earlier.get(name) == header.get(name) for name in same) else []
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation.report import ablation_table, optimizer_table
+from benchmarks.ablation.report import ablation_table, recipe_table
 from benchmarks.report import model, operators
 from benchmarks.report.results import ModelResults
-from benchmarks.report.sampling import sampling_text
+from benchmarks.report.sampling import guidance_text, sampling_text
 from benchmarks.utils.files import BENCHMARKS, RESULTS, ROOT
 from benchmarks.utils.markdown import replace_block
 
@@ -99,6 +99,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
         "sample_accuracy.json", model.sample_accuracy_text
     ),
     "Samples with fewer evaluations": sampling_curve,
+    "Samples by guidance": lambda: _from_file("guidance.json", guidance_text),
     "Memory of a training step": lambda: _from_file("memory.json", operators.memory_table),
     "Kernel launches": lambda: _from_file("launches.json", operators.launch_table),
     "What the architecture is worth": ablation,
@@ -137,9 +138,9 @@ def migration_page(page: str) -> str:
 
 
 def ablation_page(page: str) -> str:
-    """Return the ablation's README with its table of optimizers renewed."""
-    text = _from_file("optimizers.json", optimizer_table)
-    return replace_block(page, "optimizers", text)
+    """Return the ablation's README with its table of recipes renewed."""
+    text = _from_file("recipes.json", recipe_table)
+    return replace_block(page, "recipes", text)
 
 
 PAGES: dict[Path, Callable[[str], str]] = {

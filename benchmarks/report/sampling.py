@@ -63,6 +63,28 @@ def sampling_text(report: Mapping[str, Any]) -> str:
     return f"{text}\n\n{table(rates)}" if report.get("rates") else text
 
 
+def guidance_text(report: Mapping[str, Any]) -> str:
+    """Return the table of `results/guidance.json`."""
+    rows = [
+        {
+            "guidance": f"{row['guidance']:g}",
+            "at times": "{:g}..{:g}".format(*row["guidance_interval"]),
+            "evaluations of an image": f"{row['evaluations']:g}",
+            "Fréchet distance": f"{row['frechet']:.1f}",
+            "precision": f"{row['precision']:.3f}",
+            "recall": f"{row['recall']:.3f}",
+        }
+        for row in report["rows"]
+    ]
+    sampling = report["sampling"]
+    return (
+        f"Scores on {report['recipe']} of {report['count']} samples of the packaged model, drawn "
+        f"by {sampling['solver']} with {sampling['steps']} steps uniform in {sampling['spacing']}, "
+        f"from the same noise ({machine.summary(report)}). Time 1 is noise, time 0 the image.\n\n"
+        f"{table(rows)}"
+    )
+
+
 def draw_sampling_curve(report: Mapping[str, Any], target: Path) -> None:
     """Plot distance, precision and recall over evaluations, and the distance over images/s."""
     measured = bool(report.get("rates"))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.model import sampling_curve
-from benchmarks.report.sampling import draw_sampling_curve, sampling_text
+from benchmarks.model import guidance, sampling_curve
+from benchmarks.report.sampling import draw_sampling_curve, guidance_text, sampling_text
 from dimr_fast.checkpoint import demo_model, load_model
 from dimr_fast.data.tiles import load_tiles
 from dimr_fast.evaluation import EfficientNetLite0Features, TensorImages, compute_statistics
@@ -54,6 +54,28 @@ def test_a_point_is_drawn_and_scored() -> None:
     assert row["frechet"] > 0
     assert 0 <= row["precision"] <= 1
     assert 0 <= row["recall"] <= 1
+    assert row["evaluations"] == 2
+    guided = point | {"guidance": 0.5, "guidance_interval": (0.0, 0.8), "steps": 2}
+    row = sampling_curve.score(load_model(demo_model()), features, reference, 24, guided)
+    assert row["evaluations"] == 3  # at time 1 the model is evaluated once
+
+
+def test_every_guidance_is_there_once() -> None:
+    points = [tuple(point.values()) for point in guidance.points()]
+    assert len(set(points)) == len(points)
+    assert (0.5, (0.0, 1.0)) in points
+
+
+def test_the_table_of_guidance_shows_the_scores() -> None:
+    scores = {"frechet": 168.04, "precision": 0.5, "recall": 0.25, "evaluations": 12.0}
+    report = {
+        "device": "CPU",
+        "count": 768,
+        "recipe": "a network",
+        "sampling": guidance.SOLVER,
+        "rows": [{"guidance": 0.5, "guidance_interval": [0.2, 1.0], **scores}],
+    }
+    assert "| 0.5 | 0.2..1 | 12 | 168.0 | 0.500 | 0.250 |" in guidance_text(report)
 
 
 @pytest.mark.parametrize("timed", [True, False])

@@ -1,16 +1,18 @@
-"""Train the demo's model with AdamW and with Muon at several learning rates, on the same batches.
+"""Train the demo's model by variants of its recipe, and score loss and samples of each.
 
-    python -m benchmarks.ablation.optimizers --state FOLDER
+    python -m benchmarks.ablation.recipes --state FOLDER [--arms WORDS …] [--seeds SEED …]
 
-Every run has the demo's recipe with a fixed number of steps; only optimizer and learning rate
-differ. Therefore weights at the start, batches, noise levels and noise are the same in all of them.
-Interrupted (Ctrl-C), the same command resumes. `optimizers.json` is rewritten after each run.
+An arm is the demo's recipe with a fixed number of steps and changed settings, given as words like
+"optimizer=muon learning_rate=8e-3" that `dimr-fast train --set` takes. Weights at the start and
+batches are the same in all arms of a seed, and so are noise levels and noise where settings do not
+change them. Interrupted (Ctrl-C), the same command resumes. `recipes.json` is rewritten after each
+run, with all runs in the folder; several processes may train different arms in one folder.
 """
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,23 +21,29 @@ import torch
 import tyro
 from torch import nn
 
-from benchmarks.ablation.report import CODE, OPTIMIZERS_RESULT
+from benchmarks.ablation.report import CODE, RECIPES_RESULT
 from benchmarks.ablation.run import CPU, TileBatches, held_out_loss, predict
+from benchmarks.model.sampling_curve import score
 from benchmarks.utils import machine
 from benchmarks.utils.spread import Spread
-from dimr_fast.checkpoint import load_model
+from dimr_fast.checkpoint import TrainedModel, load_model
 from dimr_fast.config import preset
 from dimr_fast.data.arrays import ImageArray
 from dimr_fast.data.tiles import Tiles, load_tiles
 from dimr_fast.diffusion import multi_scale_loss
+from dimr_fast.evaluation import EfficientNetLite0Features, TensorImages, compute_statistics
 from dimr_fast.model import DiMR
 from dimr_fast.optim import adamw, muon
 from dimr_fast.training import CHECKPOINT, TrainConfig, train
 from dimr_fast.utils.device import DTYPES, keep_freed_memory, precision_name, resolve_precision
 from dimr_fast.utils.files import write_json
-from dimr_fast.utils.validation import require_fields
+from dimr_fast.utils.validation import require, require_fields
 
 T = TypeVar("T")
+
+SAMPLING = {"solver": "dpm++2m", "spacing": "log_snr", "steps": 8, "guidance": 0.5}
+"""Settings of the samples that are scored: few evaluations, since the packaged model loses little
+by them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,54 +52,69 @@ class Settings:
 
     state: Path
     """Folder of the runs, from which the same command resumes."""
-    output: Path = OPTIMIZERS_RESULT.parent
-    """Folder of `optimizers.json`."""
+    output: Path = RECIPES_RESULT.parent
+    """Folder of `recipes.json`."""
+    arms: tuple[str, ...] = (
+        "learning_rate=4e-3",
+        "learning_rate=2e-3",
+        "learning_rate=8e-3",
+        "optimizer=muon learning_rate=4e-3",
+        "optimizer=muon learning_rate=8e-3",
+        "optimizer=muon learning_rate=16e-3",
+        "min_snr=5",
+        "half_log_snr=[0.5,1.2]",
+        "half_log_snr=[0,1]",
+    )
+    """Changes of the demo's recipe."""
+    seeds: tuple[int, ...] = (0,)
     steps: int = 600
     """Steps of each run; the loss is also measured after half of them."""
     batch_size: int = 32
-    learning_rate: float = 4e-3
-    """AdamW's, that of the demo's recipe."""
-    muon_learning_rates: tuple[float, ...] = (4e-3, 8e-3, 16e-3)
-    seed: int = 0
+    images: int = 768
+    """Samples of each run that are scored, with balanced classes."""
     timed_steps: int = 10
     """Steps of each optimizer that are timed, in turns."""
 
     def validate(self) -> None:
         """Raise ValueError naming a setting that is out of range."""
-        rates = self.muon_learning_rates
         require_fields(
             self,
             steps=(self.steps >= 2 and self.steps % 2 == 0, "an even number, 2 or more"),
             batch_size=(self.batch_size > 0, "a positive number"),
-            learning_rate=(self.learning_rate > 0, "a positive number"),
-            muon_learning_rates=(all(rate > 0 for rate in rates), "positive numbers"),
+            images=(self.images > 1, "2 or more"),
             timed_steps=(self.timed_steps > 0, "a positive number"),
         )
+        for arm in self.arms:
+            self.run_of(arm, 0)
 
-    def runs(self) -> Iterator[TrainConfig]:
-        """Yield the settings of each run."""
-        arms = [("adamw", self.learning_rate), *(("muon", r) for r in self.muon_learning_rates)]
-        shared: dict[str, Any] = {
+    def run_of(self, arm: str, seed: int) -> TrainConfig:
+        """Return the settings of a run. Raises ValueError naming an unusable setting of the arm."""
+        fixed: dict[str, Any] = {
             "minutes": None,
             "steps": self.steps,
             "batch_size": self.batch_size,
-            "seed": self.seed,
+            "seed": seed,
             # The share of the run that the demo's 100 steps are of 600.
             "warmup_steps": self.steps // 6,
             "milestone_steps": self.steps // 2,
             "checkpoint_minutes": 0.5,
             "device": "cpu",
         }
-        for name, rate in arms:
-            output = self.state / f"{name}-{rate:g}"
-            yield TrainConfig(output=output, optimizer=name, learning_rate=rate, **shared)
+        words = arm.split()
+        changed = {word.partition("=")[0] for word in words} & set(fixed)
+        require(not changed, "arms", arm, f"none that changes {', '.join(sorted(changed))}")
+        folder = f"{'_'.join(words) or 'demo'}-{seed}"
+        config = TrainConfig.read("demo", words, self.state / folder)
+        config = dataclasses.replace(config, **fixed)
+        config.validate()
+        return config
 
 
 def compare(settings: Settings, tiles: Tiles | None = None) -> Path:
-    """Train and score all runs that are not yet; return the path of `optimizers.json`.
+    """Train and score all runs that are not yet; return the path of `recipes.json`.
 
     `tiles` replace those of the installed picture. Raises ValueError for a setting out of range or
-    a state folder of another recipe, KeyboardInterrupt after a signal has ended a run, and
+    a state folder of another comparison, KeyboardInterrupt after a signal has ended a run, and
     DataUnavailableError without the tiles.
     """
     settings.validate()
@@ -100,50 +123,77 @@ def compare(settings: Settings, tiles: Tiles | None = None) -> Path:
     keep_freed_memory()
     data = TileBatches(load_tiles() if tiles is None else tiles)
     precision = resolve_precision("auto", CPU)
-    result = settings.output / OPTIMIZERS_RESULT.name
-    recipe = {"steps": settings.steps, "batch_size": settings.batch_size, "seed": settings.seed}
-    found = kept(settings.state / "recipe.json", lambda: recipe)
-    if found != recipe:
-        raise ValueError(f"state: got {settings.state}, of recipe {found}, expected {recipe}")
+    result = settings.output / RECIPES_RESULT.name
+    same = {name: getattr(settings, name) for name in ("steps", "batch_size", "images")}
+    found = kept(settings.state / "recipe.json", lambda: same)
+    if found != same:
+        raise ValueError(f"state: got {settings.state}, of {found}, expected {same}")
+    scorer = Scorer(data, settings.images)
     report: dict[str, Any] = {
         **machine.description(),
         "commit": commit,
         "precision": precision_name(precision),
-        **recipe,
+        **same,
         "held_out_tiles": len(data.tiles.val_images),
+        "sampling": SAMPLING,
+        "features": scorer.features.recipe,
         "milliseconds": kept(
             settings.state / "times.json", lambda: step_times(data, settings, precision)
         ),
-        "runs": [],
     }
-    for config in settings.runs():
-        report["runs"].append(run_and_score(config, data))
-        write_json(result, report)
-        print(json.dumps(report["runs"][-1]), flush=True)
+    for seed in settings.seeds:
+        for arm in settings.arms:
+            scores = train_and_score(settings, arm, seed, scorer)
+            print(json.dumps(scores), flush=True)
+            runs = [json.loads(p.read_text()) for p in sorted(settings.state.glob("*/scores.json"))]
+            write_json(result, report | {"runs": runs})
     return result
 
 
-def run_and_score(config: TrainConfig, data: TileBatches) -> dict[str, Any]:
-    """Train a run to its end, if it is not there yet, and return its entry of the report."""
+class Scorer:
+    """Scores a model: loss on the held-out tiles, and Fréchet distance of samples to them."""
 
-    def losses() -> dict[str, float]:
-        images = ImageArray(data.tiles.train_images, data.tiles.train_labels, data.tiles.classes)
+    def __init__(self, data: TileBatches, images: int) -> None:
+        self.data, self.images = data, images
+        self.features = EfficientNetLite0Features()
+        self.reference = compute_statistics(
+            self.features, TensorImages(data.tiles.val_images, "held out")
+        )
+
+    def loss(self, trained: TrainedModel, dtype: torch.dtype) -> float:
+        """Return the mean squared error of the noise at uniform times."""
+        return held_out_loss(trained.model, self.data, dtype)
+
+    def sample_scores(self, trained: TrainedModel) -> dict[str, float]:
+        """Return Fréchet distance, precision and recall of samples."""
+        found = score(trained, self.features, self.reference, self.images, SAMPLING)
+        return {name: found[name] for name in ("frechet", "precision", "recall")}
+
+
+def train_and_score(settings: Settings, arm: str, seed: int, scorer: Scorer) -> dict[str, Any]:
+    """Train a run to its end and score it, if it is not yet; return its entry of the report."""
+    config = settings.run_of(arm, seed)
+
+    def scores() -> dict[str, Any]:
+        tiles = scorer.data.tiles
+        images = ImageArray(tiles.train_images, tiles.train_labels, tiles.classes)
         resume = (config.output / CHECKPOINT).exists()
         summary = train(config, examples=images, resume=resume)
         if summary.interrupted:
             raise KeyboardInterrupt
-        half = f"checkpoint-{summary.steps // 2:08d}.safetensors"
         dtype = DTYPES[summary.precision]
+        half = f"checkpoint-{summary.steps // 2:08d}.safetensors"
+        end = load_model(config.output / CHECKPOINT)
         return {
-            name: held_out_loss(load_model(config.output / file).model, data, dtype)
-            for name, file in (("half_way", half), ("end", CHECKPOINT))
+            "arm": arm,
+            "seed": seed,
+            "optimizer": config.optimizer,
+            "half_way_loss": scorer.loss(load_model(config.output / half), dtype),
+            "held_out_loss": scorer.loss(end, dtype),
+            **scorer.sample_scores(end),
         }
 
-    return {
-        "optimizer": config.optimizer,
-        "learning_rate": config.learning_rate,
-        "held_out_loss": kept(config.output / "losses.json", losses),
-    }
+    return kept(config.output / "scores.json", scores)
 
 
 def kept(path: Path, make: Callable[[], T]) -> T:
@@ -195,7 +245,7 @@ def step_times(
         times[name].append(1000 * (time.process_time() - begun))
 
     def gradient() -> None:
-        x0, y, n, noise = data.batch(settings.seed, 0, settings.batch_size)
+        x0, y, n, noise = data.batch(0, 0, settings.batch_size)
         predictions = predict(model, data.schedule, x0, y, n, noise, precision)
         model.zero_grad()
         multi_scale_loss(predictions, noise).mean().backward()

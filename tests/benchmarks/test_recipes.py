@@ -1,15 +1,16 @@
-"""Tests of the comparison of optimizers: paired runs that resume, and their table."""
+"""Tests of the comparison of recipes: paired runs that resume, and their table."""
 
 import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.ablation.optimizers import Settings, compare
-from benchmarks.ablation.report import optimizer_table
+from benchmarks.ablation.recipes import Settings, compare
+from benchmarks.ablation.report import recipe_table
 from dimr_fast.data.tiles import Tiles
 
 
@@ -31,50 +32,62 @@ def tiles() -> Tiles:
     return Tiles(*part(12), *part(6))
 
 
+@pytest.mark.slow
 def test_runs_are_scored_once_and_shown_in_a_table(tmp_path: Path) -> None:
     settings = Settings(
         state=tmp_path / "state",
         output=tmp_path,
+        arms=("learning_rate=4e-3", "optimizer=muon learning_rate=1e-3"),
         steps=2,
         batch_size=2,
-        muon_learning_rates=(1e-3,),
+        images=6,
         timed_steps=1,
     )
     path = compare(settings, tiles())
-    report = json.loads(path.read_text())
-    assert [(run["optimizer"], run["learning_rate"]) for run in report["runs"]] == [
-        ("adamw", 4e-3),
-        ("muon", 1e-3),
-    ]
-    for run in report["runs"]:
+    runs = {run["arm"]: run for run in json.loads(path.read_text())["runs"]}
+    assert set(runs) == set(settings.arms)
+    for run in runs.values():
         # An untrained model predicts almost zero, so the error is the variance of the noise.
-        assert all(loss == pytest.approx(1, abs=0.5) for loss in run["held_out_loss"].values())
+        assert run["half_way_loss"] == pytest.approx(1, abs=0.5)
+        assert run["held_out_loss"] == pytest.approx(1, abs=0.5)
+        assert run["frechet"] > 0
+        assert 0 <= run["precision"] <= 1
     # The runs have the same weights and batches at the start.
     first = [
         json.loads((settings.state / name / "train.json").read_text())["result"]["first_loss"]
-        for name in ("adamw-0.004", "muon-0.001")
+        for name in ("learning_rate=4e-3-0", "optimizer=muon_learning_rate=1e-3-0")
     ]
     assert first[0] == pytest.approx(first[1], rel=0.05)
 
-    # A further learning rate trains that run only.
-    trained = settings.state / "adamw-0.004" / "checkpoint.safetensors"
+    # A further seed trains that run only, and the table has the mean of both.
+    trained = settings.state / "learning_rate=4e-3-0" / "checkpoint.safetensors"
     written = trained.stat().st_mtime_ns
-    more = dataclasses.replace(settings, muon_learning_rates=(1e-3, 2e-3))
+    more = dataclasses.replace(settings, arms=("learning_rate=4e-3",), seeds=(0, 1))
     again = json.loads(compare(more, tiles()).read_text())
-    assert again["runs"][:2] == report["runs"]
+    assert [run for run in again["runs"] if run["seed"] == 0] == list(runs.values())
     assert trained.stat().st_mtime_ns == written
-    rows = [line for line in optimizer_table(again).splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[:2] for row in rows[1:]] == [
-        ["| AdamW", "0.004"],
-        ["| Muon", "0.001"],
-        ["| Muon", "0.002"],
-    ]
+    rows = [line.split(" | ") for line in recipe_table(again).splitlines() if "`" in line]
+    seeds = {row[0]: row[1] for row in rows if row[0].startswith("| ")}
+    assert seeds == {
+        "| `learning_rate=4e-3`": "2",
+        "| `optimizer=muon learning_rate=1e-3`": "1",
+    }
     with pytest.raises(ValueError, match=r"state: got .*'steps': 2.* expected .*'steps': 4"):
         compare(dataclasses.replace(settings, steps=4), tiles())
 
 
-@pytest.mark.parametrize("changes", [{"steps": 3}, {"learning_rate": 0.0}, {"batch_size": 0}])
-def test_an_error_names_the_setting_out_of_range(tmp_path: Path, changes: dict[str, int]) -> None:
-    (name,) = changes
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"steps": 3}, "steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"images": 1}, "images"),
+        ({"arms": ("seed=1",)}, "arms"),
+        ({"arms": ("min_snr=0",)}, "min_snr"),
+    ],
+)
+def test_an_error_names_the_setting_out_of_range(
+    tmp_path: Path, changes: dict[str, Any], name: str
+) -> None:
     with pytest.raises(ValueError, match=f"{name}: got"):
         compare(Settings(state=tmp_path, **changes), tiles())
