@@ -1,6 +1,6 @@
 """Export a training run as a model folder to share: `dimr-fast export`.
 
-The folder holds EMA weights, configuration, recipe and scores.
+The folder holds EMA weights or another average, configuration, recipe and scores.
 """
 
 import json
@@ -11,6 +11,7 @@ from typing import Any
 
 from dimr_fast.checkpoint import load_checkpoint, load_model, save_model
 from dimr_fast.errors import CheckpointError
+from dimr_fast.training.averages import LONGEST, average_weights
 from dimr_fast.utils.validation import require_fields
 
 PATH_SETTINGS = ("output", "checkpoint")
@@ -28,6 +29,9 @@ class ExportConfig:
     recipe in `train.json` and the picture `loss.png`."""
     output: Path
     """Output folder, whose name is the model's. It must not exist yet."""
+    average_length: float | None = None
+    """Export an average of the weights of this relative length, 0..0.28, instead of EMA weights.
+    The run must have kept averages: see average_steps in docs/training.md."""
     scores: Path | None = None
     """A JSON file of scores with their recipe, such as `evaluation.json` or `demo.json`."""
     license: str | None = None
@@ -38,7 +42,12 @@ class ExportConfig:
     def validate(self) -> None:
         """Raise ValueError naming a setting that is out of range."""
         missing = [str(path) for path in self.pictures if not path.is_file()]
-        require_fields(self, pictures=(not missing, f"files; missing: {', '.join(missing)}"))
+        length = self.average_length
+        require_fields(
+            self,
+            pictures=(not missing, f"files; missing: {', '.join(missing)}"),
+            average_length=(length is None or 0 < length < LONGEST, f"0 < length < {LONGEST}"),
+        )
 
 
 def export(config: ExportConfig) -> Path:
@@ -60,10 +69,14 @@ def export(config: ExportConfig) -> Path:
         )
     scores = None if config.scores is None else _read_json(config.scores)
     recipe = _recipe(config.checkpoint)
+    trained = load_model(config.checkpoint)
+    if config.average_length is not None:
+        trained.model.load_state_dict(average_weights(config.checkpoint, config.average_length))
+        recipe["average_length"] = config.average_length
     curve = config.checkpoint.parent / "loss.png"
     pictures = (*config.pictures, *([curve] if curve.is_file() else []))
     save_model(
-        load_model(config.checkpoint),
+        trained,
         config.output,
         recipe=_without_paths(recipe),
         scores=_without_paths(scores),

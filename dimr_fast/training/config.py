@@ -113,6 +113,9 @@ class TrainConfig:
     ema_warmup: bool = True
     """Limit the EMA decay to (1 + n)/(10 + n) at step n, so that a short run averages over its last
     tenth."""
+    average_steps: int | None = None
+    """Also keep power-function averages of the weights, and store them in `averages/` this often:
+    `dimr-fast export --average-length` makes an average of any length of them."""
     label_dropout: float = 0.1
     """Fraction of labels replaced by the null class, for classifier-free guidance."""
     schedule: ScheduleName = "discrete"
@@ -211,6 +214,7 @@ class TrainConfig:
             weight_decay=(self.weight_decay >= 0, "0 or more"),
             max_grad_norm=(clip is None or clip > 0, "a positive number or none"),
             ema_decay=(0 <= self.ema_decay < 1, "0 <= decay < 1"),
+            average_steps=often("average_steps"),
             label_dropout=(0 <= self.label_dropout <= 1, "0..1"),
             half_log_snr=(
                 drawn is None

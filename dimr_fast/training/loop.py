@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dimr_fast.checkpoint import save_checkpoint
 from dimr_fast.data.loader import Batch, Loader
 from dimr_fast.data.scaling import LatentScale
+from dimr_fast.training.averages import AVERAGES, decay_of
 from dimr_fast.training.config import TrainConfig
 from dimr_fast.training.log import TrainLog
 from dimr_fast.training.objective import Objective
@@ -111,6 +112,8 @@ class TrainLoop:
                 if due or _is_multiple(state.step, config.milestone_steps):
                     self._save()
                     saved = state.seconds
+                if _is_multiple(state.step, config.average_steps):
+                    self._save_averages()
                 paused = time.monotonic()
                 if not stop:
                     self.previews.draw_if_due(log)
@@ -193,6 +196,8 @@ class TrainLoop:
             if config.ema_warmup:
                 decay = min(decay, (1 + state.step) / (10 + state.step))
             state.ema.update(decay)
+            for length, average in state.averages.items():
+                average.update(decay_of(length, state.step + 1))
             return
         if state.scaler.is_enabled() and math.isfinite(loss) and state.scaler.get_scale() > 1:
             # Scaled fp16 gradients overflowed: the scaler skips the step and lowers its scale.
@@ -240,6 +245,13 @@ class TrainLoop:
             tqdm.write(f"no checkpoint at step {self.state.step}: {error}; the previous one stays")
         else:
             self._keep_milestone()
+
+    def _save_averages(self) -> None:
+        """Write the averages of this step; if that fails, report it."""
+        try:
+            self.state.save_averages(self.config.output / AVERAGES, write=self.communicator.is_main)
+        except OSError as error:
+            tqdm.write(f"no averages of step {self.state.step}: {error}")
 
     def _keep_milestone(self) -> None:
         """Keep the checkpoint of this step under another name if the step is a milestone."""

@@ -23,6 +23,7 @@ from dimr_fast.data.sources import open_examples
 from dimr_fast.diffusion import noise_schedule
 from dimr_fast.model import DiMR
 from dimr_fast.optim import EMA, adamw, muon
+from dimr_fast.training.averages import AVERAGES, LENGTHS
 from dimr_fast.training.config import TrainConfig
 from dimr_fast.training.initial import initial_model
 from dimr_fast.training.log import LOG, require_tensorboard
@@ -51,8 +52,8 @@ from dimr_fast.utils.plots import loss_curve, require_matplotlib
 from dimr_fast.utils.tensors import sha256_of_named
 
 CONFIG = "config.yaml"
-FILES = (CHECKPOINT, CONFIG, LOG, "loss.png", "train.json")
-"""Files that a run writes to its folder."""
+FILES = (CHECKPOINT, CONFIG, LOG, AVERAGES, "loss.png", "train.json")
+"""Files and folders that a run writes to its folder."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ def _build(
             "teacher": None if teacher is None else sha256_of_named(teacher.model.state_dict()),
         },
         evaluations=None if teacher is None else config.evaluations,
+        averages={length: EMA(model) for length in LENGTHS if config.average_steps is not None},
     )
     if stored is not None:
         # Its tensors are memory-mapped, and the file stays on disk as long as they exist.

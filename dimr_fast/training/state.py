@@ -18,6 +18,7 @@ from dimr_fast.diffusion import ScheduleName
 from dimr_fast.errors import CheckpointError
 from dimr_fast.model import DiMR
 from dimr_fast.optim import EMA, state_names
+from dimr_fast.training.averages import AVERAGE_PREFIX, average_metadata, prefix_of
 from dimr_fast.utils.files import write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -29,7 +30,8 @@ class TrainState:
     """Hold a run between two steps. Tensors may be FSDP2 shards in memory; on disk they are whole.
 
     `step` counts the batches seen, `seconds` the time they took; `losses` has one entry per step.
-    `evaluations` is None unless the model is distilled (see `TrainedModel`).
+    `evaluations` is None unless the model is distilled (see `TrainedModel`). `averages` are the
+    power-function averages that the run keeps, by their length.
     """
 
     model: DiMR
@@ -41,6 +43,7 @@ class TrainState:
     schedule: ScheduleName
     recipe: dict[str, Any]
     evaluations: int | None = None
+    averages: Mapping[float, EMA] = field(default_factory=dict)
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
@@ -69,6 +72,8 @@ class TrainState:
         for name, parameter in self.model.named_parameters():
             yield MODEL_PREFIX + name, parameter.detach()
             yield EMA_PREFIX + name, self.ema.tensors[name]
+            for length, average in self.averages.items():
+                yield prefix_of(length) + name, average.tensors[name]
             for key, value in self.optimizer.state[parameter].items():
                 yield f"{OPTIMIZER_PREFIX}{key}.{name}", value
         yield "losses", torch.tensor(self.losses, dtype=torch.float64)
@@ -96,6 +101,14 @@ class TrainState:
         if write:
             save_checkpoint(path, tensors, self.metadata())
 
+    def save_averages(self, folder: Path, *, write: bool = True) -> None:
+        """Write the power-function averages of this step to a file in `folder`; see `save`."""
+        tensors = self.tensors(AVERAGE_PREFIX, keep=write)
+        if write:
+            folder.mkdir(exist_ok=True)
+            path = folder / f"{self.step:08d}.safetensors"
+            save_checkpoint(path, tensors, average_metadata(self.metadata()))
+
     def load(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Restore the state from what `read_state(path)` returned.
 
@@ -116,6 +129,9 @@ class TrainState:
             "pixel_scale": None,
             "optimizer": "adamw",
             "teacher": None,
+            "half_log_snr": None,
+            "min_snr": None,
+            "average_steps": None,
         }
         for name, value in (earlier | (metadata.get("recipe") or {})).items():
             if self.recipe.get(name) != value:
@@ -133,6 +149,8 @@ class TrainState:
                 for name, parameter in self.model.named_parameters():
                     _copy_into(parameter, tensors[MODEL_PREFIX + name])
                     _copy_into(self.ema.tensors[name], tensors[EMA_PREFIX + name])
+                    for length, average in self.averages.items():
+                        _copy_into(average.tensors[name], tensors[prefix_of(length) + name])
                     self.optimizer.state[parameter] = {
                         key: _as_stored_in(tensors[f"{OPTIMIZER_PREFIX}{key}.{name}"], parameter)
                         for key in (keys[parameter] if stepped else ())

@@ -28,6 +28,7 @@ FLOORS = (
         "evaluation.statistics",
     },
     {
+        "training.averages",
         "training.config",
         "training.initial",
         "training.log",

@@ -22,6 +22,7 @@ from dimr_fast.data.latents import FORMAT, MANIFEST, open_shard, write_shard
 from dimr_fast.data.loader import batch_indices
 from dimr_fast.data.scaling import LatentScale, scale_to_dict
 from dimr_fast.training import TrainConfig, train
+from dimr_fast.training.averages import average_weights
 from dimr_fast.training.loop import NONFINITE
 from dimr_fast.training.state import CHECKPOINT
 from tests.support.autoencoder import save_autoencoder
@@ -62,6 +63,7 @@ def command(images: Path, output: Path, *changes: str, processes: int = 1) -> li
         "batch_size=8",
         "precision=fp32",
         "checkpoint_minutes=1e-9",
+        "average_steps=4",
         *changes,
     ]
     words = [word for setting in settings for word in ("--set", setting)]
@@ -205,6 +207,9 @@ def test_two_processes_train_what_one_does(
     # A shard's whole, under the published names.
     assert all(two[name].shape == tensor.shape for name, tensor in one.items())
     assert load_model(run / CHECKPOINT).classes == ("dark", "light")
+    one, two = (average_weights(folder / CHECKPOINT, 0.07) for folder in (alone, run))
+    assert one.keys() == two.keys()
+    assert all(torch.isclose(two[n], x, rtol=0, atol=0.02).all() for n, x in one.items())
 
 
 TRAIN_WITH_A_PRECISION_PER_RANK = """
