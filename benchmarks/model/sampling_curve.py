@@ -35,10 +35,10 @@ from dimr_fast.utils.tensors import sha256_of_named
 
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 25, 50)
 PUBLISHED, FAST = ("dpm++", "time"), ("dpm++2m", "log_snr")
-GUIDANCE = {PUBLISHED: (1.0, 0.5), FAST: (0.5, 0.0, 0.25, 1.0)}
-"""Of the solver and spacing; those of the others are drawn with 0.5."""
+GUIDANCE = {PUBLISHED: (1.0, 0.5), FAST: (0.5, 0.0, 0.25, 1.0), ("dpm++3m", "log_snr"): (0.0, 0.5)}
+"""Of a solver and spacing; the others are drawn with 0.5."""
 MOST_STEPS = 8
-"""Of all curves but the first of `PUBLISHED` and of `FAST`: more steps take the most time."""
+"""Of all curves but the first of a solver in `GUIDANCE`: more steps take the most time."""
 KEYS = ("solver", "spacing", "guidance", "steps")
 BATCH_SIZE = 64
 
@@ -48,7 +48,7 @@ def points() -> Iterator[dict[str, Any]]:
     others = [
         curve for curve in itertools.product(SOLVERS, ("time", "log_snr")) if curve not in GUIDANCE
     ]
-    for curve in (FAST, PUBLISHED, *others):
+    for curve in (*GUIDANCE, *others):
         for place, guidance in enumerate(GUIDANCE.get(curve, (0.5,))):
             most = STEPS[-1] if curve in GUIDANCE and place == 0 else MOST_STEPS
             for steps in STEPS:

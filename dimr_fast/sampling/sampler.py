@@ -42,6 +42,7 @@ _SOLVER_NAMES: dict[SolverName, str] = {
     "euler": "Euler, order 1",
     "euler-maruyama": "Euler-Maruyama, reverse SDE",
 }
+_PUBLISHED_SOLVER: dict[str, Any] = {"solver": "dpm++", "spacing": "time"}
 
 
 SamplingPrecision = Literal[Precision, Quantization]
@@ -59,8 +60,9 @@ class SamplerConfig:
     """Values of the settings that are None. published: solver dpm++, spacing time, 250 steps,
     guidance 0.4 (0 for a model of the schedule vp-sde, whose labels were never dropped), no
     clipping and no limit, as for the published scores. None: those that the model remembers, as a
-    converted or distilled one does, or else dpm++, spacing time, 25 steps, guidance 1, and for
-    pixels clipping and a limit of 2.5."""
+    converted or distilled one does. Otherwise, for pixels: dpm++2m, spacing log_snr, 8 steps,
+    guidance 0, clipping and a limit of 2.5; for latents: dpm++, spacing time, 25 steps, guidance
+    1."""
     solver: SolverName | None = None
     """dpm++ is the published solver, single-step DPM-Solver++ of order 3; dpm++2m and dpm++3m are
     its multistep variants. euler and the stochastic euler-maruyama are those of the published code
@@ -131,23 +133,32 @@ class SamplerConfig:
         """Return a copy in which no setting is None and the precision is decided.
 
         `guidance_power` stays None for constant guidance. Raises ValueError for `clip` with a model
-        of latents, and for a distilled model and settings it was not distilled for.
+        of latents, for power or interval of a guidance that is 0 by default, and for a distilled
+        model and settings it was not distilled for.
         """
         latents = isinstance(trained.scale, LatentScale)
         require(not (latents and self.clip), "clip", self.clip, "False or None: latents have none")
         published = (self.defaults or trained.defaults) == "published"
-        limited = not (published or latents)
-        dropped = trained.schedule == "discrete"
-        values: dict[str, Any] = {
-            "solver": "dpm++",
-            "spacing": "time",
-            "steps": 250 if published else 25,
-            "guidance": 1.0 if not published else 0.4 if dropped else 0.0,
-            "noise_limit": 2.5 if limited else math.inf,
-            "clip": limited,
-        }
+        values: dict[str, Any] = {"noise_limit": math.inf, "clip": False}
+        if published:
+            dropped = trained.schedule == "discrete"
+            values |= _PUBLISHED_SOLVER | {"steps": 250, "guidance": 0.4 if dropped else 0.0}
+        elif latents:
+            values |= _PUBLISHED_SOLVER | {"steps": 25, "guidance": 1.0}
+        else:
+            # Few evaluations cost the packaged model almost nothing: benchmarks/RESULTS.md.
+            values |= {"solver": "dpm++2m", "spacing": "log_snr", "steps": 8, "guidance": 0.0}
+            values |= {"noise_limit": 2.5, "clip": True}
         if trained.evaluations is not None:
             values |= self._of_distilled(trained.evaluations)
+        limits_guidance = self.guidance_power is not None or self.guidance_interval != (0.0, 1.0)
+        require(
+            self.guidance is not None or values["guidance"] != 0 or not limits_guidance,
+            "guidance",
+            None,
+            "a number with guidance_power or guidance_interval: by default this model is drawn "
+            "without guidance",
+        )
         changes = {name: value for name, value in values.items() if getattr(self, name) is None}
         precision = self.precision
         if self.quantization is None:

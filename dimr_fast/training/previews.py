@@ -44,7 +44,7 @@ class Previews:
         self.config, self.state = config, state
         self.communicator, self.labels = communicator, labels
         # Without dropped labels the null class is not trained, and guidance would use it.
-        guidance = 1.0 if config.label_dropout > 0 and config.teacher is None else 0.0
+        guidance = None if config.label_dropout > 0 and config.teacher is None else 0.0
         self.sampler = SamplerConfig(
             guidance=guidance, precision=config.precision, seed=config.seed
         )
@@ -124,8 +124,10 @@ class Previews:
         chosen = torch.randint(len(self.labels), (self.config.score_images,), generator=generator)
         images = sample_images(trained, self.labels[chosen], self.sampler, decode=self.decode)
         score = frechet_to_reference(self.features, images, self.reference)
+        drawn = self.sampler.resolved(trained, self.communicator.device)
         tqdm.write(
             f"step {self.state.step}: Fréchet distance on {self.features.recipe} {score:.1f} "
-            f"({len(images)} samples, guidance {self.sampler.guidance})"
+            f"({len(images)} samples, {drawn.solver}, {drawn.steps} steps, "
+            f"guidance {drawn.guidance})"
         )
         log.scalars(self.state.step, frechet_distance=score)

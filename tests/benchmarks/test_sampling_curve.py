@@ -42,7 +42,8 @@ def test_every_point_is_there_once_and_every_solver_has_a_curve() -> None:
     assert {point[:2] for point in points} == {
         (solver, spacing) for solver in sampling_curve.SOLVERS for spacing in ("time", "log_snr")
     }
-    assert ("dpm++", "time", 1.0, 25) in points  # what `dimr-fast sample` draws by default
+    assert ("dpm++2m", "log_snr", 0.0, 8) in points  # what `dimr-fast sample` draws by default
+    assert ("dpm++", "time", 1.0, 25) in points  # what it drew in earlier versions
 
 
 def test_a_point_is_drawn_and_scored() -> None:

@@ -48,7 +48,7 @@ def test_a_checkpoint_a_folder_and_an_npz_of_the_same_images_score_the_same(
     assert scores.recipe["images"]["labels"] == "6 classes, 2 to 3 images each"
     sampling = scores.recipe["sampling"]
     assert (sampling["steps"], sampling["seed"], sampling["precision"]) == (2, 0, "fp32")
-    assert sampling["guidance"] == 1
+    assert sampling["guidance"] == 0
 
     trained = load_model(checkpoint)
     images = sample_images(trained, balanced_labels(14, 6), sampler)

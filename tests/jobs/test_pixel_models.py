@@ -42,7 +42,9 @@ def watch_conditions(draw: ImageSampler) -> list[float]:
 
 @pytest.mark.parametrize("solver", ["dpm++", "ddim", "euler", "euler-maruyama"])
 def test_the_condition_is_the_log_snr_of_each_time(pixels: TrainedModel, solver: Any) -> None:
-    draw = ImageSampler(pixels, SamplerConfig(solver=solver, steps=4, precision="fp32"))
+    draw = ImageSampler(
+        pixels, SamplerConfig(solver=solver, spacing="time", steps=4, precision="fp32")
+    )
     seen = watch_conditions(draw)
     draw(torch.arange(3))
     # Euler's points include 1/1000; the others stop at 1/10,000 without an evaluation there.
@@ -66,8 +68,8 @@ def test_a_stochastic_image_does_not_depend_on_its_batch(pixels: TrainedModel) -
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, (25, 1.0, True, 2.5)),
-        ({"clip": False}, (25, 1.0, False, 2.5)),
+        ({}, (8, 0.0, True, 2.5)),
+        ({"clip": False}, (8, 0.0, False, 2.5)),
         ({"defaults": "published"}, (250, 0.4, False, math.inf)),
         ({"defaults": "published", "steps": 9, "clip": True}, (9, 0.4, True, math.inf)),
         ({"defaults": "published", "guidance": 0.0, "noise_limit": 3.0}, (250, 0.0, False, 3.0)),

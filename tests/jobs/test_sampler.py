@@ -76,7 +76,7 @@ def test_initial_noise_is_limited_for_pixels_only(trained: TrainedModel) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_the_default_dtype_changes_no_image(trained: TrainedModel, dtype: torch.dtype) -> None:
-    sampler = SamplerConfig(steps=4, precision="fp32", guidance_power=2.0)
+    sampler = SamplerConfig(steps=4, precision="fp32", guidance=1.0, guidance_power=2.0)
     expected = sample_images(trained, torch.arange(3), sampler)
     torch.set_default_dtype(dtype)
     try:
@@ -168,13 +168,29 @@ def test_an_image_sampler_uses_one_network_for_all_calls(trained: TrainedModel) 
 
 def test_the_recipe_states_automatic_settings(trained: TrainedModel) -> None:
     cpu = torch.device("cpu")
-    pixels = SamplerConfig(solver="dpm++2m").recipe(trained, cpu)
-    assert pixels["solver"] == "DPM-Solver++ multistep, order 2"
+    pixels = SamplerConfig().recipe(trained, cpu)
+    assert (pixels["solver"], pixels["spacing"]) == ("DPM-Solver++ multistep, order 2", "log_snr")
     assert pixels["precision"] in ("fp32", "bf16")
-    assert (pixels["noise_limit"], pixels["steps"], pixels["seed"]) == (2.5, 25, 0)
+    assert (pixels["noise_limit"], pixels["steps"], pixels["seed"]) == (2.5, 8, 0)
+    assert pixels["guidance"] == 0
     latents = SamplerConfig().recipe(dataclasses.replace(trained, scale=LatentScale()), cpu)
     assert (latents["noise_limit"], latents["clip"]) == ("none", "none")
+    assert (latents["solver"], latents["spacing"]) == ("DPM-Solver++ single-step, order 3", "time")
+    assert (latents["steps"], latents["guidance"]) == (25, 1.0)
     assert json.loads(json.dumps(pixels, allow_nan=False)) == pixels
+
+
+@pytest.mark.parametrize("changes", [{"guidance_power": 4.0}, {"guidance_interval": (0.2, 0.8)}])
+def test_the_times_of_guidance_need_its_strength(
+    trained: TrainedModel, changes: dict[str, Any]
+) -> None:
+    """Without guidance, the default for pixels, they would do nothing."""
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match="guidance: got None, expected a number with guidance_po"):
+        SamplerConfig(**changes).resolved(trained, cpu)
+    assert SamplerConfig(guidance=0.5, **changes).resolved(trained, cpu).guidance == 0.5
+    latents = dataclasses.replace(trained, scale=LatentScale())
+    assert SamplerConfig(**changes).resolved(latents, cpu).guidance == 1
 
 
 @pytest.mark.parametrize(("count", "classes"), [(1, 1), (6, 3), (50, 7), (3, 10), (1003, 1000)])

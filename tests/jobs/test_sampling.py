@@ -50,7 +50,7 @@ def test_grid_folder_and_npz_hold_the_same_images(trained: TrainedModel, tmp_pat
     report = json.loads((out / "sample.json").read_text())
     assert report["finished"]
     assert (report["count"], report["classes"]) == (11, list("abcdef"))
-    assert report["sampler"]["solver"] == "DPM-Solver++ single-step, order 3"
+    assert report["sampler"]["solver"] == "DPM-Solver++ multistep, order 2"
     assert (report["sampler"]["precision"], report["sampler"]["noise_limit"]) == ("fp32", 2.5)
     direct = sample_images(trained, balanced_labels(11, 6), small_job(trained, tmp_path).sampler)
     assert np.array_equal(direct.permute(0, 2, 3, 1), images)
