@@ -25,7 +25,7 @@ from dimr_fast.utils.files import write_json
 from dimr_fast.utils.tensors import sha256_of_named
 
 SOLVER = {"solver": "dpm++2m", "spacing": "log_snr", "steps": 8}
-STRENGTHS = (0.25, 0.5, 1.0, 2.0)
+STRENGTHS = (0.25, 0.5, 1.0)
 INTERVALS = ((0.0, 1.0), (0.0, 0.8), (0.2, 1.0), (0.2, 0.8), (0.0, 0.5), (0.5, 1.0))
 KEYS = ("guidance", "guidance_interval")
 

@@ -83,8 +83,11 @@ def _speedups(found: Mapping[str, Entry], others: list[str]) -> dict[str, Any]:
     return {f"× {p}": found[p].seconds / ours if p in found else None for p in others}
 
 
-def readme_table(results: ModelResults) -> str:
-    """Return the README's table of speedups; a value below 1 means that we are slower."""
+def readme_table(results: ModelResults, cost: str) -> str:
+    """Return the README's table of speedups; a value below 1 means that we are slower.
+
+    `cost` is a sentence on what an image costs.
+    """
     groups = results.groups()
     rows = []
     for group in README_GROUPS:
@@ -99,8 +102,8 @@ def readme_table(results: ModelResults) -> str:
         rows.append(row)
     return (
         f"On {results.machine}: images per second, and the speedup (×) over other ways to run the "
-        "same model in the same run. Below 1.00 the other way is faster; – was not measured.\n\n"
-        f"{table(rows)}"
+        "same model in the same run. Below 1.00 the other way is faster; – was not measured. "
+        f"{cost}\n\n{table(rows)}"
     )
 
 

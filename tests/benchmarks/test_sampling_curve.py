@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.model import guidance, sampling_curve
-from benchmarks.report.sampling import draw_sampling_curve, guidance_text, sampling_text
+from benchmarks.report.sampling import (
+    cost_of_an_image,
+    draw_sampling_curve,
+    guidance_text,
+    sampling_text,
+)
 from dimr_fast.checkpoint import demo_model, load_model
 from dimr_fast.data.tiles import load_tiles
 from dimr_fast.evaluation import EfficientNetLite0Features, TensorImages, compute_statistics
@@ -59,6 +64,25 @@ def test_a_point_is_drawn_and_scored() -> None:
     guided = point | {"guidance": 0.5, "guidance_interval": (0.0, 0.8), "steps": 2}
     row = sampling_curve.score(load_model(demo_model()), features, reference, 24, guided)
     assert row["evaluations"] == 3  # at time 1 the model is evaluated once
+
+
+def test_a_sentence_says_what_an_image_costs() -> None:
+    scores = {"precision": 0.5, "recall": 0.2}
+    rows = [
+        {"solver": s, "spacing": t, "guidance": g, "steps": n, "frechet": d, **scores}
+        for s, t, g, n, d in (
+            ("dpm++2m", "log_snr", 0.0, 8, 165.8),
+            ("dpm++", "time", 1.0, 25, 164.9),
+        )
+    ]
+    rates = [
+        {"guided": guided, "steps": steps, "images_per_second": rate}
+        for guided, steps, rate in ((False, 8, 90.4), (True, 25, 13.6))
+    ]
+    text = cost_of_an_image({"count": 768, "rows": rows, "rates": rates})
+    assert "draws 90 images a second" in text
+    assert "distance of 166; 25 guided steps of the published solver draw 14 at 165" in text
+    assert cost_of_an_image({"count": 768, "rows": rows}) == "Not measured yet."
 
 
 def test_every_guidance_is_there_once() -> None:
