@@ -1,7 +1,6 @@
 """Show the scores of samples over the number of network evaluations."""
 
 from collections.abc import Iterator, Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ PANELS = {
 
 def curves(report: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield the title and the rows of each curve: the same solver, spacing and guidance."""
-    for key, rows in groupby(
-        report["rows"], lambda row: (row["solver"], row["spacing"], row["guidance"])
-    ):
-        solver, spacing, guidance = key
-        yield f"{solver}, {spacing}, guidance {guidance:g}", list(rows)
+    found: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        found.setdefault((row["solver"], row["spacing"], row["guidance"]), []).append(row)
+    for (solver, spacing, guidance), rows in found.items():
+        yield f"{solver}, {spacing}, guidance {guidance:g}", rows
 
 
 def rate(report: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
@@ -110,7 +109,9 @@ def draw_sampling_curve(report: Mapping[str, Any], target: Path) -> None:
     measured = bool(report.get("rates"))
     figure, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     shown = {}
-    for title, rows in curves(report):
+    every = sorted({row["steps"] for row in report["rows"]})
+    for place, (title, rows) in enumerate(curves(report)):
+        color = plt.get_cmap("tab20")(place % 20)
         # The line style is the spacing, so that the two curves of a solver are distinct.
         style = "-" if rows[0]["spacing"] == "log_snr" else "--"
         for axes, (name, label) in zip(panels.flat, PANELS.items(), strict=False):
@@ -120,9 +121,11 @@ def draw_sampling_curve(report: Mapping[str, Any], target: Path) -> None:
                 style,
                 marker=".",
                 linewidth=1,
-                color=shown[title].get_color() if title in shown else None,
+                color=color,
             )
             axes.set(xscale="log", xlabel="network evaluations", ylabel=label)
+            axes.set_xticks(every, [str(steps) for steps in every])
+            axes.set_xticks([], minor=True)
             shown.setdefault(title, line)
         if measured:
             panels[1][1].plot(
@@ -131,13 +134,14 @@ def draw_sampling_curve(report: Mapping[str, Any], target: Path) -> None:
                 style,
                 marker=".",
                 linewidth=1,
-                color=shown[title].get_color(),
+                color=color,
             )
     # Few evaluations of some solvers give far larger distances, which would hide the rest.
     best = min(row["frechet"] for row in report["rows"])
     panels[0][0].set_ylim(0.95 * best, 1.6 * best)
     if measured:
         panels[1][1].set(xscale="log", xlabel="images a second", ylabel=PANELS["frechet"])
+        panels[1][1].xaxis.set_major_formatter("{x:g}")
         panels[1][1].set_ylim(0.95 * best, 1.6 * best)
     else:
         panels[1][1].set_axis_off()

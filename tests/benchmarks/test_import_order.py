@@ -15,7 +15,7 @@ ALLOWED = {
     "ops": {"utils"},
     "model": {"utils", "ops"},
     "gpu": {"utils", "ops", "model"},
-    "ablation": {"utils"},
+    "ablation": {"utils", "model"},
     "report": {"utils", "ablation"},
     "conftest": set(),
     "__init__": set(),
