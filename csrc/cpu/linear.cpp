@@ -34,8 +34,8 @@ Weights checked(const Header& header) {
     STD_TORCH_CHECK(header.depth > 0 && header.depth < MOST && header.columns > 0 &&
                         header.columns < MOST && (!header.gated || header.columns % 2 == 0),
                     "weight: expected [N, K], with even N if gated");
-    // Sums of products of integers of at most 127 fit in 32 bits. They are computed with 128 added to
-    // the left factor: such a sum may exceed 32 bits, but modulo 2³² nothing is lost.
+    // Sums of products of integers of at most 127 fit in 32 bits. They are computed with 128 added
+    // to the left factor: such a sum may exceed 32 bits, but modulo 2³² nothing is lost.
     STD_TORCH_CHECK(header.factors != static_cast<int64_t>(Factors::INT8) || header.depth < 1 << 17,
                     "weight: expected fewer than 131072 columns for int8");
     return {static_cast<Factors>(header.factors), header.gated != 0, header.depth, header.columns,
