@@ -8,6 +8,7 @@ error that is small where the length is not far outside those kept.
 Source: Karras et al. 2024, arXiv 2312.02696, section 3 and appendix C.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ def prefix_of(length: float) -> str:
     return f"{AVERAGE_PREFIX}{length:g}."
 
 
+@functools.cache
 def exponent(length: float) -> float:
     """Return γ of a length. Raises ValueError unless 0 < length < 0.28."""
     if not 0 < length < LONGEST:
