@@ -32,6 +32,8 @@ from dimr_fast.utils.files import write_json
 REQUIRED_DB = 45.0
 LARGEST_RATIO = 1.02
 """Of Fréchet distances, a quantised format's to bf16's."""
+PUBLISHED_SOLVER = {"solver": "dpm++", "spacing": "time", "guidance": 1.0}
+"""With guidance, which magnifies the errors of predictions."""
 PERCENTILES = {"minimum": 0.0, "p20": 0.2, "median": 0.5, "p80": 0.8}
 
 
@@ -75,7 +77,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "sample_accuracy.json")
     arguments = parser.parse_args()
     trained = load_model(demo_model())
-    settings = {"steps": arguments.steps, "batch_size": 32}
+    settings = {"steps": arguments.steps, "batch_size": 32, **PUBLISHED_SOLVER}
     truth = draw(trained, arguments.count, precision="fp32", **settings)
     found = {}
     for precision in arguments.precisions:
