@@ -5,6 +5,7 @@ steps on six images, their latents, and a sampling job that was killed after two
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,13 @@ def test_a_sampling_job_is_resumed(files: Path) -> None:
         device="cpu",
         sampler=SamplerConfig(steps=2, batch_size=2, precision="fp32"),
     )
-    sample(config)
+    # Its defaults were others, so they must be given.
+    with pytest.raises(
+        ValueError, match=r"with solver 'DPM-Solver\+\+ single-step, order 3' is un"
+    ):
+        sample(config)
+    given = replace(config.sampler, solver="dpm++", spacing="time", guidance=1.0)
+    sample(replace(config, sampler=given))
     with (
         np.load(files / "samples" / "samples.npz") as found,
         np.load(DATA / "expected_samples.npz") as expected,
