@@ -103,7 +103,7 @@ class Settings:
         words = arm.split()
         changed = {word.partition("=")[0] for word in words} & set(fixed)
         require(not changed, "arms", arm, f"none that changes {', '.join(sorted(changed))}")
-        folder = f"{'_'.join(words) or 'demo'}-{seed}"
+        folder = f"{'_'.join(words)}-{seed}"
         config = TrainConfig.read("demo", words, self.state / folder)
         config = dataclasses.replace(config, **fixed)
         config.validate()
@@ -151,7 +151,7 @@ def compare(settings: Settings, tiles: Tiles | None = None) -> Path:
 
 
 class Scorer:
-    """Scores a model: loss on the held-out tiles, and Fréchet distance of samples to them."""
+    """Score a model: loss on the held-out tiles, and Fréchet distance of samples to them."""
 
     def __init__(self, data: TileBatches, images: int) -> None:
         self.data, self.images = data, images

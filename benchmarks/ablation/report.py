@@ -107,7 +107,7 @@ def recipe_table(report: Mapping[str, Any]) -> str:
     for arm, runs in sorted(arms.items(), key=lambda item: _mean(item[1], "frechet")):
         rows.append(
             {
-                "changed settings": f"`{arm}`" if arm else "none",
+                "changed settings": f"`{arm}`",
                 "seeds": len(runs),
                 "held-out loss half-way": f"{_mean(runs, 'half_way_loss'):.4f}",
                 "at the end": f"{_mean(runs, 'held_out_loss'):.4f}",

@@ -14,7 +14,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,11 @@ from dimr_fast.utils.files import write_json
 from dimr_fast.utils.tensors import sha256_of_named
 
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 25, 50)
-PUBLISHED, FAST = ("dpm++", "time"), ("dpm++2m", "log_snr")
-GUIDANCE = {PUBLISHED: (1.0, 0.5), FAST: (0.5, 0.0, 0.25, 1.0), ("dpm++3m", "log_snr"): (0.0, 0.5)}
+GUIDANCE = {
+    ("dpm++", "time"): (1.0, 0.5),
+    ("dpm++2m", "log_snr"): (0.5, 0.0, 0.25, 1.0),
+    ("dpm++3m", "log_snr"): (0.0, 0.5),
+}
 """Of a solver and spacing; the others are drawn with 0.5."""
 MOST_STEPS = 8
 """Of all curves but the first of a solver in `GUIDANCE`: more steps take the most time."""
@@ -114,35 +117,58 @@ def rates(trained: TrainedModel, rounds: int) -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def argument_parser(description: str | None, out: str) -> argparse.ArgumentParser:
+    """Return a parser of the arguments that `score_points` needs; `out` is a name in `results/`."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--checkpoint", type=Path, default=demo_model())
     parser.add_argument("--count", type=int, default=768)
-    parser.add_argument("--rounds", type=int, default=5, help="of timing")
-    parser.add_argument("--out", type=Path, default=RESULTS / "sampling_curve.json")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=RESULTS / out)
+    return parser
+
+
+def score_points(
+    trained: TrainedModel,
+    count: int,
+    out: Path,
+    points: Iterable[dict[str, Any]],
+    sampling: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Draw and score the points that the results file `out` does not have; return its contents.
+
+    `sampling` are settings that all points have, which the file states once.
+    """
     features = EfficientNetLite0Features()
-    trained = load_model(arguments.checkpoint)
     header = machine.description("dimr_fast", "csrc", "kernels") | {
         "weights_sha256": sha256_of_named(trained.model.state_dict()),
-        "count": arguments.count,
+        "count": count,
         "recipe": features.recipe,
+        **({"sampling": sampling} if sampling else {}),
     }
-    rows = earlier_rows(arguments.out, header)
-    done = {tuple(row[key] for key in KEYS) for row in rows}
+    rows = _earlier_rows(out, header)
     with torch.inference_mode():
         reference = compute_statistics(features, TensorImages(load_tiles().val_images, "held out"))
-        for point in points():
-            if tuple(point[key] for key in KEYS) not in done:
-                rows.append(score(trained, features, reference, arguments.count, point))
-                write_json(arguments.out, header | {"rows": rows})
-                print(rows[-1], flush=True)
+        for point in points:
+            stored = json.loads(json.dumps(point))
+            if any(stored.items() <= row.items() for row in rows):
+                continue
+            found = score(trained, features, reference, count, (sampling or {}) | point)
+            rows.append({name: found[name] for name in found if name not in (sampling or {})})
+            write_json(out, header | {"rows": rows})
+            print(rows[-1], flush=True)
+    return header | {"rows": rows}
+
+
+def main() -> None:
+    parser = argument_parser(__doc__, "sampling_curve.json")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing")
+    arguments = parser.parse_args()
+    trained = load_model(arguments.checkpoint)
+    report = score_points(trained, arguments.count, arguments.out, points())
     if arguments.rounds:
-        measured = rates(trained, arguments.rounds)
-        write_json(arguments.out, header | {"rows": rows, "rates": measured})
+        write_json(arguments.out, report | {"rates": rates(trained, arguments.rounds)})
 
 
-def earlier_rows(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+def _earlier_rows(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of a results file of the same weights, features, count and sampling."""
     if not path.is_file():
         return []

@@ -76,9 +76,9 @@ def cost_of_an_image(report: Mapping[str, Any]) -> str:
         return "Not measured yet."
     return (
         f"By default the packaged model draws {rates[0]:.0f} images a second on this processor, "
-        f"with 8 evaluations and a Fréchet distance of {default['frechet']:.0f}; 25 guided steps "
-        f"of the published solver draw {rates[1]:.0f} at {guided['frechet']:.0f} "
-        f"({report['count']} samples)."
+        f"with 8 evaluations and a Fréchet distance of {default['frechet']:.0f}. With 25 guided "
+        f"evaluations it draws {rates[1]:.0f}, and the published solver reaches "
+        f"{guided['frechet']:.0f} ({report['count']} samples)."
     )
 
 

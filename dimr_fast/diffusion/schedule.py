@@ -58,10 +58,10 @@ class Schedule(ABC):
         lowest, highest = self.half_log_snr(1), self.half_log_snr(self.min_time)
         values = mean + std * torch.randn(count, dtype=torch.float64, device="cpu")
         times = map(self.time_at, values.clamp(lowest, highest).tolist())
-        return self._drawn(torch.tensor(list(times), dtype=torch.float64)).to(device)
+        return self._training_times(torch.tensor(list(times), dtype=torch.float64)).to(device)
 
     @abstractmethod
-    def _drawn(self, t: Tensor) -> Tensor:
+    def _training_times(self, t: Tensor) -> Tensor:
         """Return times t, float64 in (0, 1], as `draw` would."""
 
     @abstractmethod
@@ -166,7 +166,7 @@ class DiscreteSchedule(Schedule):
         """Draw `count` steps, int64, uniform on 1..1000, from the random state of `device`."""
         return torch.randint(1, self.num_steps + 1, (count,), device=device)
 
-    def _drawn(self, t: Tensor) -> Tensor:
+    def _training_times(self, t: Tensor) -> Tensor:
         return (t * self.num_steps).round().long().clamp(1, self.num_steps)
 
     def snr(self, step: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ class VPSDE(Schedule):
         """Draw `count` times, float32, uniform in [0, 1), from the random state of `device`."""
         return torch.rand(count, dtype=torch.float32, device=device)
 
-    def _drawn(self, t: Tensor) -> Tensor:
+    def _training_times(self, t: Tensor) -> Tensor:
         return t.float()
 
     def snr(self, t: Tensor) -> Tensor:

@@ -9,10 +9,9 @@ Source: Karras et al. 2024, arXiv 2312.02696, section 3 and appendix C.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -125,8 +124,3 @@ def _accumulate(total: dict[str, Tensor], file: Path, prefix: str, factor: float
         # The factors are large and of both signs, so the sum needs more digits.
         value = tensor.double() * factor
         total[name] = total[name] + value if name in total else value
-
-
-def average_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata of a file of averages, from that of a checkpoint."""
-    return {name: metadata[name] for name in ("config", "recipe", "step")}

@@ -18,7 +18,8 @@ from dimr_fast.diffusion import ScheduleName
 from dimr_fast.errors import CheckpointError
 from dimr_fast.model import DiMR
 from dimr_fast.optim import EMA, state_names
-from dimr_fast.training.averages import AVERAGE_PREFIX, average_metadata, prefix_of
+from dimr_fast.training.averages import AVERAGE_PREFIX, prefix_of
+from dimr_fast.training.config import TrainConfig
 from dimr_fast.utils.files import write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -107,7 +108,9 @@ class TrainState:
         if write:
             folder.mkdir(exist_ok=True)
             path = folder / f"{self.step:08d}.safetensors"
-            save_checkpoint(path, tensors, average_metadata(self.metadata()))
+            metadata = self.metadata()
+            kept = {name: metadata[name] for name in ("config", "recipe", "step")}
+            save_checkpoint(path, tensors, kept)
 
     def load(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Restore the state from what `read_state(path)` returned.
@@ -123,16 +126,9 @@ class TrainState:
                 f"{path}: was trained with classes {_abbreviate(classes)}, "
                 f"not {_abbreviate(self.classes)}"
             )
-        # Runs of earlier versions did not record these settings, which had one value then.
-        earlier = {
-            "schedule": "discrete",
-            "pixel_scale": None,
-            "optimizer": "adamw",
-            "teacher": None,
-            "half_log_snr": None,
-            "min_snr": None,
-            "average_steps": None,
-        }
+        # What a run of an earlier version did not record had the value that is the default now.
+        defaults = TrainConfig(output=path.parent).recipe
+        earlier = {name: value for name, value in defaults.items() if name in self.recipe}
         for name, value in (earlier | (metadata.get("recipe") or {})).items():
             if self.recipe.get(name) != value:
                 ours = self.recipe.get(name)

@@ -81,7 +81,8 @@ def test_a_sentence_says_what_an_image_costs() -> None:
     ]
     text = cost_of_an_image({"count": 768, "rows": rows, "rates": rates})
     assert "draws 90 images a second" in text
-    assert "distance of 166; 25 guided steps of the published solver draw 14 at 165" in text
+    assert "distance of 166. With 25 guided evaluations it draws 14, and" in text
+    assert "solver reaches 165 (768 samples)" in text
     assert cost_of_an_image({"count": 768, "rows": rows}) == "Not measured yet."
 
 

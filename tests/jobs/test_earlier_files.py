@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dimr_fast.checkpoint import load_checkpoint, load_model
+from dimr_fast.checkpoint import CheckpointError, load_checkpoint, load_model
 from dimr_fast.data.latents import LatentShards
 from dimr_fast.sampling import SampleConfig, SamplerConfig, sample
 from dimr_fast.training import CHECKPOINT, TrainConfig, train
@@ -35,6 +35,15 @@ def test_a_run_is_resumed_from_its_settings_and_checkpoint(files: Path) -> None:
     assert train(config, resume=True).steps == 5
     after, _ = load_checkpoint(files / "run" / CHECKPOINT)
     assert torch.equal(after["losses"][:3], before["losses"])
+
+
+@pytest.mark.parametrize("change", ["min_snr=5", "half_log_snr=[0,1]", "average_steps=2"])
+def test_a_setting_that_did_not_exist_cannot_be_changed(files: Path, change: str) -> None:
+    changes = ["steps=5", f"data={files / 'images'}", "device=cpu", change]
+    config = TrainConfig.read(files / "run" / "config.yaml", changes, files / "run")
+    name = change.partition("=")[0]
+    with pytest.raises(CheckpointError, match=f"was trained with {name} None, not"):
+        train(config, resume=True)
 
 
 def test_latents_are_read_and_their_checksums_hold(files: Path) -> None:
