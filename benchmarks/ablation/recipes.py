@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks.ablation.report import CODE, RECIPES_RESULT
 from benchmarks.ablation.run import CPU, TileBatches, held_out_loss, predict
-from benchmarks.model.sampling_curve import score
+from benchmarks.model.sampling_curve import sampler_of, score
 from benchmarks.utils import machine
 from benchmarks.utils.spread import Spread
 from dimr_fast.checkpoint import TrainedModel, load_model
@@ -34,6 +34,7 @@ from dimr_fast.diffusion import multi_scale_loss
 from dimr_fast.evaluation import EfficientNetLite0Features, TensorImages, compute_statistics
 from dimr_fast.model import DiMR
 from dimr_fast.optim import adamw, muon
+from dimr_fast.sampling import balanced_labels
 from dimr_fast.training import CHECKPOINT, TrainConfig, train
 from dimr_fast.utils.device import DTYPES, keep_freed_memory, precision_name, resolve_precision
 from dimr_fast.utils.files import write_json
@@ -166,7 +167,9 @@ class Scorer:
 
     def sample_scores(self, trained: TrainedModel) -> dict[str, float]:
         """Return Fréchet distance, precision and recall of samples."""
-        found = score(trained, self.features, self.reference, self.images, SAMPLING)
+        labels = balanced_labels(self.images, len(trained.classes))
+        draw = sampler_of(trained, SAMPLING, {})
+        found = score(draw, labels, self.features, self.reference)
         return {name: found[name] for name in ("frechet", "precision", "recall")}
 
 

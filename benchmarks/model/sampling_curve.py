@@ -14,7 +14,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from dimr_fast.diffusion import SOLVERS
 from dimr_fast.evaluation import EfficientNetLite0Features, TensorImages, compute_statistics
 from dimr_fast.evaluation.metrics import precision_recall
 from dimr_fast.evaluation.statistics import FeatureStatistics
+from dimr_fast.inference import InferenceDiMR
 from dimr_fast.sampling import ImageSampler, SamplerConfig, balanced_labels
 from dimr_fast.utils.files import write_json
 from dimr_fast.utils.tensors import sha256_of_named
@@ -59,33 +60,44 @@ def points() -> Iterator[dict[str, Any]]:
                     yield dict(zip(KEYS, (*curve, guidance, steps), strict=True))
 
 
+def sampler_of(
+    trained: TrainedModel, sampling: dict[str, Any], point: dict[str, Any]
+) -> ImageSampler:
+    """Return a sampler whose settings are `sampling` and those of the point."""
+    return ImageSampler(trained, SamplerConfig(batch_size=BATCH_SIZE, **sampling, **point))
+
+
 def score(
-    trained: TrainedModel,
+    draw: ImageSampler,
+    labels: Tensor,
     features: EfficientNetLite0Features,
     reference: FeatureStatistics,
-    count: int,
-    point: dict[str, Any],
-) -> dict[str, Any]:
-    """Draw `count` images with the settings of a point; return them with its scores.
+) -> dict[str, float]:
+    """Draw an image for each label and return the scores of the images.
 
-    `evaluations` are those of the network for one image.
+    `evaluations` are those of all networks for one image.
     """
-    draw = ImageSampler(trained, SamplerConfig(batch_size=BATCH_SIZE, **point))
     evaluated = 0
 
     def count_rows(_: object, __: object, outputs: Sequence[Tensor]) -> None:
         nonlocal evaluated
         evaluated += len(outputs[-1])
 
-    draw.network.register_forward_hook(count_rows)
-    images = draw(balanced_labels(count, len(trained.classes)))
+    hooks = [
+        network.register_forward_hook(count_rows)
+        for network in draw.network.modules()
+        if isinstance(network, InferenceDiMR)
+    ]
+    images = draw(labels)
+    for hook in hooks:
+        hook.remove()
     found = compute_statistics(features, TensorImages(images, "samples"))
     precision, recall = precision_recall(found.features, reference.features)
-    return point | {
+    return {
         "frechet": found.distance(reference),
         "precision": precision,
         "recall": recall,
-        "evaluations": evaluated / count,
+        "evaluations": evaluated / len(labels),
     }
 
 
@@ -132,10 +144,12 @@ def score_points(
     out: Path,
     points: Iterable[dict[str, Any]],
     sampling: dict[str, Any] | None = None,
+    sampler: Callable[[TrainedModel, dict[str, Any], dict[str, Any]], ImageSampler] = sampler_of,
 ) -> dict[str, Any]:
     """Draw and score the points that the results file `out` does not have; return its contents.
 
-    `sampling` are settings that all points have, which the file states once.
+    `sampling` are settings that all points have, which the file states once. `sampler` makes the
+    sampler of the model, of these settings and of a point.
     """
     features = EfficientNetLite0Features()
     header = machine.description("dimr_fast", "csrc", "kernels") | {
@@ -145,14 +159,15 @@ def score_points(
         **({"sampling": sampling} if sampling else {}),
     }
     rows = _earlier_rows(out, header)
+    labels = balanced_labels(count, len(trained.classes))
     with torch.inference_mode():
         reference = compute_statistics(features, TensorImages(load_tiles().val_images, "held out"))
         for point in points:
             stored = json.loads(json.dumps(point))
             if any(stored.items() <= row.items() for row in rows):
                 continue
-            found = score(trained, features, reference, count, (sampling or {}) | point)
-            rows.append({name: found[name] for name in found if name not in (sampling or {})})
+            draw = sampler(trained, sampling or {}, point)
+            rows.append(point | score(draw, labels, features, reference))
             write_json(out, header | {"rows": rows})
             print(rows[-1], flush=True)
     return header | {"rows": rows}

@@ -104,6 +104,44 @@ def guidance_text(report: Mapping[str, Any]) -> str:
     )
 
 
+def averages_text(report: Mapping[str, Any]) -> str:
+    """Return the tables of `results/averages.json`."""
+    lengths = sorted({row["length"] for row in report["rows"]})
+    plain = [row for row in report["rows"] if row["guide"] is None]
+    distances = [
+        {"of the run": f"{phase:.0%}"}
+        | {
+            f"length {length:g}": f"{row['frechet']:.1f}"
+            for length in lengths
+            for row in plain
+            if (row["phase"], row["length"]) == (phase, length)
+        }
+        for phase in sorted({row["phase"] for row in plain})
+    ]
+    guides = [
+        {
+            "guide ends at": f"{row['guide'][0]:.0%}",
+            "its length": f"{row['guide'][1]:g}",
+            "strength": f"{row['strength']:g}",
+            "evaluations of an image": f"{row['evaluations']:g}",
+            "Fréchet distance": f"{row['frechet']:.1f}",
+            "precision": f"{row['precision']:.3f}",
+            "recall": f"{row['recall']:.3f}",
+        }
+        for row in report["rows"]
+        if row["guide"] is not None
+    ]
+    guided = {row["length"] for row in report["rows"] if row["guide"] is not None}
+    return (
+        f"Fréchet distance on {report['recipe']} of {report['count']} samples, drawn with averages "
+        "of the weights of the packaged model's run: relative lengths, and averages that ended "
+        f"earlier in the run ({machine.summary(report)}).\n\n{table(distances)}\n\n"
+        f"The average of length {', '.join(f'{length:g}' for length in sorted(guided))} at the end "
+        "of the run, guided by an earlier average (autoguidance):\n\n"
+        f"{table(guides)}"
+    )
+
+
 def draw_sampling_curve(report: Mapping[str, Any], target: Path) -> None:
     """Plot distance, precision and recall over evaluations, and the distance over images/s."""
     measured = bool(report.get("rates"))

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dimr_fast.checkpoint import TrainedModel
 from dimr_fast.data.autoencoder import Decode
@@ -241,7 +241,7 @@ class ImageSampler:
             dtype = resolve_precision(cast(Precision, self._sampler.precision), self._device)
         else:
             dtype = torch.bfloat16
-        self.network = optimize_for_inference(trained.model, dtype, quantize=quantize)
+        self.network: nn.Module = optimize_for_inference(trained.model, dtype, quantize=quantize)
         self._schedule = noise_schedule(trained.schedule)
 
     def __call__(

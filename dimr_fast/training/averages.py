@@ -83,12 +83,13 @@ def coefficients(kept: Sequence[Average], wanted: Average) -> list[float]:
     return [float(1 - others.sum()), *map(float, others)]
 
 
-def average_weights(checkpoint: Path, length: float) -> dict[str, Tensor]:
-    """Return the weights of a run's checkpoint, averaged over a relative length, in float32.
+def average_weights(checkpoint: Path, length: float, step: int | None = None) -> dict[str, Tensor]:
+    """Return the weights of a run, averaged over a relative length, in float32.
 
-    They are combined from the averages in the checkpoint and from those in the folder `averages`
-    beside it. Raises ValueError for a length out of range, and CheckpointError where the run kept
-    none or a file is unusable or of another run.
+    The average ends at `step`, one at which averages were stored; by default at the checkpoint's.
+    It is combined from the averages in the checkpoint and from those in the folder `averages`
+    beside it, up to that step. Raises ValueError for a length out of range or a step without
+    averages, and CheckpointError if the run kept none, or if a file is unusable or of another run.
     """
     exponent(length)
     files = sorted((checkpoint.parent / AVERAGES).glob("*.safetensors"))
@@ -97,20 +98,26 @@ def average_weights(checkpoint: Path, length: float) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{checkpoint}: its run kept no averages: train with average_steps, the interval"
         )
-    stored = [(checkpoint, int(metadata["step"]))]
+    end = int(metadata["step"])
+    stored = {end: checkpoint}
     for file in files:
         _, other = load_checkpoint(file, _NO_TENSOR)
         if other.get("recipe") != metadata["recipe"]:
             raise CheckpointError(f"{file}: is of another run than {checkpoint}")
         # Later files are from before the run was reset to this checkpoint.
-        if other["step"] < stored[0][1]:
-            stored.append((file, int(other["step"])))
-    kept = [Average(of, step) for _, step in stored for of in LENGTHS]
-    factors = iter(coefficients(kept, Average(length, stored[0][1])))
+        if other["step"] < end:
+            stored[int(other["step"])] = file
+    last = end if step is None else step
+    if last not in stored:
+        raise ValueError(f"step: got {last}, expected one with averages: {sorted(stored)}")
+    # The nearest first, as `coefficients` gives the first the largest factor.
+    steps = sorted((at for at in stored if at <= last), reverse=True)
+    kept = [Average(of, at) for at in steps for of in LENGTHS]
+    factors = iter(coefficients(kept, Average(length, last)))
     total: dict[str, Tensor] = {}
-    for file, _ in stored:
+    for at in steps:
         for of in LENGTHS:
-            _accumulate(total, file, prefix_of(of), next(factors))
+            _accumulate(total, stored[at], prefix_of(of), next(factors))
     return {name: value.float() for name, value in total.items()}
 
 

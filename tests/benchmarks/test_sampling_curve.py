@@ -14,6 +14,7 @@ from benchmarks.report.sampling import (
 from dimr_fast.checkpoint import demo_model, load_model
 from dimr_fast.data.tiles import load_tiles
 from dimr_fast.evaluation import EfficientNetLite0Features, TensorImages, compute_statistics
+from dimr_fast.sampling import balanced_labels
 
 ROWS = [
     {
@@ -55,14 +56,16 @@ def test_a_point_is_drawn_and_scored() -> None:
     features = EfficientNetLite0Features()
     reference = compute_statistics(features, TensorImages(load_tiles().val_images[:64], "tiles"))
     point = {"solver": "dpm++2m", "spacing": "log_snr", "guidance": 0.0, "steps": 2}
-    row = sampling_curve.score(load_model(demo_model()), features, reference, 24, point)
-    assert point.items() <= row.items()
+    trained, labels = load_model(demo_model()), balanced_labels(24, 6)
+    draw = sampling_curve.sampler_of(trained, {}, point)
+    row = sampling_curve.score(draw, labels, features, reference)
     assert row["frechet"] > 0
     assert 0 <= row["precision"] <= 1
     assert 0 <= row["recall"] <= 1
     assert row["evaluations"] == 2
-    guided = point | {"guidance": 0.5, "guidance_interval": (0.0, 0.8), "steps": 2}
-    row = sampling_curve.score(load_model(demo_model()), features, reference, 24, guided)
+    guided = {"guidance": 0.5, "guidance_interval": (0.0, 0.8)}
+    draw = sampling_curve.sampler_of(trained, {}, point | guided)
+    row = sampling_curve.score(draw, labels, features, reference)
     assert row["evaluations"] == 3  # at time 1 the model is evaluated once
 
 

@@ -18,6 +18,7 @@ from dimr_fast.training.averages import (
     AVERAGES,
     LENGTHS,
     Average,
+    average_weights,
     coefficients,
     decay_of,
     exponent,
@@ -164,3 +165,14 @@ def test_a_length_out_of_range_is_refused(run: Path, tmp_path: Path, length: flo
         export(ExportConfig(average_length=length, **settings))
     with pytest.raises(ValueError, match=f"length: got {length}, expected 0 < length"):
         exponent(length)
+
+
+def test_an_average_of_an_earlier_step_is_that_of_the_run_until_then(
+    run: Path, tmp_path: Path
+) -> None:
+    early, _ = load_checkpoint(run / AVERAGES / "00000003.safetensors")
+    found = average_weights(run / CHECKPOINT, 0.05, 3)
+    for name, value in found.items():
+        torch.testing.assert_close(value, early[prefix_of(0.05) + name], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"step: got 4, expected one with averages: \[3, 6"):
+        average_weights(run / CHECKPOINT, 0.05, 4)
