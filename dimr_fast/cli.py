@@ -90,7 +90,7 @@ class DistillArguments:
     recipe distill, 2."""
     guidance: float | None = None
     """Classifier-free guidance of the teacher; the distilled model is sampled without. None: that
-    of the recipe distill, 0.5."""
+    of the recipe distill, 0."""
     set: tuple[str, ...] = ()
     """KEY=VALUE, another setting of training to change: minutes, data, learning_rate … It can be
     repeated."""

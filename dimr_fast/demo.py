@@ -62,8 +62,11 @@ def demo(
     # Before training, because a missing package should not fail after ten minutes.
     features = EfficientNetLite0Features()
     prepare_output(output, (*training.FILES, *sampling.FILES, REPORT))
-    recipe = TrainConfig(
-        output=output, minutes=config.minutes, device=config.device, seed=config.seed
+    recipe = dataclasses.replace(
+        TrainConfig.read("demo", output=output),
+        minutes=config.minutes,
+        device=config.device,
+        seed=config.seed,
     )
     tiles = load_tiles() if tiles is None else tiles
     examples = ImageArray(tiles.train_images, tiles.train_labels, tiles.classes)

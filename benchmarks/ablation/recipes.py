@@ -2,11 +2,11 @@
 
     python -m benchmarks.ablation.recipes --state FOLDER [--arms WORDS …] [--seeds SEED …]
 
-An arm is the demo's recipe with a fixed number of steps and changed settings, given as words like
-"optimizer=muon learning_rate=8e-3" that `dimr-fast train --set` takes. Weights at the start and
-batches are the same in all arms of a seed, and so are noise levels and noise where settings do not
-change them. Interrupted (Ctrl-C), the same command resumes. `recipes.json` is rewritten after each
-run, with all runs in the folder; several processes may train different arms in one folder.
+An arm is a run of the default settings, with AdamW, for a fixed number of steps and with changes
+that `dimr-fast train --set` takes, like "optimizer=muon learning_rate=8e-3". Weights at the start
+and batches are the same in all arms of a seed, and so are noise levels and noise where settings do
+not change them. Interrupted (Ctrl-C), the same command resumes. `recipes.json` is rewritten after
+each run, with all runs in the folder; several processes may train different arms in one folder.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class Settings:
         "half_log_snr=[0.5,1.2]",
         "half_log_snr=[0,1]",
     )
-    """Changes of the demo's recipe."""
+    """Changes of the default settings."""
     seeds: tuple[int, ...] = (0,)
     steps: int = 600
     """Steps of each run; the loss is also measured after half of them."""
@@ -105,7 +105,7 @@ class Settings:
         changed = {word.partition("=")[0] for word in words} & set(fixed)
         require(not changed, "arms", arm, f"none that changes {', '.join(sorted(changed))}")
         folder = f"{'_'.join(words)}-{seed}"
-        config = TrainConfig.read("demo", words, self.state / folder)
+        config = TrainConfig.read(None, words, self.state / folder)
         config = dataclasses.replace(config, **fixed)
         config.validate()
         return config

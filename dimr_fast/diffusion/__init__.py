@@ -1,10 +1,10 @@
 """The diffusion process: schedule, training objective, guidance and solvers. Knows no model."""
 
-from dimr_fast.diffusion.consistency import (
-    ConsistencyTimes,
-    consistency_loss,
-    consistency_target,
-    consistency_times,
+from dimr_fast.diffusion.distillation import (
+    Intervals,
+    distillation_loss,
+    draw_intervals,
+    teacher_target,
 )
 from dimr_fast.diffusion.guidance import (
     ConstantGuidance,
@@ -38,10 +38,10 @@ from dimr_fast.diffusion.solvers import (
 __all__ = [
     "SOLVERS",
     "VPSDE",
-    "ConsistencyTimes",
     "ConstantGuidance",
     "DiscreteSchedule",
     "Guidance",
+    "Intervals",
     "ModelFn",
     "NoiseFn",
     "PowerCosineGuidance",
@@ -50,11 +50,10 @@ __all__ = [
     "Solver",
     "SolverName",
     "Spacing",
-    "consistency_loss",
-    "consistency_target",
-    "consistency_times",
+    "distillation_loss",
     "dpm_solver_multistep",
     "dpm_solver_singlestep",
+    "draw_intervals",
     "euler",
     "euler_maruyama",
     "guided",
@@ -62,5 +61,6 @@ __all__ = [
     "multi_scale_loss",
     "noise_schedule",
     "pool_noise",
+    "teacher_target",
     "time_condition",
 ]

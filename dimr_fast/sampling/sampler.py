@@ -170,7 +170,7 @@ class SamplerConfig:
 
         Raises ValueError where a setting is another one.
         """
-        fixed = {"solver": "ddim", "spacing": "time", "steps": evaluations, "guidance": 0.0}
+        fixed = {"solver": "ddim", "spacing": "log_snr", "steps": evaluations, "guidance": 0.0}
         for name, value in {**fixed, "defaults": None}.items():
             given = getattr(self, name)
             require(

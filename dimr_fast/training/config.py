@@ -58,7 +58,7 @@ Sharding = Literal["none", "fsdp2"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of a training run. The defaults are the demo's recipe."""
+    """Settings of a training run. The defaults are the demo's recipe, but with AdamW."""
 
     output: Path
     """Output folder of the run. It must not contain a run, except with `--resume`."""
@@ -74,11 +74,11 @@ class TrainConfig:
     `dimr-fast distill`, which also starts from its weights."""
     evaluations: int = 2
     """Network evaluations per image of the distilled model."""
-    teacher_guidance: float = 0.5
+    teacher_guidance: float = 0.0
     """Classifier-free guidance of the teacher; the distilled model is sampled without."""
-    teacher_steps: int = 48
-    """DDIM steps of the teacher, uniform in the log signal-to-noise ratio, that the distilled model
-    learns to replace."""
+    teacher_steps: int = 8
+    """Steps of the teacher that the distilled model learns to replace: multistep DPM-Solver++ of
+    order 2, uniform in the log signal-to-noise ratio. A multiple of evaluations."""
     data: str = "tiles"
     """"tiles", the satellite tiles of the installed data package; or a folder of images with one
     sub-folder for each class; or a folder of latents that `dimr-fast extract` wrote."""
@@ -204,8 +204,8 @@ class TrainConfig:
             evaluations=(self.evaluations > 0, "1 or more"),
             teacher_guidance=(-1 <= self.teacher_guidance < math.inf, "a number, -1 or more"),
             teacher_steps=(
-                self.teacher_steps >= self.evaluations,
-                f"at least as many as evaluations, {self.evaluations}",
+                self.teacher_steps > 0 and self.teacher_steps % max(self.evaluations, 1) == 0,
+                f"a positive multiple of evaluations, {self.evaluations}",
             ),
             learning_rate=(self.learning_rate > 0, "a positive number"),
             warmup_steps=(self.warmup_steps >= 0, "0 or more"),

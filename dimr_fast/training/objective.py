@@ -10,11 +10,11 @@ from dimr_fast.checkpoint import TrainedModel
 from dimr_fast.diffusion import (
     ConstantGuidance,
     Schedule,
-    consistency_loss,
-    consistency_target,
-    consistency_times,
+    distillation_loss,
+    draw_intervals,
     guided,
     multi_scale_loss,
+    teacher_target,
 )
 from dimr_fast.inference import optimize_for_inference
 
@@ -71,11 +71,11 @@ class NoisePrediction:
         return losses * weights.to(losses.dtype)
 
 
-class ConsistencyDistillation:
-    """Learn to sample in `evaluations` steps what a teacher samples in `teacher_steps`.
+class Distillation:
+    """Learn to draw in `evaluations` steps what a teacher draws in `teacher_steps`.
 
     `guidance` is that of the teacher, which the student learns to do without. Computation is in
-    `dtype`, the student's in mixed precision. See `consistency_target`.
+    `dtype`, the student's in mixed precision. See `teacher_target`.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class ConsistencyDistillation:
         self.evaluations, self.teacher_steps = evaluations, teacher_steps
         self.guidance = ConstantGuidance(guidance)
         self.null_class = teacher.model.config.null_class
+        self.range = teacher.scale.range
         self.network = optimize_for_inference(teacher.model, dtype)
 
     def draw(self, count: int) -> Tensor:
@@ -100,21 +101,19 @@ class ConsistencyDistillation:
         return torch.rand(count, dtype=torch.float64, device="cpu")
 
     def loss(self, model: nn.Module, x0: Tensor, y: Tensor, draws: Tensor, noise: Tensor) -> Tensor:
-        """Return the consistency loss."""
-        times = consistency_times(
+        """Return the distillation loss."""
+        intervals = draw_intervals(
             self.schedule, draws.tolist(), self.evaluations, self.teacher_steps, self.device
         )
-
-        def student(x: Tensor, t: Tensor) -> list[Tensor]:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                return model(x, log_snr=self.schedule.condition_at(t), y=y)
-
         teacher = guided(
             self._predict, y, self.null_class, self.guidance, condition=self.schedule.condition_at
         )
-        x = times.noisy(x0, noise)
-        target = consistency_target(x, times, teacher, lambda x, t: student(x, t)[-1].to(x.dtype))
-        return consistency_loss(student(x, times.time), target, times)
+        x = intervals.start(x0, noise)
+        target = teacher_target(x, intervals, teacher, self.range)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            condition = self.schedule.condition_at(intervals.time[0])
+            predictions = model(x, log_snr=condition, y=y)
+        return distillation_loss(predictions, target, intervals)
 
     def _predict(self, x: Tensor, condition: Tensor, y: Tensor) -> Tensor:
         return self.network(x, log_snr=condition, y=y, last_only=True)[0]

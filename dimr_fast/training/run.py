@@ -28,7 +28,7 @@ from dimr_fast.training.config import TrainConfig
 from dimr_fast.training.initial import initial_model
 from dimr_fast.training.log import LOG, require_tensorboard
 from dimr_fast.training.loop import TrainLoop
-from dimr_fast.training.objective import ConsistencyDistillation, NoisePrediction, Objective
+from dimr_fast.training.objective import Distillation, NoisePrediction, Objective
 from dimr_fast.training.parallel import check_batch_split, parallelize
 from dimr_fast.training.previews import Previews
 from dimr_fast.training.state import CHECKPOINT, TrainState, read_state
@@ -345,7 +345,7 @@ def _objective(
     if teacher is None:
         return NoisePrediction(schedule, device, dtype, config.half_log_snr, config.min_snr)
     teacher.model.to(device)
-    return ConsistencyDistillation(
+    return Distillation(
         teacher,
         schedule,
         dtype,
