@@ -38,6 +38,7 @@ from dimr_fast.utils.tensors import (
 
 __all__ = [
     "EMA_PREFIX",
+    "PACKAGED",
     "CheckpointError",
     "StoredWeights",
     "TrainedModel",
@@ -53,6 +54,9 @@ __all__ = [
 
 EMA_PREFIX = "ema."
 SAFETENSORS = ".safetensors"
+PACKAGED = ("demo", "demo-distilled")
+"""Models that come with the package, by the names that `load_model` takes. The second is distilled
+from the first and draws in two evaluations."""
 _CHECKSUMS = "crc32"
 _BARE_WEIGHTS = "not a checkpoint of a DiMR model, but weights without its configuration"
 
@@ -109,10 +113,13 @@ def load_model(path: Path) -> TrainedModel:
     """Load the model of a training checkpoint or of a folder, on the CPU and in evaluation mode.
 
     From a training checkpoint it loads the EMA weights. A folder must have been written by
-    `save_model`, `dimr-fast export` or `dimr-fast convert`. Raises CheckpointError where the files
+    `save_model`, `dimr-fast export` or `dimr-fast convert`. `demo` and `demo-distilled` are the
+    packaged models, unless there is such a file or folder. Raises CheckpointError where the files
     are unusable, do not fit together or do not state the model's classes, input scale and noise
     schedule.
     """
+    if str(path) in PACKAGED and not path.exists():
+        path = demo_model(str(path))
     if path.is_dir():
         model, notes = DiMR.from_folder(path)
         return _trained_model(path, model, notes, schedule_of(notes))
@@ -243,14 +250,14 @@ def save_model(
     write_folder(folder, fill)
 
 
-def demo_model() -> Path:
-    """Return the folder of the packaged model: satellite tiles of 32×32 pixels in 6 classes.
+def demo_model(name: str = PACKAGED[0]) -> Path:
+    """Return the folder of a packaged model: satellite tiles of 32×32 pixels in 6 classes.
 
-    Raises CheckpointError where the installation lacks it.
+    `name` is one of `PACKAGED`. Raises CheckpointError if the installation lacks it.
     """
-    folder = Path(__file__).parent / "pretrained" / "demo"
+    folder = Path(__file__).parent / "pretrained" / name
     if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder}: this installation has no demo model")
+        raise CheckpointError(f"{folder}: this installation has no model {name}")
     return folder
 
 

@@ -17,6 +17,7 @@ from benchmarks.utils.spread import figure
 
 RESULT = RESULTS / "ablation.json"
 RECIPES_RESULT = RESULTS / "recipes.json"
+DISTILLATION_RESULT = RESULTS / "distillation.json"
 CODE = ("dimr_fast", "csrc", "benchmarks/ablation")
 """Code that a result depends on: changes to it are marked beside the commit."""
 OUR_COLOR, PAPER_COLOR = "#2f6fb0", "#9a9a9a"
@@ -128,6 +129,27 @@ def recipe_table(report: Mapping[str, Any]) -> str:
         f"{figure(times['muon'])} ms with Muon; a step with Muon takes "
         f"{steps['muon'] / steps['adamw'] - 1:.0%} more time. `torch.optim.Muon`, one matrix at a "
         f"time and in bf16, takes {figure(times['torch.optim.Muon'])} ms for the update."
+    )
+
+
+def distillation_table(report: Mapping[str, Any]) -> str:
+    """Return a table of the scores and the speed of each student, and of its teacher."""
+    rows = [
+        {
+            "model": f"`{row['name']}`" if "=" in row["name"] else row["name"],
+            "evaluations of an image": f"{row['evaluations']:g}",
+            "steps of training": row["steps"],
+            "Fréchet distance": f"{row['frechet']:.1f}",
+            "precision": f"{row['precision']:.2f}",
+            "recall": f"{row['recall']:.2f}",
+            "images a second": figure(row["images_per_second"]),
+        }
+        for row in report["rows"]
+    ]
+    return (
+        f"Fréchet distance on {report['features']} of {report['images']:,} samples to the held-out "
+        f"tiles. The teacher is the packaged model; students of the recipe `distill` with changes "
+        f"have {report['steps']} steps. {machine.summary(report)}.\n\n{table(rows)}"
     )
 
 

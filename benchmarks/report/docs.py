@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation.report import ablation_table, recipe_table
+from benchmarks.ablation.report import ablation_table, distillation_table, recipe_table
 from benchmarks.report import model, operators
 from benchmarks.report.results import ModelResults
 from benchmarks.report.sampling import averages_text, cost_of_an_image, guidance_text, sampling_text
@@ -101,6 +101,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Samples with fewer evaluations": sampling_curve,
     "Samples by guidance": lambda: _from_file("guidance.json", guidance_text),
     "Samples by averages of the weights": lambda: _from_file("averages.json", averages_text),
+    "Distilled models": lambda: _from_file("distillation.json", distillation_table),
     "Memory of a training step": lambda: _from_file("memory.json", operators.memory_table),
     "Kernel launches": lambda: _from_file("launches.json", operators.launch_table),
     "What the architecture is worth": ablation,
