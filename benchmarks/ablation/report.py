@@ -153,6 +153,22 @@ def distillation_table(report: Mapping[str, Any]) -> str:
     )
 
 
+def cost_of_an_image(report: Mapping[str, Any]) -> str:
+    """Return in words what an image of the packaged model costs, of its student, and before."""
+    named = {row["name"]: row for row in report["rows"]}
+    parts = [
+        f"{subject} {row['images_per_second']:.0f} images a second on this processor, with "
+        f"{row['evaluations']:g} evaluations each and a Fréchet distance of {row['frechet']:.0f}"
+        for name, subject in (
+            ("teacher, by default", "the packaged model draws"),
+            ("demo-distilled", "its distilled form"),
+            ("teacher, default of earlier versions", "the published solver with guidance"),
+        )
+        if (row := named.get(name))
+    ]
+    return f"By default {'; '.join(parts)} ({report['images']:,} samples)."
+
+
 def _mean(runs: list[Mapping[str, Any]], name: str) -> float:
     return statistics.fmean(run[name] for run in runs)
 

@@ -8,10 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation.report import ablation_table, distillation_table, recipe_table
+from benchmarks.ablation.report import (
+    ablation_table,
+    cost_of_an_image,
+    distillation_table,
+    recipe_table,
+)
 from benchmarks.report import model, operators
 from benchmarks.report.results import ModelResults
-from benchmarks.report.sampling import averages_text, cost_of_an_image, guidance_text, sampling_text
+from benchmarks.report.sampling import averages_text, guidance_text, sampling_text
 from benchmarks.utils.files import BENCHMARKS, RESULTS, ROOT
 from benchmarks.utils.markdown import replace_block
 
@@ -124,7 +129,7 @@ def results_page(_: str) -> str:
 def readme_page(page: str) -> str:
     """Return the README with its table of speedups and the result of the demo renewed."""
     results = ModelResults.read(RESULTS / "model_cpu.json")
-    cost = _from_file("sampling_curve.json", cost_of_an_image)
+    cost = _from_file("distillation.json", cost_of_an_image)
     page = replace_block(page, "speed", model.readme_table(results, cost))
     return replace_block(page, "demo result", _from_file("demo/demo.json", _demo_text))
 

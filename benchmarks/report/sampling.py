@@ -1,5 +1,6 @@
 """Show the scores of samples over the number of network evaluations."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import matplotlib
 
 from benchmarks.utils import machine
 from benchmarks.utils.markdown import table
+from dimr_fast.checkpoint import demo_model, load_model
+from dimr_fast.utils.tensors import sha256_of_named
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -17,6 +20,18 @@ PANELS = {
     "precision": "precision",
     "recall": "recall",
 }
+
+
+@functools.cache
+def packaged_weights() -> str:
+    """Return the SHA-256 of the weights of the packaged model."""
+    return sha256_of_named(load_model(demo_model()).model.state_dict())
+
+
+def model(report: Mapping[str, Any]) -> str:
+    """Say whether the samples are of the packaged model or of an earlier one."""
+    current = report["weights_sha256"] == packaged_weights()
+    return "the packaged model" if current else "an earlier packaged model"
 
 
 def curves(report: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -55,31 +70,11 @@ def sampling_text(report: Mapping[str, Any]) -> str:
         for guided in (True, False)
     ]
     text = (
-        f"Fréchet distance on {report['recipe']} of {report['count']} samples of the packaged "
-        "model to the held-out tiles, by the number of network evaluations, from the same noise "
+        f"Fréchet distance on {report['recipe']} of {report['count']} samples of {model(report)} "
+        "to the held-out tiles, by the number of network evaluations, from the same noise "
         f"({machine.summary(report)}). Fewer samples have larger distances.\n\n{table(distances)}"
     )
     return f"{text}\n\n{table(rates)}" if report.get("rates") else text
-
-
-def cost_of_an_image(report: Mapping[str, Any]) -> str:
-    """Return in one sentence what an image costs by default, and with 25 guided steps."""
-    default, guided = (
-        next(row for row in report["rows"] if settings.items() <= row.items())
-        for settings in (
-            {"solver": "dpm++2m", "spacing": "log_snr", "guidance": 0.0, "steps": 8},
-            {"solver": "dpm++", "spacing": "time", "guidance": 1.0, "steps": 25},
-        )
-    )
-    rates = [rate(report, row) for row in (default, guided)]
-    if None in rates:
-        return "Not measured yet."
-    return (
-        f"By default the packaged model draws {rates[0]:.0f} images a second on this processor, "
-        f"with 8 evaluations and a Fréchet distance of {default['frechet']:.0f}. With 25 guided "
-        f"evaluations it draws {rates[1]:.0f}, and the published solver reaches "
-        f"{guided['frechet']:.0f} ({report['count']} samples)."
-    )
 
 
 def guidance_text(report: Mapping[str, Any]) -> str:
@@ -97,7 +92,7 @@ def guidance_text(report: Mapping[str, Any]) -> str:
     ]
     sampling = report["sampling"]
     return (
-        f"Scores on {report['recipe']} of {report['count']} samples of the packaged model, drawn "
+        f"Scores on {report['recipe']} of {report['count']} samples of {model(report)}, drawn "
         f"by {sampling['solver']} with {sampling['steps']} steps uniform in {sampling['spacing']}, "
         f"from the same noise ({machine.summary(report)}). Time 1 is noise, time 0 the image.\n\n"
         f"{table(rows)}"
@@ -186,7 +181,7 @@ def draw_sampling_curve(report: Mapping[str, Any], target: Path) -> None:
     for axes in panels.flat:
         axes.grid(alpha=0.3, which="both", linewidth=0.4)
     figure.suptitle(
-        f"{report['count']} samples of the packaged model. {machine.summary(report)}", fontsize=9
+        f"{report['count']} samples of {model(report)}. {machine.summary(report)}", fontsize=9
     )
     figure.legend(
         shown.values(), shown, loc="outside lower center", ncols=3, fontsize=7, frameon=False

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.ablation.distillation import Settings, compare
-from benchmarks.ablation.report import distillation_table
+from benchmarks.ablation.report import cost_of_an_image, distillation_table
 from tests.benchmarks.test_recipes import tiles
 
 
@@ -46,6 +46,23 @@ def test_students_are_scored_once_and_shown_beside_their_teacher(tmp_path: Path)
     )
     assert found["evaluations=1_batch_size=2"]["steps"] == 2
     assert "| evaluations=1_batch_size=2 | 1 | 2 |" in distillation_table(again).replace("`", "")
+
+
+def test_a_sentence_says_what_an_image_costs() -> None:
+    rows = [
+        {"name": name, "evaluations": evaluations, "frechet": distance, "images_per_second": rate}
+        for name, evaluations, distance, rate in (
+            ("teacher, by default", 8.0, 120.4, 104.6),
+            ("teacher, default of earlier versions", 50.0, 121.4, 14.4),
+            ("evaluations=2", 2.0, 140.0, 300.0),
+            ("demo-distilled", 2.0, 130.6, 301.2),
+        )
+    ]
+    text = cost_of_an_image({"images": 1536, "rows": rows})
+    assert "the packaged model draws 105 images a second on this processor, with 8 " in text
+    assert "its distilled form 301 images a second on this processor, with 2 evaluations" in text
+    assert "guidance 14 images" in text
+    assert text.endswith("distance of 121 (1,536 samples).")
 
 
 @pytest.mark.parametrize(

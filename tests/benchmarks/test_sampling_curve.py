@@ -6,7 +6,6 @@ import pytest
 
 from benchmarks.model import guidance, sampling_curve
 from benchmarks.report.sampling import (
-    cost_of_an_image,
     draw_sampling_curve,
     guidance_text,
     sampling_text,
@@ -15,6 +14,7 @@ from dimr_fast.checkpoint import demo_model, load_model
 from dimr_fast.data.tiles import load_tiles
 from dimr_fast.evaluation import EfficientNetLite0Features, TensorImages, compute_statistics
 from dimr_fast.sampling import balanced_labels
+from dimr_fast.utils.tensors import sha256_of_named
 
 ROWS = [
     {
@@ -30,6 +30,7 @@ ROWS = [
     for steps in (1, 8)
 ]
 REPORT = {
+    "weights_sha256": "0" * 64,
     "device": "CPU",
     "count": 768,
     "recipe": "a network",
@@ -69,24 +70,13 @@ def test_a_point_is_drawn_and_scored() -> None:
     assert row["evaluations"] == 3  # at time 1 the model is evaluated once
 
 
-def test_a_sentence_says_what_an_image_costs() -> None:
-    scores = {"precision": 0.5, "recall": 0.2}
-    rows = [
-        {"solver": s, "spacing": t, "guidance": g, "steps": n, "frechet": d, **scores}
-        for s, t, g, n, d in (
-            ("dpm++2m", "log_snr", 0.0, 8, 165.8),
-            ("dpm++", "time", 1.0, 25, 164.9),
-        )
-    ]
-    rates = [
-        {"guided": guided, "steps": steps, "images_per_second": rate}
-        for guided, steps, rate in ((False, 8, 90.4), (True, 25, 13.6))
-    ]
-    text = cost_of_an_image({"count": 768, "rows": rows, "rates": rates})
-    assert "draws 90 images a second" in text
-    assert "distance of 166. With 25 guided evaluations it draws 14, and" in text
-    assert "solver reaches 165 (768 samples)" in text
-    assert cost_of_an_image({"count": 768, "rows": rows}) == "Not measured yet."
+def test_results_say_whether_they_are_of_the_packaged_weights() -> None:
+    packaged = sha256_of_named(load_model(demo_model()).model.state_dict())
+    for weights, words in (
+        (packaged, "768 samples of the packaged model"),
+        ("0" * 64, "768 samples of an earlier packaged model"),
+    ):
+        assert words in sampling_text(REPORT | {"weights_sha256": weights})
 
 
 def test_every_guidance_is_there_once() -> None:
@@ -101,6 +91,7 @@ def test_the_table_of_guidance_shows_the_scores() -> None:
         "device": "CPU",
         "count": 768,
         "recipe": "a network",
+        "weights_sha256": "0" * 64,
         "sampling": guidance.SOLVER,
         "rows": [{"guidance": 0.5, "guidance_interval": [0.2, 1.0], **scores}],
     }
