@@ -1,10 +1,15 @@
-"""Builds the compiled libraries with CMake; everything else is in pyproject.toml."""
+"""Builds the compiled libraries with CMake; everything else is in pyproject.toml.
+
+They are no Python modules: one build serves every version of Python and, on the stable ABI, of
+torch.
+"""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -15,12 +20,15 @@ sys.path.insert(0, str(ROOT / "csrc"))
 
 from build_support import toolchain  # noqa: E402
 
-REASONS = "_not_built.json"
-OUTPUTS = ("libdimr_fast_*.so", "_bindings.*.so", REASONS)
+FACTS, REASONS = "_built.json", "_not_built.json"
+OUTPUTS = ("libdimr_fast_*.so", FACTS, REASONS)
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake once for all libraries, and leaves beside them why any is missing."""
+    """Runs CMake once for all libraries; writes beside them what built them and which are missing.
+
+    `dimr_fast._extension` reads both files.
+    """
 
     def run(self) -> None:
         try:
@@ -43,8 +51,6 @@ class CMakeBuild(build_ext):
         (output / REASONS).write_text(json.dumps(missing) + "\n")
 
     def _compile(self, output: Path, cuda: toolchain.CudaPlan | str) -> None:
-        import pybind11
-
         torch = toolchain.find_torch()
         if torch is None:
             oldest = ".".join(map(str, toolchain.OLDEST_TORCH))
@@ -56,25 +62,21 @@ class CMakeBuild(build_ext):
             # That of an earlier installation may have been in an environment that is gone.
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
-            "Python_EXECUTABLE": sys.executable,
-            "PYBIND11_FINDPYTHON": "ON",
-            "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_ROOT": torch.root,
-            "TORCH_VERSION": torch.version,
-            "DIMR_FAST_VERSION": self.distribution.get_version(),
         }
-        advice = ""
+        facts = {"version": self.distribution.get_version(), "torch": torch.version}
+        advice, architectures = "", ""
         if isinstance(cuda, toolchain.CudaPlan):
             advice = "; DIMR_FAST_SKIP_CUDA=1 builds without CUDA"
+            architectures = " ".join(cuda.architectures)
             definitions |= {
                 "CMAKE_CUDA_COMPILER": cuda.nvcc,
                 "CMAKE_CUDA_ARCHITECTURES": toolchain.cmake_architectures(cuda.architectures),
-                "DIMR_FAST_CUDA_ARCHITECTURES": " ".join(cuda.architectures),
             }
         # Kept, so that another installation compiles only what has changed. A build without CUDA
         # has a folder of its own: CMake would keep the CUDA compiler of an earlier one.
         kind = "cuda" if isinstance(cuda, toolchain.CudaPlan) else "cpu"
-        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.version}-{kind}"
+        build = ROOT / "build" / f"torch-{torch.version}-{kind}"
         arguments = [f"-D{name}={value}" for name, value in definitions.items()]
         jobs = os.environ.get("MAX_JOBS")
         print(f"dimr_fast: building against torch {torch.version}", flush=True)
@@ -85,6 +87,9 @@ class CMakeBuild(build_ext):
             subprocess.run(["cmake", "--build", build, *(["-j", jobs] if jobs else [])], check=True)
         except subprocess.CalledProcessError:
             raise toolchain.BuildError(f"the compilers failed, see above{advice}") from None
+        facts |= json.loads((build / "compilers.json").read_text())
+        facts["cuda_architectures"] = architectures
+        (output / FACTS).write_text(json.dumps(facts) + "\n")
 
     def _output_folder(self) -> Path:
         return Path(self.get_ext_fullpath(self.extensions[0].name)).resolve().parent
@@ -102,7 +107,20 @@ class CMakeBuild(build_ext):
 # Listed for the source distribution; what is compiled, CMake decides.
 SOURCES = ["CMakeLists.txt", *(str(f.relative_to(ROOT)) for f in (ROOT / "csrc").rglob("*.[chp]*"))]
 
+commands: dict[str, type] = {"build_ext": CMakeBuild}
+# benchmarks/gpu builds in place, perhaps with a setuptools that has no such command.
+with suppress(ImportError):
+    from setuptools.command.bdist_wheel import bdist_wheel
+
+    class Wheel(bdist_wheel):
+        """Tags a wheel for its platform only, because nothing compiled depends on Python."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            return "py3", "none", super().get_tag()[2]
+
+    commands["bdist_wheel"] = Wheel
+
 setup(
-    ext_modules=[Extension("dimr_fast._bindings", sources=sorted(SOURCES))],
-    cmdclass={"build_ext": CMakeBuild},
+    ext_modules=[Extension("dimr_fast.libraries", sources=sorted(SOURCES))],
+    cmdclass=commands,
 )

@@ -6,7 +6,6 @@ registers its kernels for the schemas that `dimr_fast.ops` defines.
 
 import ctypes
 import functools
-import importlib
 import json
 import re
 from pathlib import Path
@@ -110,13 +109,8 @@ def why_not_architecture(capability: tuple[int, int], compiled: str) -> str | No
 def build_facts() -> dict[str, str]:
     """Return the versions that the libraries were built with, empty if nothing was compiled.
 
-    Keys: version, torch, compiler, cuda (empty without nvcc), cuda_architectures.
+    Keys: version, torch, compiler, cuda (nvcc's version, empty without the CUDA library) and
+    cuda_architectures.
     """
-    try:
-        bindings = importlib.import_module("dimr_fast._bindings")
-    except ImportError:
-        return {}
-    return {
-        key: getattr(bindings, key)
-        for key in ("version", "torch", "compiler", "cuda", "cuda_architectures")
-    }
+    file = _FOLDER / "_built.json"
+    return json.loads(file.read_text()) if file.is_file() else {}

@@ -25,7 +25,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import time
 import traceback
@@ -83,9 +82,8 @@ SECTIONS = (
 
 
 def is_built(package: Path = ROOT / "dimr_fast") -> bool:
-    """Return True if `package` has its kernels, and libraries for this version of Python."""
-    bindings = f"_bindings{sysconfig.get_config_var('EXT_SUFFIX')}"
-    needed = ("kernels", bindings, "libdimr_fast_cpu.so")
+    """Return True if `package` has its kernels and compiled libraries."""
+    needed = ("kernels", "_built.json", "libdimr_fast_cpu.so")
     return all((package / name).exists() for name in needed)
 
 

@@ -18,6 +18,12 @@ from pathlib import Path
 
 OLDEST_TORCH = (2, 11)
 DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0")
+"""What `TORCH_CUDA_ARCH_LIST=all` compiles for, and the last one also as PTX, for newer GPUs."""
+ALL = "all"
+NO_GPU = (
+    "nvidia-smi finds no GPU; to compile it for another machine, install from source with "
+    "TORCH_CUDA_ARCH_LIST=all or a list of architectures such as '8.0;9.0'"
+)
 
 
 class BuildError(Exception):
@@ -76,8 +82,6 @@ def why_no_compiler(environ: Mapping[str, str] = os.environ) -> str | None:
             return f"no C++ compiler: CXX is {named!r}, which is not there"
     elif not any(shutil.which(c, path=environ.get("PATH")) for c in ("c++", "g++", "clang++")):
         return "no C++ compiler: none of c++, g++, clang++ on PATH and CXX not set"
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        return "no Python headers (Python.h): install the python3-dev package"
     return None
 
 
@@ -100,46 +104,80 @@ class CudaPlan:
 
 
 def plan_cuda(environ: Mapping[str, str] = os.environ) -> CudaPlan | str:
-    """How to build the CUDA library, or the reason why it is not built.
+    """Return how to build the CUDA library, or the reason why it is not built.
 
-    Heeds `DIMR_FAST_SKIP_CUDA`, `DIMR_FAST_FORCE_CUDA`, `CUDA_HOME` and `TORCH_CUDA_ARCH_LIST`;
-    BuildError where they contradict each other, are malformed or cannot be honoured.
+    It is built for the GPUs of this machine, or for those that `TORCH_CUDA_ARCH_LIST` names; for
+    `DEFAULT_ARCHITECTURES` if that is "all", or if `DIMR_FAST_FORCE_CUDA=1` and there is no GPU.
+    Also heeds `DIMR_FAST_SKIP_CUDA` and `CUDA_HOME`. Raises BuildError if they contradict each
+    other, are malformed or cannot be honoured.
     """
     skip, force = (environ.get(f"DIMR_FAST_{word}_CUDA") == "1" for word in ("SKIP", "FORCE"))
     if skip and force:
         raise BuildError("DIMR_FAST_SKIP_CUDA=1 and DIMR_FAST_FORCE_CUDA=1 exclude each other")
     if skip:
         return "skipped: DIMR_FAST_SKIP_CUDA=1"
-    requested = environ.get("TORCH_CUDA_ARCH_LIST")
-    if requested:
+    requested = environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if requested not in ("", ALL):
         parse_architectures(requested)
+    gpus = () if requested else find_gpus(environ)
+    if not (requested or gpus or force):
+        return NO_GPU
     nvcc = why_no_compiler(environ) or find_nvcc(environ)
     if isinstance(nvcc, Path):
-        return CudaPlan(nvcc, choose_architectures(requested, supported_architectures(nvcc)))
+        supported = supported_architectures(nvcc)
+        if gpus:
+            return _plan_for_gpus(nvcc, gpus, supported)
+        return CudaPlan(nvcc, choose_architectures(requested or ALL, supported))
     if force:
         raise BuildError(f"DIMR_FAST_FORCE_CUDA=1 but the CUDA library cannot be built: {nvcc}")
     return nvcc
 
 
+def find_gpus(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Return the compute capabilities of the NVIDIA GPUs of this machine, such as ("8.0", "9.0").
+
+    Sorted, each once. Empty if nvidia-smi, which comes with the driver, is absent or fails.
+    """
+    program = shutil.which("nvidia-smi", path=environ.get("PATH"))
+    if program is None:
+        return ()
+    query = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    listing = subprocess.run(query, capture_output=True, text=True).stdout
+    return tuple(sorted(set(re.findall(r"^\s*(\d+\.\d)\s*$", listing, re.M)), key=float))
+
+
+def _plan_for_gpus(nvcc: Path, gpus: tuple[str, ...], supported: tuple[str, ...]) -> CudaPlan | str:
+    architectures = []
+    for gpu in gpus:
+        older = [a for a in supported if float(a) <= float(gpu)]
+        if older:
+            # The driver translates PTX for a GPU that is newer than this nvcc.
+            architectures.append(gpu if older[-1] == gpu else older[-1] + "+PTX")
+    if architectures:
+        return CudaPlan(nvcc, tuple(dict.fromkeys(architectures)))
+    return f"this nvcc supports {', '.join(supported)}, the GPUs here are {', '.join(gpus)}"
+
+
 def parse_architectures(text: str) -> tuple[str, ...]:
-    """`TORCH_CUDA_ARCH_LIST` as a tuple such as ("8.0", "9.0a", "10.0+PTX"), form checked."""
+    """Return a list of architectures as a tuple such as ("8.0", "9.0a", "10.0+PTX")."""
     entries = tuple(text.replace(";", " ").replace(",", " ").split())
     wrong = [e for e in entries if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", e)]
     if wrong or not entries:
         named = ", ".join(map(repr, wrong)) or "nothing"
         raise BuildError(
             f"TORCH_CUDA_ARCH_LIST: got {text!r}, with {named} for an architecture; "
-            "expected a list such as '8.0;9.0;10.0+PTX'"
+            "expected 'all' or a list such as '8.0;9.0;10.0+PTX'"
         )
     return entries
 
 
-def choose_architectures(text: str | None, supported: tuple[str, ...]) -> tuple[str, ...]:
-    """The architectures to compile for: those asked for, or the defaults that nvcc supports.
+def choose_architectures(text: str, supported: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the architectures to compile for: those named in `text`, or for "all" the defaults.
 
-    `supported` are nvcc's, such as ("8.0", "9.0"), oldest first.
+    `supported` are nvcc's, such as ("8.0", "9.0"), oldest first. Of the defaults, those that it
+    does not support are left out; it is a BuildError for an architecture named.
     """
-    if not text:
+    if text == ALL:
         known = [a for a in DEFAULT_ARCHITECTURES if a in supported] or [supported[-1]]
         return (*known[:-1], known[-1] + "+PTX")
     entries = parse_architectures(text)

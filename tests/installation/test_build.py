@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,7 @@ _spec.loader.exec_module(toolchain)
 
 NVCC_12 = ("5.0", "7.5", "8.0", "8.6", "9.0")
 NVCC_13 = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
-has_headers = pytest.mark.skipif(
-    not Path(sysconfig.get_path("include"), "Python.h").is_file(), reason="no Python.h"
-)
+CAPABLE = "compute_75\ncompute_80\ncompute_90\ncompute_100\n"
 
 
 @pytest.fixture
@@ -46,10 +43,9 @@ def tools(tmp_path):
 @pytest.mark.parametrize(
     ("text", "supported", "chosen"),
     [
-        (None, NVCC_13, ("8.0", "9.0", "10.0+PTX")),
-        ("", NVCC_13, ("8.0", "9.0", "10.0+PTX")),
-        (None, NVCC_12, ("8.0", "9.0+PTX")),
-        (None, ("5.0", "7.5"), ("7.5+PTX",)),
+        ("all", NVCC_13, ("8.0", "9.0", "10.0+PTX")),
+        ("all", NVCC_12, ("8.0", "9.0+PTX")),
+        ("all", ("5.0", "7.5"), ("7.5+PTX",)),
         ("8.6", NVCC_13, ("8.6",)),
         ("8.0;9.0a, 10.0+PTX", NVCC_13, ("8.0", "9.0a", "10.0+PTX")),
     ],
@@ -80,19 +76,58 @@ def test_architectures_for_cmake():
     assert toolchain.cmake_architectures(("8.0", "9.0a", "10.0+PTX")) == "80-real;90a-real;100"
 
 
-@has_headers
-def test_cuda_plan_of_a_machine_with_nvcc(tools):
-    path = tools(**{"g++": "", "nvcc": "compute_75\ncompute_80\ncompute_100\n"})
+def test_the_cuda_library_is_built_for_the_gpus_of_the_machine(tools):
+    path = tools(**{"g++": "", "nvcc": CAPABLE, "nvidia-smi": "9.0\n8.0\n9.0"})
     plan = toolchain.plan_cuda({"PATH": path})
-    assert plan == toolchain.CudaPlan(Path(path, "nvcc"), ("8.0", "10.0+PTX"))
+    assert plan == toolchain.CudaPlan(Path(path, "nvcc"), ("8.0", "9.0"))
+    assert plan == toolchain.plan_cuda({"PATH": path, "DIMR_FAST_FORCE_CUDA": "1"})
+    named = toolchain.plan_cuda({"PATH": path, "TORCH_CUDA_ARCH_LIST": "10.0"})
+    assert named.architectures == ("10.0",)
     assert "SKIP_CUDA" in toolchain.plan_cuda({"PATH": path, "DIMR_FAST_SKIP_CUDA": "1"})
     elsewhere = toolchain.plan_cuda({"PATH": path, "CUDA_HOME": "/nowhere"})
     assert "CUDA_HOME is '/nowhere'" in elsewhere
 
 
-@has_headers
+@pytest.mark.parametrize(
+    ("listed", "built"),
+    [
+        ("12.1", ("10.0+PTX",)),  # newer than this nvcc
+        ("8.9\n9.0", ("8.0+PTX", "9.0")),
+        ("5.2\n8.0", ("8.0",)),
+    ],
+)
+def test_gpus_that_nvcc_does_not_know(tools, listed, built):
+    path = tools(**{"g++": "", "nvcc": CAPABLE, "nvidia-smi": listed})
+    assert toolchain.plan_cuda({"PATH": path}).architectures == built
+
+
+def test_no_nvcc_serves_a_gpu_that_is_too_old(tools):
+    path = tools(**{"g++": "", "nvcc": CAPABLE, "nvidia-smi": "5.2"})
+    assert toolchain.plan_cuda({"PATH": path}) == (
+        "this nvcc supports 7.5, 8.0, 9.0, 10.0, the GPUs here are 5.2"
+    )
+
+
+@pytest.mark.parametrize(
+    "programs", [{}, {"nvidia-smi": "No devices were found"}, {"nvidia-smi": "[N/A]"}]
+)
+def test_without_a_gpu_the_cuda_library_is_built_on_request_only(tools, programs):
+    path = tools(**{"g++": "", "nvcc": CAPABLE, **programs})
+    reason = toolchain.plan_cuda({"PATH": path})
+    assert "nvidia-smi finds no GPU" in reason
+    assert "TORCH_CUDA_ARCH_LIST=all" in reason
+    every = ("8.0", "9.0", "10.0+PTX")
+    for request, built in [
+        ({"TORCH_CUDA_ARCH_LIST": "all"}, every),
+        ({"DIMR_FAST_FORCE_CUDA": "1"}, every),
+        ({"TORCH_CUDA_ARCH_LIST": "9.0"}, ("9.0",)),
+        ({"TORCH_CUDA_ARCH_LIST": "9.0", "DIMR_FAST_FORCE_CUDA": "1"}, ("9.0",)),
+    ]:
+        assert toolchain.plan_cuda({"PATH": path, **request}).architectures == built
+
+
 def test_cuda_plan_of_a_machine_without_nvcc(tools):
-    environ = {"PATH": tools(**{"g++": ""})}
+    environ = {"PATH": tools(**{"g++": "", "nvidia-smi": "9.0"})}
     assert toolchain.plan_cuda(environ) == "no nvcc: not on PATH and CUDA_HOME not set"
     with pytest.raises(toolchain.BuildError, match=r"FORCE_CUDA=1 but .* no nvcc"):
         toolchain.plan_cuda({**environ, "DIMR_FAST_FORCE_CUDA": "1"})
@@ -105,7 +140,7 @@ def test_cuda_plan_of_a_machine_without_nvcc(tools):
 def test_the_compiler_is_that_of_the_environment(tools):
     assert "none of c++, g++, clang++" in toolchain.why_no_compiler({"PATH": ""})
     path = tools(**{"clang++": ""})
-    assert "no C++ compiler" not in (toolchain.why_no_compiler({"PATH": path}) or "")
+    assert toolchain.why_no_compiler({"PATH": path}) is None
     named = toolchain.why_no_compiler({"PATH": path, "CXX": "/nonexistent -O1"})
     assert named == "no C++ compiler: CXX is '/nonexistent -O1', which is not there"
 
@@ -127,8 +162,7 @@ def test_the_build_requires_torch_only_where_there_is_none(tools, tmp_path, monk
     backend = importlib.import_module("build_support.backend")
     compiler = {"PATH": tools(**{"g++": ""})}
     no_compiler = {"PATH": "", "CXX": "/nonexistent"}
-    required = [] if toolchain.why_no_compiler(compiler) else ["torch>=2.11"]  # without Python.h
-    assert backend.torch_requirement([tmp_path], compiler) == required
+    assert backend.torch_requirement([tmp_path], compiler) == ["torch>=2.11"]
     assert backend.torch_requirement([tmp_path], no_compiler) == []
     assert backend.torch_requirement(None, compiler) == []
     # This environment has a torch.
@@ -160,9 +194,10 @@ def test_build_without_a_compiler_is_pure_python_and_says_so(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [file.name for file in folder.iterdir()] == ["_not_built.json"]
     reasons = json.loads((folder / "_not_built.json").read_text())
+    assert reasons["cpu"] == "no C++ compiler: CXX is '/nonexistent', which is not there"
     for library in _extension.LIBRARIES:
-        assert reasons[library] == "no C++ compiler: CXX is '/nonexistent', which is not there"
-        assert f"the {library} library is not built: no C++ compiler" in done.stdout + done.stderr
+        message = f"the {library} library is not built: {reasons[library]}"
+        assert message in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,6 @@ x = torch.zeros(5)
 
 def test_the_cpu_library_has_no_findings(tmp_path):
     definitions = {
-        "DIMR_FAST_BINDINGS": "OFF",
         "TORCH_ROOT": Path(torch.__file__).parent,
         "CMAKE_CXX_COMPILER": "g++",
         "CMAKE_CXX_FLAGS": " ".join(FLAGS),

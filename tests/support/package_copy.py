@@ -18,7 +18,7 @@ def copy_package(
     those of this installation. `not_built`: the reason for each library that was not built.
     """
     package = folder / "dimr_fast"
-    skip = shutil.ignore_patterns("*.so", "__pycache__", "_not_built.json", "kernels")
+    skip = shutil.ignore_patterns("*.so", "__pycache__", "*_built.json", "kernels")
     shutil.copytree(ROOT / "dimr_fast", package, ignore=skip)
     shutil.copytree(ROOT / "kernels", package / "kernels", ignore=skip)
     if libraries is not None:
