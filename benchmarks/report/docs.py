@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.ablation.report import ablation_table, recipe_table
 from benchmarks.report import model, operators
+from benchmarks.report.processes import communication_text, processes_text
 from benchmarks.report.results import ModelResults
 from benchmarks.report.sampling import cost_of_an_image, guidance_text, sampling_text
 from benchmarks.utils.files import BENCHMARKS, RESULTS, ROOT
@@ -71,6 +72,12 @@ def sampling_curve() -> str:
     return "\n\n".join([text, *_plots("sampling_curve.png")])
 
 
+def several_processes() -> str:
+    """Return the section on training by several processes."""
+    measured = _from_file("processes.json", processes_text)
+    return f"{measured}\n\n{_from_file('communication.json', communication_text)}"
+
+
 def demo() -> str:
     """Return the section on the committed run of `dimr-fast demo`."""
     return _from_file("demo/demo.json", _demo_text) + (
@@ -101,6 +108,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Samples with fewer evaluations": sampling_curve,
     "Samples by guidance": lambda: _from_file("guidance.json", guidance_text),
     "Memory of a training step": lambda: _from_file("memory.json", operators.memory_table),
+    "Several processes": several_processes,
     "Kernel launches": lambda: _from_file("launches.json", operators.launch_table),
     "What the architecture is worth": ablation,
     "The demo": demo,
