@@ -54,7 +54,8 @@ def test_sbatch_reads_the_options(path: Path, tmp_path: Path) -> None:
         script.write_text(text)
         settings.write_text(
             "ClusterName=test\nSlurmctldHost=localhost\nSlurmctldPort=9\nNodeName=n1\n"
-            "AuthType=auth/none\nCredType=cred/none\nGresTypes=gpu\nPartitionName=p Nodes=n1\n"
+            "AuthType=auth/none\nCredType=cred/none\nGresTypes=gpu\nMessageTimeout=2\n"
+            "PartitionName=p Nodes=n1\n"
         )
         words = [str(sbatch), "--test-only", str(script), "out"]
         environment = {"SLURM_CONF": str(settings), "PATH": "/usr/bin:/bin"}
