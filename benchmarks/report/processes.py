@@ -19,8 +19,8 @@ class Cluster:
     """GPUs of one machine."""
     fast: float = 300e9
     """Bytes a second that a GPU sends to another of its machine."""
-    slow: float = 25e9
-    """Bytes a second that a GPU sends to another machine."""
+    slow: float = 200e9
+    """Bytes a second that a machine sends to the others, by the network cards of all its GPUs."""
     latency: float = 10e-6
     """Seconds of a message to a neighbour, once for each doubling of the number of GPUs."""
 
@@ -29,8 +29,8 @@ class Cluster:
         return (
             f"Assumed, not measured: a GPU computes {self.flops / 1e12:.0f} TFLOP/s, at any number "
             f"of images; it sends {self.fast / 1e9:.0f} GB/s within a machine of "
-            f"{self.machine_size} GPUs and {self.slow / 1e9:.0f} GB/s between machines; a message "
-            f"takes {self.latency * 1e6:.0f} µs for each doubling of the number of GPUs. DDP and "
+            f"{self.machine_size} GPUs, and such a machine {self.slow / 1e9:.0f} GB/s to others; a "
+            f"message takes {self.latency * 1e6:.0f} µs for each doubling of their number. DDP and "
             "FSDP2 send while a GPU computes. How much is not known, so days are given as a range: "
             "all of it, and nothing."
         )
@@ -39,9 +39,10 @@ class Cluster:
         """Return the time of `messages` collectives that carry `size` bytes together.
 
         By ring algorithms: each GPU sends (N − 1)/N of the bytes to gather or to scatter them, and
-        twice as many to reduce them in all. The ring is as fast as its slowest link.
+        twice as many to reduce them in all. Rings through all network cards of a machine share the
+        bytes, so the slower of both rates counts.
         """
-        rate = self.fast if gpus <= self.machine_size else self.slow
+        rate = self.fast if gpus <= self.machine_size else min(self.fast, self.slow)
         return sent(kind, size, gpus) / rate + messages * self.latency * math.log2(gpus)
 
 
@@ -67,7 +68,7 @@ def communication_text(report: Mapping[str, Any]) -> str:
             "sharding": _title(sharding),
             "collective": kind,
             "messages": row["messages"],
-            "MB": f"{row['bytes'] / 1e6:,.2f}",
+            "MB": f"{row['bytes'] / 1e6:,.3f}",
         }
         for name, found in report["presets"].items()
         for sharding in ("none", "fsdp2")
@@ -75,9 +76,9 @@ def communication_text(report: Mapping[str, Any]) -> str:
     ]
     return (
         "Collectives of one training step, counted in the step of this code "
-        f"({machine.summary(report)}). MB are those of the whole tensors. A step of any number of "
-        f"processes has the same; sampling and extraction have none.\n\n{table(counted)}\n\n"
-        f"{_costs(report)}"
+        f"({machine.summary(report)}). MB are those of the whole fp32 tensors. A step of any "
+        "number of processes has the same; sampling and extraction have none.\n\n"
+        f"{table(counted)}\n\n{_costs(report)}"
     )
 
 
@@ -109,7 +110,7 @@ def _costs(report: Mapping[str, Any]) -> str:
                     "preset": name,
                     "GPUs": gpus,
                     "batches of a GPU": math.ceil(batches / gpus),
-                    "minutes": f"{seconds / 60:.2f}",
+                    "seconds": f"{seconds:.0f}",
                     "GPU hours": f"{seconds * gpus / 3600:.2f}",
                 }
             )
