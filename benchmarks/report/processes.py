@@ -77,7 +77,7 @@ def communication_text(report: Mapping[str, Any]) -> str:
     return (
         "Collectives of one training step, counted in the step of this code "
         f"({machine.summary(report)}). MB are those of the whole fp32 tensors. A step of any "
-        "number of processes has the same; sampling and extraction have none.\n\n"
+        "number of processes has the same, up to padding; sampling and extraction have none.\n\n"
         f"{table(counted)}\n\n{_costs(report)}"
     )
 

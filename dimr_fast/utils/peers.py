@@ -47,16 +47,13 @@ def watch_peers(communicator: Communicator, hint: str) -> Iterator[None]:
     watch = _Watch(_connect(communicator), communicator.is_main, hint)
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         # Errors of collectives; gloo's have no class of their own.
         of_torch = type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
-        if of_torch and watch.lost.wait(timeout=1):
-            watch.close()
+        lost = of_torch and watch.lost.wait(timeout=1)
+        watch.close()
+        if lost:
             raise ConnectionError(watch.message) from error
-        watch.close()
-        raise
-    except BaseException:
-        watch.close()
         raise
     watch.close(DONE)
 
@@ -104,10 +101,9 @@ class _Watch:
                 with suppress(OSError):
                     connection.sendall(loss.encode())
         self.lost.set()
-        if self.closed.wait(GRACE):
-            return None
-        print(f"dimr-fast: error: {self.message}", file=sys.stderr, flush=True)
-        os._exit(1)
+        if not self.closed.wait(GRACE):
+            print(f"dimr-fast: error: {self.message}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def _connect(communicator: Communicator) -> dict[socket.socket, str]:
