@@ -114,7 +114,10 @@ class ExtractSummary:
     def sentence(self) -> str:
         """Return the summary in words, with the first ten skipped files."""
         if not self.finished:
-            return f"{self.output}: this process has written its shards; others are at work"
+            return (
+                f"{self.output}: this process has written its shards; others are at work. If one "
+                "of them was killed, give the command again"
+            )
         text = (
             f"wrote {self.output}: {self.images:,} images of {self.classes:,} "
             f"class{'es' * (self.classes != 1)} in {self.shards:,} "

@@ -15,6 +15,7 @@ from benchmarks.ablation.report import (
     recipe_table,
 )
 from benchmarks.report import model, operators
+from benchmarks.report.processes import communication_text, processes_text
 from benchmarks.report.results import ModelResults
 from benchmarks.report.sampling import averages_text, guidance_text, sampling_text
 from benchmarks.utils.files import BENCHMARKS, RESULTS, ROOT
@@ -76,6 +77,12 @@ def sampling_curve() -> str:
     return "\n\n".join([text, *_plots("sampling_curve.png")])
 
 
+def several_processes() -> str:
+    """Return the section on training by several processes."""
+    measured = _from_file("processes.json", processes_text)
+    return f"{measured}\n\n{_from_file('communication.json', communication_text)}"
+
+
 def demo() -> str:
     """Return the section on the committed run of `dimr-fast demo`."""
     return _from_file("demo/demo.json", _demo_text) + (
@@ -108,6 +115,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Samples by averages of the weights": lambda: _from_file("averages.json", averages_text),
     "Distilled models": lambda: _from_file("distillation.json", distillation_table),
     "Memory of a training step": lambda: _from_file("memory.json", operators.memory_table),
+    "Several processes": several_processes,
     "Kernel launches": lambda: _from_file("launches.json", operators.launch_table),
     "What the architecture is worth": ablation,
     "The demo": demo,

@@ -40,8 +40,10 @@ from dimr_fast.utils.plots import image_grid
 from dimr_fast.utils.sharded import (
     Progress,
     Shard,
+    Silence,
     choose_process_count,
     run_sharded,
+    sign_of_life,
     split_into_shards,
 )
 from dimr_fast.utils.tensors import sha256_of_named
@@ -115,12 +117,14 @@ def sample(
 
     Shards that an earlier run finished are kept. Under torchrun or `accelerate launch` each process
     draws its share; rank 0 waits for the others, writes the files and returns them, and the others
-    return an empty list. They wait up to `start_timeout` seconds for rank 0 to begin. Rank 0 waits
-    up to `lock_timeout` seconds for another command that is drawing the same job. Raises, before
-    any work, ValueError for an unusable setting and where the output holds another unfinished job;
+    return an empty list. They wait up to `start_timeout` seconds for rank 0 to begin, and rank 0
+    as long for a sign of life of a process whose images are missing. Rank 0 waits up to
+    `lock_timeout` seconds for another command that is drawing the same job. Raises, before any
+    work, ValueError for an unusable setting and where the output holds another unfinished job;
     CheckpointError for an unusable checkpoint; DataUnavailableError where the autoencoder's package
     is missing; FileExistsError where a file exists already; OSError where nothing can be written,
-    another command is drawing the job or a process fails; TimeoutError where rank 0 does not begin.
+    another command is drawing the job or a process fails; TimeoutError where rank 0 does not begin
+    or another process is silent.
     """
     config.validate()
     exit_with_launcher()
@@ -146,14 +150,15 @@ def sample(
         write_json(config.output / SAMPLE_REPORT, job.record | {"finished": False})
     sampler = None if processes > 1 else ImageSampler(trained, job.sampler, decode)
     if not worker.is_main:
-        run_sharded(job, sampler, worker, device, processes, "sampling")
+        with sign_of_life(job.sign_of(worker.rank)):
+            run_sharded(job, sampler, worker, device, processes, "sampling")
         return []
     (config.output / SHARDS).mkdir(exist_ok=True)
     with lock_folder(config.output / SHARDS, lock_timeout):
         # Another process may have finished the job while this one waited for the lock.
         _read_unfinished(config.output)
         run_sharded(job, sampler, worker, device, processes, "sampling")
-        _wait_for_shards(job)
+        _wait_for_shards(job, worker.world_size, start_timeout)
         return _finish(job)
 
 
@@ -180,6 +185,10 @@ class _Job:
             self.sampler.batch_size,
             lambda index, start: folder / f"{start:08}.npy",
         )
+
+    def sign_of(self, rank: int) -> Path:
+        """Return the file that the process `rank` of a launch touches while it draws."""
+        return self.config.output / SHARDS / f"process-{rank}"
 
     def load(self, device: torch.device) -> ImageSampler:
         trained, decode, _ = _load(self.config, device)
@@ -331,20 +340,30 @@ def _wait_for_report(output: Path, timeout: float) -> dict[str, Any]:
     raise TimeoutError(f"{output}: rank 0 has not begun within {timeout:.0f} s")
 
 
-def _wait_for_shards(job: _Job) -> None:
-    """Wait on rank 0 for the shards of the other processes of the launch."""
+def _wait_for_shards(job: _Job, processes: int, timeout: float) -> None:
+    """Wait on rank 0 for the shards of the other processes of the launch.
 
-    def count() -> int:
-        return sum(map(job.is_written, job.shards))
+    Raises TimeoutError where one of those that are not ready gives no sign for `timeout` seconds.
+    """
 
-    done, total = count(), len(job.shards)
-    if done == total:
+    def missing() -> list[Shard]:
+        return [shard for shard in job.shards if not job.is_written(shard)]
+
+    left, total, silence = missing(), len(job.shards), Silence()
+    if not left:
         return
-    with tqdm(total=total, initial=done, unit="batch", desc="waiting for other processes") as bar:
-        while done < total:
+    with tqdm(total=total, unit="batch", desc="waiting for other processes") as bar:
+        while left:
+            bar.update(total - len(left) - bar.n)
+            for rank in {shard.index % processes for shard in left}:
+                if silence.seconds(job.sign_of(rank)) > timeout:
+                    raise TimeoutError(
+                        f"{job.config.output}: process {rank} has given no sign of life for "
+                        f"{timeout:.0f} s, its own output may say why; the same command again "
+                        f"draws the {len(left)} batches that are missing"
+                    )
             time.sleep(0.5)
-            done = count()
-            bar.update(done - bar.n)
+            left = missing()
 
 
 def _check_same_job(job: _Job, stored: dict[str, Any]) -> None:

@@ -4,9 +4,11 @@ import dataclasses
 import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,12 +50,16 @@ from dimr_fast.utils.files import (
     remove_unfinished,
     write_json,
 )
+from dimr_fast.utils.peers import watch_peers
 from dimr_fast.utils.plots import loss_curve, require_matplotlib
 from dimr_fast.utils.tensors import sha256_of_named
 
 CONFIG = "config.yaml"
 FILES = (CHECKPOINT, CONFIG, LOG, AVERAGES, "loss.png", "train.json")
 """Files and folders that a run writes to its folder."""
+SHARED_TIMEOUT = 90.0
+"""Seconds after which a file of one machine must be seen by the others: clients of NFS look for new
+files once a minute."""
 
 
 @dataclass(frozen=True)
@@ -113,20 +119,29 @@ def train(
     each batch. Another process that trains in the folder is waited for up to `lock_timeout`
     seconds.
 
-    Raises, before any work, ValueError for an unusable setting, FileExistsError where `output`
-    holds a run, OSError where it cannot be written or another process trains there, CheckpointError
-    where there is none to resume and DataUnavailableError without the data; FloatingPointError
-    where the loss or its gradient is no longer finite, as `nonfinite` says.
+    Raises, before any work, ValueError for an unusable setting or an `output` that the machines do
+    not share, FileExistsError where `output` holds a run, OSError where it cannot be written or
+    another process trains there, CheckpointError where there is none to resume and
+    DataUnavailableError without the data; FloatingPointError where the loss or its gradient is no
+    longer finite, as `nonfinite` says; ConnectionError where a process on another machine ended
+    (see `watch_peers`).
     """
     config.validate()
     path = config.output / CHECKPOINT
-    if path.exists() and not resume:
-        raise FileExistsError(f"{path} exists already; --resume it or choose another output")
-    require_matplotlib()
-    if config.tensorboard:
-        require_tensorboard()
+    # The checks come after it: where one process fails alone, the others have to notice.
     communicator = init_communicator(config.device)
-    with ExitStack() as locks:
+    hint = (
+        f"its own output may say why; {config.output} keeps the newest checkpoint: start the run "
+        "again with --resume"
+    )
+    with watch_peers(communicator, hint), ExitStack() as locks:
+        if path.exists() and not resume:
+            raise FileExistsError(f"{path} exists already; --resume it or choose another output")
+        require_matplotlib()
+        if config.tensorboard:
+            require_tensorboard()
+        if resume:
+            _check_shared(path, communicator, timeout=0)
         if resume and path.exists():
             if communicator.is_main:
                 # Before the checkpoint is read: a run that is ending may write another one.
@@ -175,6 +190,8 @@ def _build(
         pin_memory=device.type == "cuda",
     )
     stored = read_state(path) if resume else None
+    if stored is not None:
+        _check_same_step(path, stored[1], communicator)
     if stored is not None and config.init != stored[1].get("recipe", {}).get("init"):
         raise ValueError(
             f"init: got {config.init!r} for a run that is resumed, which goes on from its own "
@@ -225,6 +242,7 @@ def _run(run: _Run, resume: bool) -> int | None:
     with _stop_on_signal() as received:
         if not resume:
             state.save(path, write=is_main)
+            _check_shared(path, run.communicator, SHARED_TIMEOUT)
         if is_main:
             # After the checkpoint: a run that was killed before it can be started again.
             config.write(config.output / CONFIG)
@@ -262,6 +280,33 @@ def _summarize(run: _Run, ended_by: int | None) -> TrainSummary:
             {"config": config.to_dict(), "result": dataclasses.asdict(summary)},
         )
     return summary
+
+
+def _check_shared(path: Path, communicator: Communicator, timeout: float) -> None:
+    """Raise ValueError in all processes if some of them, but not all, find the file `path`."""
+    deadline = time.monotonic() + timeout
+    communicator.barrier()
+    while communicator.world_size > 1 and not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    found = communicator.all_gather(torch.tensor([path.exists()], dtype=torch.int64)).tolist()
+    if 0 < sum(found) < len(found):
+        missing = [str(rank) for rank, there in enumerate(found) if not there]
+        raise ValueError(
+            f"output: got {path.parent}, where {path.name} is not found by "
+            f"{len(missing)} of {len(found)} processes ({', '.join(missing[:10])}); expected a "
+            "folder that all machines share"
+        )
+
+
+def _check_same_step(path: Path, metadata: dict[str, Any], communicator: Communicator) -> None:
+    """Raise ValueError if the processes have read checkpoints of different steps."""
+    own = torch.tensor([int(metadata.get("step", -1))])
+    steps = sorted(set(communicator.all_gather(own).tolist()))
+    if len(steps) > 1:
+        raise ValueError(
+            f"output: got {path.parent}, where the processes find checkpoints of steps "
+            f"{', '.join(map(str, steps))}; expected a folder that all machines share"
+        )
 
 
 def _precision(

@@ -5,7 +5,10 @@ neither the number of workers nor an interruption changes the output, and a run 
 resumes with the shards that are missing.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -108,6 +111,46 @@ def run_sharded(
             processes,
             lambda: bar.update(int(done.sum()) - bar.n),
         )
+
+
+@contextmanager
+def sign_of_life(path: Path, interval: float = 5.0) -> Iterator[None]:
+    """Touch the file `path` every `interval` seconds, in a thread, until the block ends.
+
+    So a process on another machine that shares the folder can tell slow from dead.
+    """
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(interval):
+            with suppress(OSError):  # the folder may be full, or removed by rank 0 at the end
+                path.touch()
+
+    thread = threading.Thread(target=touch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+class Silence:
+    """Measure how long files have not been touched, by the clock of this process only."""
+
+    def __init__(self) -> None:
+        self._changes: dict[Path, tuple[int, float]] = {}
+
+    def seconds(self, path: Path) -> float:
+        """Return the seconds since `path` was seen to change, or since the first call for it."""
+        try:
+            touched = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            touched = 0
+        now = time.monotonic()
+        if path not in self._changes or self._changes[path][0] != touched:
+            self._changes[path] = touched, now
+        return now - self._changes[path][1]
 
 
 def _shards_of(job: ShardedJob[M], worker: Worker) -> Sequence[Shard]:

@@ -16,6 +16,7 @@ ALLOWED = {
     "model": {"utils", "ops"},
     "gpu": {"utils", "ops", "model"},
     "ablation": {"utils", "model"},
+    "training": {"utils", "model"},
     "report": {"utils", "ablation"},
     "conftest": set(),
     "__init__": set(),

@@ -19,6 +19,7 @@ import torch
 from dimr_fast.checkpoint import TrainedModel
 from dimr_fast.sampling import SamplerConfig, sample
 from dimr_fast.utils.files import lock_folder
+from dimr_fast.utils.sharded import Silence, sign_of_life
 from tests.support.files import file_size_limit
 from tests.support.models import trained_model, write_checkpoint
 from tests.support.sampling import command_words, contents, small_job
@@ -194,6 +195,31 @@ def test_a_process_waits_for_rank_0_only_so_long(
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(TimeoutError, match="rank 0 has not begun"):
         sample(small_job(trained, tmp_path), start_timeout=0.2)
+
+
+def test_rank_0_waits_for_a_silent_process_only_so_long(
+    trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its machine has died. The same command then draws what is missing."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    job = small_job(trained, tmp_path)
+    with pytest.raises(TimeoutError, match=r"process 1 has given no sign .* the 3 batches"):
+        sample(job, start_timeout=0.2)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert len(sample(job)) == 4
+
+
+def test_a_slow_process_gives_signs_of_life(tmp_path: Path) -> None:
+    silence, path = Silence(), tmp_path / "process-1"
+    assert silence.seconds(path) < 0.1
+    with sign_of_life(path, interval=0.05):
+        heard = []
+        for _ in range(20):
+            time.sleep(0.05)
+            heard.append(silence.seconds(path))
+    assert max(heard) < 0.5
+    time.sleep(0.6)
+    assert silence.seconds(path) > 0.5
 
 
 def test_a_job_is_drawn_by_one_command_at_a_time(trained: TrainedModel, tmp_path: Path) -> None:

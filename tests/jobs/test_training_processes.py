@@ -6,7 +6,6 @@ import math
 import os
 import resource
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from dimr_fast.training.averages import average_weights
 from dimr_fast.training.loop import NONFINITE
 from dimr_fast.training.state import CHECKPOINT
 from tests.support.autoencoder import save_autoencoder
+from tests.support.runs import contents, noise_images, reached
 
 pytest.importorskip("accelerate", reason="needs the accelerate package")
 psutil = pytest.importorskip("psutil", reason="needs the psutil package")
@@ -38,16 +38,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of two classes of ten images of noise."""
-    folder = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    for name in ("dark", "light"):
-        (folder / name).mkdir()
-        for number in range(10):
-            pixels = torch.randint(0, 128, (16, 16, 3), generator=generator, dtype=torch.uint8)
-            pixels += 127 * (name == "light")
-            Image.fromarray(pixels.numpy()).save(folder / name / f"{number}.png")
-    return folder
+    return noise_images(tmp_path_factory.mktemp("images"))
 
 
 def command(images: Path, output: Path, *changes: str, processes: int = 1) -> list[str]:
@@ -116,20 +107,6 @@ def kill_after(
     process.kill()
     process.wait()
     return below
-
-
-def reached(checkpoint: Path) -> int:
-    """Read the step from the header of a checkpoint, which may be replaced at any moment."""
-    try:
-        with checkpoint.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            return int(json.loads(file.read(size))["__metadata__"]["step"])
-    except FileNotFoundError:
-        return -1
-
-
-def contents(run: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(run / CHECKPOINT)[0]
 
 
 def assert_same(a: Path, b: Path) -> None:

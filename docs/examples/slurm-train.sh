@@ -1,0 +1,26 @@
+#!/bin/bash
+# Train on several nodes: sbatch slurm-train.sh OUTPUT [SETTINGS OF dimr-fast train …]
+#SBATCH --job-name=dimr-train
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+# Ten minutes before the time is over the run gets a signal, saves and ends.
+#SBATCH --signal=TERM@600
+# After the failure of a node the job is queued again, and goes on from its checkpoint.
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+output=${1:?usage: sbatch slurm-train.sh OUTPUT [SETTINGS …]}
+shift
+if [ -e "$output/checkpoint.safetensors" ]; then
+    set -- "$@" --resume
+fi
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun --kill-on-bad-exit=1 torchrun \
+    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 --shutdown-timeout 540 \
+    --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" \
+    -m dimr_fast.training --output "$output" "$@"
