@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
+import huggingface_hub
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -19,6 +20,7 @@ from dimr_fast.data.scaling import LatentScale
 from dimr_fast.diffusers.model import DiMRModel
 from dimr_fast.diffusers.scheduler import DiMRScheduler, alphas_cumprod, time_of
 from dimr_fast.diffusion import ConstantGuidance, guided, noise_schedule
+from dimr_fast.hub.mixin import DOWNLOAD
 from dimr_fast.sampling.sampler import DECODER_BATCH_SIZE, SamplerConfig
 from dimr_fast.utils.files import write_atomically
 from dimr_fast.utils.validation import require
@@ -62,19 +64,22 @@ class DiMRPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load the folder or Hub repository of a pipeline, a model folder or a checkpoint.
+        """Load the folder of a pipeline, a model folder, a checkpoint, or a repository of the Hub.
 
         Of a model folder (of `dimr-fast export`) and of a training checkpoint it makes a pipeline
-        with the default scheduler; `dtype`, `scheduler` and `vae` are its options. For those
-        of a pipeline see diffusers. Raises the errors of `load_model` and of diffusers.
+        with the default scheduler; `dtype`, `scheduler` and `vae` are its options. For those of a
+        pipeline see diffusers. A repository holds one of the two folders; its options are those of
+        `DiMR.from_pretrained`. Raises the errors of `load_model`, of diffusers and of the Hub.
         """
         path = Path(pretrained_model_name_or_path)
-        if path.is_file() or (path.is_dir() and not (path / cls.config_name).is_file()):
-            of_model = {
-                name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs
-            }
-            return cls(DiMRModel.from_pretrained(path, **of_model), **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if not path.exists():
+            options = {name: kwargs.pop(name) for name in DOWNLOAD if name in kwargs}
+            name = str(pretrained_model_name_or_path)
+            path = Path(huggingface_hub.snapshot_download(name, **options))
+        if (path / cls.config_name).is_file():
+            return super().from_pretrained(str(path), **kwargs)
+        dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+        return cls(DiMRModel.from_pretrained(path, **dtype), **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write `model_index.json`, a folder for each component, and `pipeline.py` for diffusers.
@@ -285,17 +290,20 @@ def _check_scheduler(scheduler: Any, trained: TrainedModel) -> None:
         require(fits, "scheduler", found, "solver ddim, spacing time: the model was distilled")
         return
     require(trained.evaluations is None, "scheduler", name, "DiMRScheduler: the model is distilled")
-    way_out = f"make it by {name}.from_config(DiMRScheduler({schedule!r}).config)"
+    # Others have no such tables, and would not get them either.
+    discrete = hasattr(scheduler, "alphas_cumprod")
+    way_out = f"; make it by {name}.from_config(DiMRScheduler(schedule={schedule!r}).config)"
+    way_out = way_out if discrete else ", as DDIMScheduler and others of discrete steps do"
     kind = config.get("prediction_type")
-    require(kind == "epsilon", "scheduler", f"prediction_type {kind}", f"epsilon; {way_out}")
+    found = f"{name} of prediction_type {kind}"
+    require(kind == "epsilon", "scheduler", found, f"one that takes epsilon{way_out}")
     ours = alphas_cumprod(noise_schedule(schedule))
     theirs = torch.as_tensor(getattr(scheduler, "alphas_cumprod", 0.0)).cpu().double()
     same = theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-3, atol=1e-6)
-    require(same, "scheduler", f"{name} of another noise schedule", f"the model's; {way_out}")
+    found = f"{name} of another noise schedule"
+    require(same, "scheduler", found, f"one that takes the model's{way_out}")
     if config.get("clip_sample"):
         needed = max(map(abs, trained.scale.range or (math.inf,)))
         found = f"clip_sample to ±{config.clip_sample_range}"
         fits = config.clip_sample_range >= needed
-        require(
-            fits, "scheduler", found, f"no clip_sample, since it would change images; {way_out}"
-        )
+        require(fits, "scheduler", found, f"no clip_sample, since it would change images{way_out}")
