@@ -46,6 +46,7 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "load_published",
+    "notes_of",
     "published_training",
     "read_weights",
     "save_checkpoint",
@@ -213,6 +214,21 @@ def _classes_and_scale(
     return tuple(classes), scale
 
 
+def notes_of(trained: TrainedModel) -> dict[str, Any]:
+    """Return how the model was trained as the entries of its `config.json` that `load_model` reads.
+
+    They are JSON values, for `DiMR.save_pretrained(config=…)`.
+    """
+    known = {
+        "classes": list(trained.classes),
+        "scale": scale_to_dict(trained.scale),
+        "schedule": trained.schedule,
+        "sampling_defaults": trained.defaults,
+        "evaluations": trained.evaluations,
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
 def save_model(
     trained: TrainedModel,
     folder: Path,
@@ -229,17 +245,8 @@ def save_model(
     the weights, by the Hub's identifier. The folder is written atomically. Raises FileExistsError
     where it exists already, and OSError where it cannot be written.
     """
-    known = {
-        "classes": list(trained.classes),
-        "scale": scale_to_dict(trained.scale),
-        "schedule": trained.schedule,
-        "sampling_defaults": trained.defaults,
-        "evaluations": trained.evaluations,
-        "recipe": recipe,
-        "scores": scores,
-        "license": license,
-    }
-    notes = {name: value for name, value in known.items() if value is not None}
+    said = {"recipe": recipe, "scores": scores, "license": license}
+    notes = notes_of(trained) | {name: value for name, value in said.items() if value is not None}
     card = {"name": folder.absolute().name, "pictures": [path.name for path in pictures]}
 
     def fill(unfinished: Path) -> None:

@@ -27,12 +27,15 @@ from dimr_fast.diffusion.solvers import (
     NoiseFn,
     Solver,
     SolverName,
+    SolverState,
+    SolverStep,
     Spacing,
     dpm_solver_multistep,
     dpm_solver_singlestep,
     euler,
     euler_maruyama,
     heun,
+    solver_plan,
 )
 
 __all__ = [
@@ -49,6 +52,8 @@ __all__ = [
     "ScheduleName",
     "Solver",
     "SolverName",
+    "SolverState",
+    "SolverStep",
     "Spacing",
     "distillation_loss",
     "dpm_solver_multistep",
@@ -61,6 +66,7 @@ __all__ = [
     "multi_scale_loss",
     "noise_schedule",
     "pool_noise",
+    "solver_plan",
     "teacher_target",
     "time_condition",
 ]

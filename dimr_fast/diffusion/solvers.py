@@ -57,19 +57,56 @@ class Solver(Protocol):
 
 
 @dataclass(frozen=True)
-class _Stage:
+class SolverStep:
     """One network evaluation at `time`, and the coefficients of the next state.
 
-    With `x̂0` the image predicted here, the next state is
-    `start·(group's first state) + first·(group's first x̂0) + latest·x̂0`.
+    The next state is `keep·x + Σ weight·x̂0 + noise·z`. `x` is the state of `since` evaluations ago,
+    0 for the state that was evaluated now. `images` are pairs (age, weight) of predicted images x̂0,
+    where 0 is the age of the image that was predicted now. `z` is unit Gaussian noise. Ages are
+    below `HISTORY`.
     """
 
     time: float
     alpha: float
     sigma: float
-    start: float
-    first: float
-    latest: float
+    keep: float
+    images: tuple[tuple[int, float], ...]
+    since: int = 0
+    noise: float = 0.0
+
+
+HISTORY = 3
+"""Evaluations that a step may look back to, its own included."""
+
+
+class SolverState:
+    """The recent states and predicted images of a solver, which its next step is computed from."""
+
+    def __init__(self) -> None:
+        self._states: list[Tensor] = []
+        self._images: list[Tensor] = []
+
+    def advance(
+        self,
+        step: SolverStep,
+        x: Tensor,
+        noise: Tensor,
+        clip: tuple[float, float] | None,
+        draw: Callable[[], Tensor],
+    ) -> Tensor:
+        """Return the next state, from the state `x` and the noise that was predicted in it.
+
+        Both have one shape; the result has the dtype of `x`. `clip`: as for `Solver`. `draw` is
+        called by steps with noise and returns unit Gaussian noise shaped like `x`.
+        """
+        image = (x - step.sigma * noise.to(x.dtype)) / step.alpha
+        image = image if clip is None else image.clamp(*clip)
+        self._states = [x, *self._states][:HISTORY]
+        self._images = [image, *self._images][:HISTORY]
+        x = step.keep * self._states[step.since]
+        for age, weight in step.images:
+            x = x + weight * self._images[age]
+        return x + step.noise * draw().to(x.dtype) if step.noise else x
 
 
 @torch.no_grad()
@@ -94,7 +131,7 @@ def dpm_solver_singlestep(
     2206.00927 for the split into orders.
     """
     _check(x, steps, spacing, clip)
-    return _follow(_plan(schedule, steps, spacing), noise_fn, x, clip, progress)
+    return _follow(_singlestep_plan(schedule, steps, spacing), noise_fn, x, clip, progress)
 
 
 @torch.no_grad()
@@ -127,16 +164,8 @@ def dpm_solver_multistep(
     _check(x, steps, spacing, clip)
     if order not in (1, 2, 3):
         raise ValueError(f"order: got {order!r}, expected 1, 2 or 3")
-    images: list[Tensor] = []
-    for step in _multistep_plan(schedule, steps, order, spacing):
-        image = _predict(noise_fn, x, step.time, step.alpha, step.sigma, clip)
-        images = [image, *images][:order]
-        x = step.keep * x
-        for weight, earlier in zip(step.weights, images, strict=False):
-            x = x + weight * earlier
-        if progress is not None:
-            progress()
-    return x
+    plan = _multistep_plan(schedule, steps, spacing, order)
+    return _follow(plan, noise_fn, x, clip, progress)
 
 
 @torch.no_grad()
@@ -158,11 +187,7 @@ def heun(
     Source: Karras et al. 2022, arXiv 2206.00364, algorithm 1.
     """
     _check(x, steps, spacing, clip)
-    times = time_grid(schedule, -(-steps // 2), spacing)
-    groups = [_heun_group(schedule, begin, end) for begin, end in pairwise(times)]
-    if steps % 2:
-        groups[-1] = groups[-1][:1]
-    return _follow(groups, noise_fn, x, clip, progress)
+    return _follow(_heun_plan(schedule, steps, spacing), noise_fn, x, clip, progress)
 
 
 @torch.no_grad()
@@ -185,8 +210,7 @@ def euler(
     Source: Song et al. 2021, arXiv 2011.13456, equation 13.
     """
     _check(x, steps, spacing, clip)
-    plan = _euler_plan(schedule, steps, spacing, 0.5)
-    return _follow_euler(plan, noise_fn, x, clip, progress)
+    return _follow(_euler_plan(schedule, steps, spacing, 0.5), noise_fn, x, clip, progress)
 
 
 @torch.no_grad()
@@ -211,7 +235,7 @@ def euler_maruyama(
     """
     _check(x, steps, spacing, clip)
     plan = _euler_plan(schedule, steps, spacing, 1.0)
-    return _follow_euler(plan, noise_fn, x, clip, progress, draw)
+    return _follow(plan, noise_fn, x, clip, progress, draw)
 
 
 SolverName = Literal["dpm++", "dpm++2m", "dpm++3m", "ddim", "heun", "euler", "euler-maruyama"]
@@ -228,11 +252,15 @@ SOLVERS: dict[SolverName, Solver] = {
 """Solvers by name; "dpm++" is the published one."""
 
 
-def _check(x: Tensor, steps: int, spacing: Spacing, clip: tuple[float, float] | None) -> None:
+def _check_grid(steps: int, spacing: Spacing) -> None:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps: got {steps!r}, expected a whole number of at least 1")
     if spacing not in get_args(Spacing):
         raise ValueError(f"spacing: got {spacing!r}, expected one of {get_args(Spacing)}")
+
+
+def _check(x: Tensor, steps: int, spacing: Spacing, clip: tuple[float, float] | None) -> None:
+    _check_grid(steps, spacing)
     if clip is not None and not clip[0] < clip[1]:
         raise ValueError(f"clip: got {clip}, expected a lower and a higher number")
     check_tensors(x=x)
@@ -240,40 +268,26 @@ def _check(x: Tensor, steps: int, spacing: Spacing, clip: tuple[float, float] | 
         raise ValueError(f"x: got {x.dtype}, expected a floating-point dtype")
 
 
-def _predict(
-    noise_fn: NoiseFn,
-    x: Tensor,
-    time: float,
-    alpha: float,
-    sigma: float,
-    clip: tuple[float, float] | None,
-) -> Tensor:
-    """Predict the image x̂0 from `x`, clipped, in the shape and dtype of `x`."""
-    t = torch.full((), time, dtype=torch.promote_types(x.dtype, torch.float32), device="cpu")
-    noise = noise_fn(x, t)
-    if noise.shape != x.shape:
-        raise ValueError(
-            f"noise_fn: returned shape {tuple(noise.shape)}, expected that of x, {tuple(x.shape)}"
-        )
-    image = (x - sigma * noise.to(x.dtype)) / alpha
-    return image if clip is None else image.clamp(*clip)
-
-
 def _follow(
-    groups: Sequence[Sequence[_Stage]],
+    plan: Sequence[SolverStep],
     noise_fn: NoiseFn,
     x: Tensor,
     clip: tuple[float, float] | None,
     progress: Callable[[], object] | None,
+    draw: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    for group in groups:
-        start, first = x, None
-        for stage in group:
-            image = _predict(noise_fn, x, stage.time, stage.alpha, stage.sigma, clip)
-            first = image if first is None else first
-            x = stage.start * start + stage.first * first + stage.latest * image
-            if progress is not None:
-                progress()
+    state, shape, dtype = SolverState(), x.shape, torch.promote_types(x.dtype, torch.float32)
+    if draw is None:
+        draw = partial(torch.randn_like, x)
+    for step in plan:
+        noise = noise_fn(x, torch.full((), step.time, dtype=dtype, device="cpu"))
+        if noise.shape != shape:
+            raise ValueError(
+                f"noise_fn: returned shape {tuple(noise.shape)}, expected that of x, {tuple(shape)}"
+            )
+        x = state.advance(step, x, noise, clip, draw)
+        if progress is not None:
+            progress()
     return x
 
 
@@ -292,15 +306,31 @@ def time_grid(
     return [1.0, *inner, last]
 
 
-def _plan(schedule: Schedule, steps: int, spacing: Spacing = "time") -> list[list[_Stage]]:
+def solver_plan(
+    solver: SolverName, schedule: Schedule, steps: int, spacing: Spacing = "time"
+) -> list[SolverStep]:
+    """Return the steps of a solver of `SOLVERS`, for loops that evaluate the network themselves.
+
+    Start with unit Gaussian noise and a new `SolverState`, and call its `advance` for each step.
+    Raises ValueError for `steps` not a whole number of at least 1, and for another solver or
+    spacing.
+    """
+    if solver not in _PLANS:
+        raise ValueError(f"solver: got {solver!r}, expected one of {', '.join(_PLANS)}")
+    _check_grid(steps, spacing)
+    return _PLANS[solver](schedule, steps, spacing)
+
+
+def _singlestep_plan(schedule: Schedule, steps: int, spacing: Spacing) -> list[SolverStep]:
     groups, rest = divmod(steps, 3)
     orders = [3] * groups + [rest] if rest else [3] * (groups - 1) + [2, 1]
     grid = time_grid(schedule, steps, spacing)
     ends = accumulate(orders, initial=0)
-    return [_group(schedule, grid[begin : end + 1]) for begin, end in pairwise(ends)]
+    groups_of_times = [grid[begin : end + 1] for begin, end in pairwise(ends)]
+    return [step for times in groups_of_times for step in _group(schedule, times)]
 
 
-def _group(schedule: Schedule, times: Sequence[float]) -> list[_Stage]:
+def _group(schedule: Schedule, times: Sequence[float]) -> list[SolverStep]:
     """Return one solver step of order `len(times) − 1` from the first time to the last.
 
     The exact solution integrates x̂0 over λ against an exponential. Each state approximates x̂0 by
@@ -313,30 +343,28 @@ def _group(schedule: Schedule, times: Sequence[float]) -> list[_Stage]:
     lambdas = [schedule.half_log_snr(t) for t in times]
     h = [value - lambdas[0] for value in lambdas]
     rates = [schedule.alpha_sigma(t) for t in times]
-    stages = []
+    steps = []
     for i in range(order):
         alpha, sigma = rates[i + 1]
         constant = -math.expm1(-h[i + 1])
-        slope = 0.0
+        weights: tuple[tuple[int, float], ...] = ((0, alpha * constant),)
         if i > 0:
             # Order 2 uses h/2·(1 − e⁻ʰ) for the slope's integral, as the published sampler does:
             # equal to leading order.
             integral = h[i + 1] * constant / 2 if order == 2 else h[i + 1] - constant
             slope = integral / h[i]
-        stages.append(
-            _Stage(
-                time=times[i],
-                alpha=rates[i][0],
-                sigma=rates[i][1],
-                start=sigma / rates[0][1],
-                first=alpha * (constant - slope),
-                latest=alpha * slope,
-            )
-        )
-    return stages
+            weights = (i, alpha * (constant - slope)), (0, alpha * slope)
+        steps.append(SolverStep(times[i], *rates[i], sigma / rates[0][1], weights, since=i))
+    return steps
 
 
-def _heun_group(schedule: Schedule, begin: float, end: float) -> list[_Stage]:
+def _heun_plan(schedule: Schedule, steps: int, spacing: Spacing) -> list[SolverStep]:
+    times = time_grid(schedule, -(-steps // 2), spacing)
+    plan = [step for begin, end in pairwise(times) for step in _heun_group(schedule, begin, end)]
+    return plan[:steps]
+
+
+def _heun_group(schedule: Schedule, begin: float, end: float) -> list[SolverStep]:
     """Return an Euler step from `begin` to `end`, and its correction by the mean of both slopes.
 
     The slope of `x/α` over `σ/α` is `(x/α − x̂0)/(σ/α)`. With `r` the ratio of `σ/α` at the end to
@@ -348,31 +376,16 @@ def _heun_group(schedule: Schedule, begin: float, end: float) -> list[_Stage]:
     whole = -end_alpha * math.expm1(log_ratio)
     inverse = math.exp(-log_ratio)
     start = end_sigma / sigma
+    both = (1, whole * (2 - inverse) / 2), (0, whole * inverse / 2)
     return [
-        _Stage(begin, alpha, sigma, start, first=whole, latest=0.0),
-        _Stage(
-            end,
-            end_alpha,
-            end_sigma,
-            start,
-            first=whole * (2 - inverse) / 2,
-            latest=whole * inverse / 2,
-        ),
+        SolverStep(begin, alpha, sigma, start, ((0, whole),)),
+        SolverStep(end, end_alpha, end_sigma, start, both, since=1),
     ]
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One evaluation at `time`; next state `keep·x + Σ weights·x̂0`, latest prediction first."""
-
-    time: float
-    alpha: float
-    sigma: float
-    keep: float
-    weights: tuple[float, ...]
-
-
-def _multistep_plan(schedule: Schedule, steps: int, order: int, spacing: Spacing) -> list[_Step]:
+def _multistep_plan(
+    schedule: Schedule, steps: int, spacing: Spacing, order: int
+) -> list[SolverStep]:
     times = time_grid(schedule, steps, spacing)
     rates = [schedule.alpha_sigma(t) for t in times]
     growth = [schedule.half_log_snr(b) - schedule.half_log_snr(a) for a, b in pairwise(times)]
@@ -380,16 +393,9 @@ def _multistep_plan(schedule: Schedule, steps: int, order: int, spacing: Spacing
     for i in range(steps):
         possible = min(order, i + 1, steps - i if steps < 15 else order)
         alpha, sigma = rates[i + 1]
-        weights = _multistep_weights(growth[i::-1][:possible])
-        plan.append(
-            _Step(
-                time=times[i],
-                alpha=rates[i][0],
-                sigma=rates[i][1],
-                keep=sigma / rates[i][1],
-                weights=tuple(alpha * weight for weight in weights),
-            )
-        )
+        weights = [alpha * weight for weight in _multistep_weights(growth[i::-1][:possible])]
+        keep = sigma / rates[i][1]
+        plan.append(SolverStep(times[i], *rates[i], keep, tuple(enumerate(weights))))
     return plan
 
 
@@ -421,19 +427,7 @@ _EULER_END = 1e-3
 """Last time before 0 of the published Euler and Euler–Maruyama samplers."""
 
 
-@dataclass(frozen=True)
-class _EulerStep:
-    """One evaluation at `time`; next state `keep·x + weight·x̂0 + noise·z`."""
-
-    time: float
-    alpha: float
-    sigma: float
-    keep: float
-    weight: float
-    noise: float
-
-
-def _euler_plan(schedule: Schedule, steps: int, spacing: Spacing, share: float) -> list[_EulerStep]:
+def _euler_plan(schedule: Schedule, steps: int, spacing: Spacing, share: float) -> list[SolverStep]:
     """Return the steps of the ODE (`share` of the score ½) or of the reverse SDE (1).
 
     With `h = β·Δt` the next state is `x + h·(½·x + share·score)`, and the score of the predicted
@@ -445,34 +439,18 @@ def _euler_plan(schedule: Schedule, steps: int, spacing: Spacing, share: float) 
         alpha, sigma = schedule.alpha_sigma(time)
         h = schedule.beta(time) * (time - end)
         score = share * h / sigma**2
-        noisy = share == 1 and end > 0
-        plan.append(
-            _EulerStep(
-                time,
-                alpha,
-                sigma,
-                keep=1 + h / 2 - score,
-                weight=score * alpha,
-                noise=math.sqrt(h) if noisy else 0.0,
-            )
-        )
+        noise = math.sqrt(h) if share == 1 and end > 0 else 0.0
+        keep, weight = 1 + h / 2 - score, score * alpha
+        plan.append(SolverStep(time, alpha, sigma, keep, ((0, weight),), noise=noise))
     return plan
 
 
-def _follow_euler(
-    plan: Sequence[_EulerStep],
-    noise_fn: NoiseFn,
-    x: Tensor,
-    clip: tuple[float, float] | None,
-    progress: Callable[[], object] | None,
-    draw: Callable[[], Tensor] | None = None,
-) -> Tensor:
-    for step in plan:
-        image = _predict(noise_fn, x, step.time, step.alpha, step.sigma, clip)
-        x = step.keep * x + step.weight * image
-        if step.noise:
-            fresh = torch.randn_like(x) if draw is None else draw().to(x.dtype)
-            x = x + step.noise * fresh
-        if progress is not None:
-            progress()
-    return x
+_PLANS: dict[SolverName, Callable[[Schedule, int, Spacing], list[SolverStep]]] = {
+    "dpm++": _singlestep_plan,
+    "dpm++2m": partial(_multistep_plan, order=2),
+    "dpm++3m": partial(_multistep_plan, order=3),
+    "ddim": partial(_multistep_plan, order=1),
+    "heun": _heun_plan,
+    "euler": partial(_euler_plan, share=0.5),
+    "euler-maruyama": partial(_euler_plan, share=1.0),
+}

@@ -41,6 +41,7 @@ FLOORS = (
     },
     {
         "convert",
+        "diffusers",
         "evaluation.job",
         "export",
         "extraction",
@@ -158,7 +159,7 @@ def test_no_imports_form_a_circle() -> None:
 def test_the_root_has_few_rooms() -> None:
     """A newcomer can read the list at one glance."""
     rooms = {module.split(".")[0] for module in MODULES} - {"__init__", "__main__"}
-    assert len(rooms) <= 24, sorted(rooms)
+    assert len(rooms) <= 25, sorted(rooms)
 
 
 def test_the_wheel_lists_every_package() -> None:
@@ -185,6 +186,8 @@ def test_heavy_and_optional_packages_are_imported_where_they_are_used(module: st
         "diffusers",
         "tyro",
     }
+    if module.startswith("diffusers"):
+        optional -= {"diffusers"}  # its classes are subclasses
     found = imported_names(MODULES[module])
     assert not {name.split(".")[0] for name, at_import in found if at_import} & optional
     if not module.startswith("ops."):
