@@ -50,7 +50,7 @@ FLOORS = (
         "training.run",
     },
     {"sampling", "evaluation", "training", "train_config"},
-    {"demo"},
+    {"demo", "web"},
     {"cli"},
     {"__main__", "training.__main__"},
 )
@@ -183,6 +183,8 @@ def test_heavy_and_optional_packages_are_imported_where_they_are_used(module: st
         "accelerate",
         "tensorboard",
         "diffusers",
+        "gradio",
+        "pandas",
         "tyro",
     }
     found = imported_names(MODULES[module])
