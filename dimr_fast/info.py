@@ -36,12 +36,12 @@ def describe_network(
     """
     if network.uses_cpu_library:
         return f"compiled CPU library, {_extension.instruction_set()}"
+    if network.implementation != "auto":
+        return network.implementation
     chosen: dict[str, list[str]] = {}
     for name, implementations in sorted(operators.items()):
         x = torch.empty(implementations.example, dtype=network.dtype, device=network.device)
         chosen.setdefault(implementations.select("auto", x), []).append(name)
-    if list(chosen) == ["reference"]:
-        return "plain PyTorch"
     return "; ".join(f"{name}: {', '.join(of)}" for name, of in chosen.items())
 
 

@@ -88,7 +88,7 @@ def web(config: WebConfig, *, address: str = ADDRESS) -> None:
     require_gradio()
     port = _free_port(address, config.port)
     with tempfile.TemporaryDirectory(prefix="dimr-fast-web-") as name:
-        page = build_page(config, Path(name))
+        page = _build_page(config, Path(name))
         try:
             page.launch(server_name=address, server_port=port, **_launch_settings(Path(name)))
             print(f"the page is at http://{address}:{port} (Ctrl-C ends it)", flush=True)
@@ -97,14 +97,8 @@ def web(config: WebConfig, *, address: str = ADDRESS) -> None:
             page.close(verbose=False)
 
 
-def build_page(config: WebConfig, folder: Path) -> Any:
-    """Return the page as `gradio.Blocks`; its pictures and files are kept in `folder`, which is
-    a temporary one.
-
-    Raises as `web` does.
-    """
-    config.validate()
-    require_gradio()
+def _build_page(config: WebConfig, folder: Path) -> Any:
+    """Return the page as `gradio.Blocks`; its pictures and files are kept in `folder`."""
     # Read when Gradio is imported or makes a page.
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder / SERVED)}
     import gradio as gr
@@ -260,8 +254,8 @@ def _add_result(name: str) -> _Result:
             elem_classes="command",
         )
         with gr.Row():
-            png = gr.DownloadButton("Download PNG", interactive=False, size="sm")
-            npz = gr.DownloadButton("Download npz", interactive=False, size="sm")
+            png = gr.DownloadButton("Download PNG", size="sm")
+            npz = gr.DownloadButton("Download npz", size="sm")
     return _Result(column, picture, facts, command, png, npz)
 
 
@@ -306,8 +300,6 @@ def _shown(
     studio: Studio, job: SampleConfig, update: Preview | Drawing, result: _Result, folder: Path
 ) -> dict[Any, Any]:
     """Return new values of the components of a result; files are written to `folder`."""
-    import gradio as gr
-
     picture = folder / OUTPUTS["grid"]
     grid, names = studio.arrange(update.images, update.labels)
     image_grid(grid, names, picture, scale=max(1, min(4, 128 // grid.shape[-1])))
@@ -321,8 +313,8 @@ def _shown(
         result.picture: str(picture),
         result.facts: _facts(studio, update),
         result.command: sample_command(job),
-        result.png: gr.DownloadButton(value=str(picture), interactive=True),
-        result.npz: gr.DownloadButton(value=str(samples), interactive=True),
+        result.png: str(picture),
+        result.npz: str(samples),
     }
 
 

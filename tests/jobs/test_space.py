@@ -1,11 +1,13 @@
 """A model exported as a Hugging Face Space."""
 
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from dimr_fast import cli
 from dimr_fast.checkpoint import CheckpointError, load_model, save_model
 from dimr_fast.errors import DataUnavailableError
 from dimr_fast.export import ExportConfig, export
@@ -20,9 +22,9 @@ def invented_gradio(monkeypatch: pytest.MonkeyPatch, invented_versions: dict[str
 
 
 def metadata_of(folder: Path) -> dict[str, object]:
-    _, metadata, text = (folder / "README.md").read_text().split("---\n", 2)
+    _, card, text = (folder / "README.md").read_text().split("---\n", 2)
     assert f"# {folder.name}" in text
-    return yaml.safe_load(metadata)
+    return yaml.safe_load(card)
 
 
 @pytest.mark.parametrize("saved", [False, True], ids=["checkpoint", "saved model"])
@@ -46,31 +48,39 @@ def test_a_space_holds_page_requirements_metadata_and_model(
         "model",
         "requirements.txt",
     }
-    metadata = metadata_of(output)
-    assert metadata["sdk"] == "gradio"
-    assert metadata["sdk_version"] == "6.1.2"
-    assert metadata["license"] == "apache-2.0"
-    assert (output / str(metadata["app_file"])).is_file()
+    card = metadata_of(output)
+    assert card["sdk"] == "gradio"
+    assert card["sdk_version"] == "6.1.2"
+    assert card["license"] == "apache-2.0"
+    assert (output / str(card["app_file"])).is_file()
     requirement = Requirement((output / "requirements.txt").read_text().strip())
     assert (requirement.name, requirement.extras) == ("dimr_fast", {"web"})
     assert load_model(output / "model").classes == trained.classes
 
 
 def test_nothing_is_left_where_a_space_cannot_be_written(
-    tmp_path: Path, invented_gradio: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    invented_gradio: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty").mkdir()
     settings = {"checkpoint": tmp_path / "empty", "output": tmp_path / "tiles", "space": True}
     with pytest.raises(CheckpointError, match=r"empty: a folder, expected a checkpoint"):
         export(ExportConfig(**settings))
-    missing = DataUnavailableError("the gradio package", "web")
+    real = metadata.version
 
-    def raise_missing() -> str:
-        raise missing
+    def without_gradio(name: str) -> str:
+        if name == "gradio":
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
 
-    monkeypatch.setattr("dimr_fast.export.require_gradio", raise_missing)
+    monkeypatch.setattr(metadata, "version", without_gradio)
     with pytest.raises(DataUnavailableError, match=r"gradio package not found.*dimr_fast\[web\]"):
         export(ExportConfig(**settings))
+    # The page says the same, before it loads a model.
+    assert cli.main(["web", "--checkpoint", str(tmp_path / "none")]) == 2
+    assert 'pip install "dimr_fast[web]"' in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 120
+TIMEOUT = 300
 
 
 @contextmanager
