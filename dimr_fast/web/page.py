@@ -41,10 +41,16 @@ SERVED = "served"
 REFRESH_SECONDS = 5
 DEFAULT_COUNT = 24
 CSS = """
-.gradio-container { max-width: 1200px !important; margin: auto !important; }
+.gradio-container { width: 100% !important; max-width: 1200px !important; margin: auto !important; }
+.gradio-container main { width: 100% !important; }
 .command code, .command .cm-content { white-space: pre-wrap !important; }
 footer { display: none !important; }
 """
+SHOW_RESULT = """(...entries) => {
+    if (window.innerWidth < 768) document.getElementById("result").scrollIntoView();
+    return entries;
+}"""
+"""On a narrow screen the result is below the settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,18 +205,23 @@ def _add_drawing(studio: Studio, folder: Path) -> None:
         with _refused_in_words():
             both = settings[: len(first)], settings[len(first) :]
             jobs = [studio.job(classes, count, seed, *own) for own in both[: 1 + bool(compare)]]
-            for job, result in zip(jobs, results, strict=False):
-                with closing(studio.draw(job)) as updates:
-                    for update in updates:
-                        with tempfile.TemporaryDirectory(dir=folder) as name:
-                            yield _shown(studio, job, update, result, Path(name))
+            with tempfile.TemporaryDirectory(dir=folder) as name:
+                # What is shown already is sent again: a download button would lose its file.
+                shown: dict[Any, Any] = {}
+                for number, (job, result) in enumerate(zip(jobs, results, strict=False)):
+                    files = Path(name, str(number))
+                    files.mkdir()
+                    with closing(studio.draw(job)) as updates:
+                        for update in updates:
+                            shown |= _shown(studio, job, update, result, files)
+                            yield shown
 
     event = start.click(
         draw,
         [classes, count, seed, compare, *first, *second],
         [part for result in results for part in result.parts],
         api_name="draw",
-        scroll_to_output=True,
+        js=SHOW_RESULT,
         show_progress_on=[result.facts for result in results],
         concurrency_limit=1,
     )
@@ -240,10 +251,9 @@ def _add_result(name: str) -> _Result:
         picture = gr.Image(
             show_label=False,
             format="png",
-            placeholder="Nothing is drawn yet",
             buttons=["fullscreen"],
         )
-        facts = gr.Markdown(elem_classes="facts", min_height=48)
+        facts = gr.Markdown("Nothing is drawn yet.", min_height=48)
         command = gr.Code(
             "# appears when the images are finished",
             label="The command that draws the same images",
@@ -287,7 +297,7 @@ def _add_settings(studio: Studio, title: str) -> list[Any]:
 def _title(studio: Studio) -> str:
     model, (height, width) = studio.trained.model, studio.size
     facts = [
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters",
+        f"{sum(p.numel() for p in model.parameters()):,} parameters",
         f"{height}×{width} pixels",
         f"{len(studio.trained.classes)} classes",
     ]
@@ -346,10 +356,12 @@ def _add_run(folder: Path, page: Any) -> None:
     summary = gr.Markdown(elem_id="summary")
     with gr.Row():
         plots = [
-            gr.LinePlot(x="step", y=name, title=title, min_width=300, height=260)
+            gr.LinePlot(x="step", y=name, title=title, y_title=" ", min_width=300, height=260)
             for name, title in CURVES.items()
         ]
-    grids = gr.Gallery(label="Grids, the newest first", columns=2, object_fit="contain")
+    grids = gr.Gallery(
+        label="Grids, the newest first", columns=2, object_fit="contain", visible=False
+    )
     shown = gr.State()
 
     def refresh(before: object) -> list[Any]:
@@ -363,7 +375,9 @@ def _add_run(folder: Path, page: Any) -> None:
             for name, (steps, values) in run.curves.items()
         ]
         names = [path.name for path in run.grids]
-        pictures = gr.skip() if names == before else grid_pictures(run.grids)
+        pictures: Any = gr.skip()
+        if names != before:
+            pictures = gr.Gallery(value=grid_pictures(run.grids), visible=len(names) > 0)
         return [run.summary, *values, pictures, names]
 
     outputs = [summary, *plots, grids, shown]

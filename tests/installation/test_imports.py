@@ -158,7 +158,7 @@ def test_no_imports_form_a_circle() -> None:
 def test_the_root_has_few_rooms() -> None:
     """A newcomer can read the list at one glance."""
     rooms = {module.split(".")[0] for module in MODULES} - {"__init__", "__main__"}
-    assert len(rooms) <= 24, sorted(rooms)
+    assert len(rooms) <= 25, sorted(rooms)
 
 
 def test_the_wheel_lists_every_package() -> None:
