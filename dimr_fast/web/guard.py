@@ -33,8 +33,10 @@ class Guard:
         if path.startswith(UNUSED) or not self._may_be_read(path):
             await _refuse(send, 403, "not part of this page")
             return
-        body = b""
-        more = scope["method"] not in ("GET", "HEAD")
+        if scope["method"] in ("GET", "HEAD"):
+            await self._app(scope, receive, send)
+            return
+        body, more = b"", True
         while more:
             message = await receive()
             body += message.get("body", b"")
@@ -42,9 +44,6 @@ class Guard:
             if len(body) > MAX_BODY:
                 await _refuse(send, 413, f"request: expected at most {MAX_BODY} bytes")
                 return
-        if not body:
-            await self._app(scope, receive, send)
-            return
         parts = iter([{"type": "http.request", "body": body, "more_body": False}])
 
         async def replay() -> Message:

@@ -74,5 +74,6 @@ def test_what_the_page_needs_is_let_through(tmp_path: Path, path: str) -> None:
 def test_a_body_is_let_through_whole_up_to_its_limit(tmp_path: Path) -> None:
     path, half = "/gradio_api/queue/join", b"x" * (MAX_BODY // 2)
     assert answer(tmp_path, path, (half, half), "POST") == (UNTOUCHED, half + half)
+    assert answer(tmp_path, path, (), "POST") == (UNTOUCHED, b"")
     status, body = answer(tmp_path, path, (half, half, b"x"), "POST")
     assert (status, body) == (413, f"request: expected at most {MAX_BODY} bytes".encode())
