@@ -167,6 +167,14 @@ def extract(parse: Parse) -> None:
     print(run_extraction(parse(ExtractConfig)).sentence())
 
 
+def web(parse: Parse) -> None:
+    """Serve a page in the browser that draws images and shows training runs."""
+    from dimr_fast.web import WebConfig
+    from dimr_fast.web import web as run_server
+
+    run_server(_with_local_model(parse(WebConfig)))
+
+
 @dataclass(frozen=True)
 class NoArguments:
     """No settings."""
@@ -182,7 +190,7 @@ def info(parse: Parse) -> None:
 
 COMMANDS: dict[str, Callable[[Parse], None]] = {
     command.__name__: command
-    for command in (demo, extract, train, distill, sample, evaluate, export, convert, info)
+    for command in (demo, extract, train, distill, sample, evaluate, export, convert, web, info)
 }
 
 

@@ -5,13 +5,17 @@ The folder holds EMA weights or another average, configuration, recipe and score
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dimr_fast.checkpoint import load_checkpoint, load_model, save_model
 from dimr_fast.errors import CheckpointError
+from dimr_fast.hub.mixin import CONFIG
+from dimr_fast.hub.space import MODEL, require_gradio, write_space
 from dimr_fast.training.averages import LONGEST, average_weights
+from dimr_fast.utils.files import write_folder
 from dimr_fast.utils.validation import require_fields
 
 PATH_SETTINGS = ("output", "checkpoint")
@@ -38,6 +42,9 @@ class ExportConfig:
     """Licence of the weights, as the Hub names it: apache-2.0, cc-by-4.0, …"""
     pictures: tuple[Path, ...] = ()
     """Further pictures for the model card, such as a grid of samples."""
+    space: bool = False
+    """Write a folder that runs as a Hugging Face Space: a page that draws, with the model in its
+    folder `model`. The checkpoint may then also be the folder of a saved model."""
 
     def validate(self) -> None:
         """Raise ValueError naming a setting that is out of range."""
@@ -51,16 +58,36 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> Path:
-    """Write the model of a run as a folder with its card; return the folder.
+    """Write the model of a run as a folder with its card, or as a Space; return the folder.
 
     The recipe on the card is the run's `train.json` or, without one, the checkpoint's metadata.
     Raises, before anything is written, ValueError for an unusable setting or scores,
     CheckpointError for an unusable checkpoint, FileExistsError where there is an output already,
-    and OSError where it cannot be written.
+    DataUnavailableError where Gradio is missing for a Space, and OSError where the output cannot be
+    written.
     """
     config.validate()
     if config.output.exists():
         raise FileExistsError(f"{config.output} exists already; choose another output")
+    if config.space:
+        require_gradio()
+        write_folder(config.output, lambda folder: _fill_space(config, folder))
+    else:
+        _export_model(config, config.output)
+    return config.output
+
+
+def _fill_space(config: ExportConfig, folder: Path) -> None:
+    """Write the files of a Space, and the model, which may be saved already."""
+    if (config.checkpoint / CONFIG).is_file():
+        load_model(config.checkpoint)
+        shutil.copytree(config.checkpoint, folder / MODEL)
+    else:
+        _export_model(config, folder / MODEL)
+    write_space(folder, config.output.absolute().name, config.license)
+
+
+def _export_model(config: ExportConfig, output: Path) -> None:
     if config.checkpoint.is_dir():
         checkpoint = config.checkpoint / "checkpoint.safetensors"
         hint = f"; its checkpoint is {checkpoint}" if checkpoint.is_file() else ""
@@ -77,13 +104,12 @@ def export(config: ExportConfig) -> Path:
     pictures = (*config.pictures, *([curve] if curve.is_file() else []))
     save_model(
         trained,
-        config.output,
+        output,
         recipe=_without_paths(recipe),
         scores=_without_paths(scores),
         license=config.license,
         pictures=pictures,
     )
-    return config.output
 
 
 def _recipe(checkpoint: Path) -> dict[str, Any]:

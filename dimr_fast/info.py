@@ -10,6 +10,7 @@ from importlib import metadata
 import torch
 
 from dimr_fast import _extension
+from dimr_fast.inference.optimize import InferenceDiMR
 from dimr_fast.ops.implementations import OPERATORS, Implementations
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,6 +25,24 @@ def report(operators: Mapping[str, Implementations] = OPERATORS) -> str:
         f"operators on {device}, for a first input of": _operators(operators, device),
     }
     return "\n\n".join(f"{title}\n{_table(rows)}" for title, rows in titles.items())
+
+
+def describe_network(
+    network: InferenceDiMR, operators: Mapping[str, Implementations] = OPERATORS
+) -> str:
+    """Describe in a line which implementations compute the predictions of an optimised model.
+
+    `operators` are those that it may run.
+    """
+    if network.uses_cpu_library:
+        return f"compiled CPU library, {_extension.instruction_set()}"
+    if network.implementation != "auto":
+        return network.implementation
+    chosen: dict[str, list[str]] = {}
+    for name, implementations in sorted(operators.items()):
+        x = torch.empty(implementations.example, dtype=network.dtype, device=network.device)
+        chosen.setdefault(implementations.select("auto", x), []).append(name)
+    return "; ".join(f"{name}: {', '.join(of)}" for name, of in chosen.items())
 
 
 def _versions() -> list[tuple[str, str]]:

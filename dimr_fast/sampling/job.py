@@ -239,7 +239,7 @@ def _job(
     device: torch.device,
     stored: dict[str, Any] | None,
 ) -> _Job:
-    chosen = _select_classes(config.classes, trained.classes)
+    chosen = select_classes(config.classes, trained.classes)
     if config.formats == ("grid",):
         chosen = chosen[:GRID_ROWS]
     names = (*trained.classes, NO_CLASS)  # the last label is that of the null class
@@ -265,7 +265,7 @@ def _job(
     return _Job(config, sampler, labels, size, names, record)
 
 
-def _select_classes(wanted: tuple[str, ...], classes: tuple[str, ...]) -> Tensor:
+def select_classes(wanted: tuple[str, ...], classes: tuple[str, ...]) -> Tensor:
     """Return the labels of classes given by name or number, in that order, without duplicates.
 
     A model of ImageNet also knows its classes by the names of ImageNet. The label after those of

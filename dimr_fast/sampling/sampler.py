@@ -1,10 +1,12 @@
 """Settings of sampling, and drawing images from a trained model in memory."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -17,6 +19,7 @@ from dimr_fast.diffusion import (
     SOLVERS,
     ConstantGuidance,
     Guidance,
+    NoiseFn,
     PowerCosineGuidance,
     Solver,
     SolverName,
@@ -32,6 +35,11 @@ from dimr_fast.utils.validation import check_seed, check_tensors, require, requi
 
 DECODER_BATCH_SIZE = 8
 """Latents in one call of the autoencoder, whose activations are far larger than the model's."""
+
+Watch = Callable[[int, Callable[[], Tensor]], object]
+"""A function that is called after every network evaluation with its number in the batch, from 1,
+and a function that returns the images predicted there, uint8 `[n, 3, H, W]`. They are computed only
+if that function is called, during the call of `Watch`."""
 
 _SOLVER_NAMES: dict[SolverName, str] = {
     "dpm++": "DPM-Solver++ single-step, order 3",
@@ -243,17 +251,45 @@ class ImageSampler:
             dtype = torch.bfloat16
         self.network: nn.Module = optimize_for_inference(trained.model, dtype, quantize=quantize)
         self._schedule = noise_schedule(trained.schedule)
+        self._trained = trained
+
+    @property
+    def settings(self) -> SamplerConfig:
+        """The resolved settings."""
+        return self._sampler
+
+    def with_settings(self, sampler: SamplerConfig) -> "ImageSampler":
+        """Return a sampler of the same model with other settings; both share `network`.
+
+        Raises ValueError for settings out of range and for another precision.
+        """
+        sampler.validate()
+        resolved = sampler.resolved(self._trained, self._device)
+        require(
+            resolved.precision == self._sampler.precision,
+            "precision",
+            resolved.precision,
+            f"{self._sampler.precision}, that of the network",
+        )
+        other = copy.copy(self)
+        other._sampler = resolved
+        return other
 
     def __call__(
-        self, labels: Tensor, *, first: int = 0, progress: Callable[[int], object] | None = None
+        self,
+        labels: Tensor,
+        *,
+        first: int = 0,
+        progress: Callable[[int], object] | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
         """Draw one image for each label: int64 `[N]` to uint8 `[N, 3, H, W]` on the CPU.
 
         Image i starts from its own noise, drawn on the CPU from the seed and `first + i`. The same
         batch gives the same bits; in another batch size sums are computed in another order, which
         on a CPU in fp32 changes a pixel by 1 at most. `progress` is called with the number of
-        images of each finished batch. Raises ValueError for labels out of range and
-        FloatingPointError for images that are not finite.
+        images of each finished batch; `watch` sees the images while they form. Raises ValueError
+        for labels out of range and FloatingPointError for images that are not finite.
         """
         check_tensors(labels=labels)
         if labels.dim() != 1 or labels.dtype != torch.int64:
@@ -267,14 +303,14 @@ class ImageSampler:
         images = []
         # Without labels there is one empty batch, which has the size of an image.
         for y in labels.split(self._sampler.batch_size):
-            images.append(self._batch(y, first))
+            images.append(self._batch(y, first, watch))
             first += len(y)
             if progress is not None:
                 progress(len(y))
         return torch.cat(images)
 
     @torch.inference_mode()
-    def _batch(self, labels: Tensor, first: int) -> Tensor:
+    def _batch(self, labels: Tensor, first: int, watch: Watch | None) -> Tensor:
         shape = self._config.shape
         seeds = [derived_seed(self._sampler.seed, first + i) for i in range(len(labels))]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -303,6 +339,8 @@ class ImageSampler:
                 interval=settings.guidance_interval,
                 condition=self._schedule.condition_at,
             )
+            if watch is not None:
+                predict = self._watched(predict, watch)
             solve: Solver = SOLVERS[settings.solver]
             if solve is euler_maruyama:
                 # Its noise, too, comes from the seed and index of each image.
@@ -313,19 +351,43 @@ class ImageSampler:
                 self._schedule,
                 settings.steps,
                 spacing=settings.spacing,
-                clip=self._scale.range if settings.clip else None,
+                clip=self._clip,
             )
         if not x.isfinite().all():
             raise FloatingPointError(
                 f"images {first}..{first + len(labels) - 1}: not finite in "
                 f"{self._sampler.precision}: the weights are not finite, or the range is too small"
             )
+        return self._to_pixels(x)
+
+    @property
+    def _clip(self) -> tuple[float, float] | None:
+        return self._scale.range if self._sampler.clip else None
+
+    def _to_pixels(self, x: Tensor) -> Tensor:
         if isinstance(self._scale, LatentScale):
             assert self._decode is not None
             return torch.cat(
                 [self._decode(z) for z in self._scale.to_latents(x).split(DECODER_BATCH_SIZE)]
             )
         return self._scale.to_pixels(x).cpu()
+
+    def _watched(self, predict: NoiseFn, watch: Watch) -> NoiseFn:
+        """Return `predict` that also shows `watch` the image predicted in each evaluation."""
+        evaluations = count(1)
+
+        def predict_and_show(x: Tensor, t: Tensor) -> Tensor:
+            noise = predict(x, t)
+
+            def images() -> Tensor:
+                alpha, sigma = self._schedule.alpha_sigma(t.item())
+                image = (x - sigma * noise) / alpha
+                return self._to_pixels(image if self._clip is None else image.clamp(*self._clip))
+
+            watch(next(evaluations), images)
+            return noise
+
+        return predict_and_show
 
     def _predict(self, x: Tensor, condition: Tensor, y: Tensor) -> Tensor:
         return self.network(x, log_snr=condition, y=y, last_only=True)[0]

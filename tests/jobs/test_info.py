@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from dimr_fast import _extension, info
+from dimr_fast import DiMR, _extension, info, optimize_for_inference
 from dimr_fast.ops.implementations import OPERATORS, Implementations
 from tests.support.package_copy import copy_package
 
@@ -101,3 +101,26 @@ def test_an_installation_without_libraries_and_demo_model_says_so(tmp_path):
     assert "this installation has no demo model" in done.stdout
     assert done.stdout.endswith("found True\n")
     assert done.stderr == ""
+
+
+def test_a_network_is_described_by_what_computes_it() -> None:
+    model = DiMR.from_preset("tiny")
+    if _extension.why_not("cpu") is None:
+        described = info.describe_network(optimize_for_inference(model))
+        assert described == f"compiled CPU library, {_extension.instruction_set()}"
+    plain = optimize_for_inference(model.set_implementation("reference"))
+    assert info.describe_network(plain) == "reference"
+
+
+def test_a_network_of_several_implementations_names_the_operators_of_each() -> None:
+    """As on a GPU, where the compiled CPU library computes no branch at once."""
+    network = optimize_for_inference(DiMR.from_preset("tiny"))
+    network.uses_cpu_library = False
+    operators = {
+        "b": Implementations("probe", fast=lambda x: None),
+        "a": Implementations("probe", fast=lambda x: None),
+        "c": Implementations("probe", fast=lambda x: "no such device"),
+    }
+    del OPERATORS["probe"]
+    described = info.describe_network(network, operators)
+    assert described == "fast: a, b; reference: c"
