@@ -389,11 +389,12 @@ def _finish(job: _Job) -> list[Path]:
         write_npz(paths, job.labels.numpy(), output / OUTPUTS["npz"])
     if "grid" in job.config.formats:
         _write_grid(job, output / OUTPUTS["grid"])
-    write_json(output / SAMPLE_REPORT, job.record | {"finished": True})
-    shutil.rmtree(output / SHARDS, ignore_errors=True)
+    # Before the report: a finished job is not started again.
     for name in (SAMPLE_REPORT, *OUTPUTS.values()):
         remove_unfinished(output, name)
     remove_unfinished(output / OUTPUTS["png"])
+    write_json(output / SAMPLE_REPORT, job.record | {"finished": True})
+    shutil.rmtree(output / SHARDS, ignore_errors=True)
     return [output / name for name in (*(OUTPUTS[f] for f in job.config.formats), SAMPLE_REPORT)]
 
 
