@@ -257,7 +257,7 @@ class Soak:
                 if self._disturb(job, disturbance):
                     happened.append(disturbance.kind)
             problems = self._finish(job)
-        except (TimeoutError, RuntimeError) as error:
+        except (TimeoutError, RuntimeError, ValueError) as error:  # ValueError: an unreadable file
             problems = [str(error)]
         self.counts[job.name].update(happened)
         print(f"cycle {self.cycles}, {job.name}: {', '.join(happened)}", flush=True)

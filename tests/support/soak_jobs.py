@@ -145,7 +145,7 @@ def lost(expected: dict[str, Any], found: dict[str, Any], said: str) -> list[str
         if name not in found:
             differences += [] if optional else [f"{name}: is missing"]
         elif name == "log.jsonl" and optional:
-            wrong = [step for step, line in found[name].items() if content[step] != line]
+            wrong = [step for step, line in found[name].items() if content.get(step) != line]
             differences += [f"{name}: differs at steps {wrong}"] if wrong else []
         elif content != found[name]:
             differences.append(f"{name}: differs")
