@@ -371,8 +371,10 @@ def main() -> int:
     print(f"{found['disturbances']} disturbances in {soak.cycles} cycles: {verdict}")
     if given.out is not None:
         given.out.write_text(json.dumps(found, indent=2) + "\n")
+    if FULL in kinds:
+        subprocess.run(["umount", soak.disk], check=True)
     if not soak.failures:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder)
     return 1 if soak.failures else 0
 
 
