@@ -26,7 +26,7 @@ from dimr_fast.data.scaling import LatentScale, scale_to_dict
 from dimr_fast.errors import DamagedShardError, UnreadableImageError
 from dimr_fast.utils.device import DTYPES, resolve_device
 from dimr_fast.utils.distributed import Worker, exit_with_launcher
-from dimr_fast.utils.files import prepare_output, write_json
+from dimr_fast.utils.files import prepare_output, remove_unfinished, write_json
 from dimr_fast.utils.sharded import (
     Progress,
     Shard,
@@ -423,6 +423,8 @@ def _finish(
         "skipped": [{"file": name, "reason": reason} for name, reason in skipped],
     }
     write_json(output / MANIFEST, manifest)
+    if worker.world_size == 1:  # other processes of a launch may be writing the same manifest
+        remove_unfinished(output, MANIFEST)
     return ExtractSummary(
         output,
         int(counts.sum()),

@@ -136,10 +136,11 @@ def _from_original_weights(path: Path) -> Any:
 
 def load_decoder(
     path_or_name: str | None, scale: Scale, shape: tuple[int, int, int], device: torch.device
-) -> tuple[Decode | None, tuple[int, int]]:
-    """Load the decoder of a model's outputs; return it and the image size (height, width).
+) -> tuple[Autoencoder | None, tuple[int, int]]:
+    """Load the autoencoder that decodes a model's outputs; return it and the images' (height,
+    width).
 
-    `scale` and `shape` (C, H, W) are the model's. Pixel models have no decoder (None). Raises
+    `scale` and `shape` (C, H, W) are the model's. Pixel models have no autoencoder (None). Raises
     ValueError if a latent model has no autoencoder or one with a different scale or number of
     channels, and if a pixel model has one. Also raises the errors of `Autoencoder.load`.
     """
@@ -157,4 +158,4 @@ def load_decoder(
             f"{autoencoder.scale}, expected the model's {channels} channels and {scale}"
         )
     factor = autoencoder.downsampling
-    return autoencoder.decode, (factor * height, factor * width)
+    return autoencoder, (factor * height, factor * width)

@@ -29,7 +29,7 @@ from dimr_fast.evaluation.statistics import FeatureStatistics, compute_statistic
 from dimr_fast.sampling.sampler import ImageSampler, SamplerConfig, balanced_labels
 from dimr_fast.sampling.writers import SAMPLE_REPORT
 from dimr_fast.utils.device import device_name, keep_freed_memory, resolve_device
-from dimr_fast.utils.files import prepare_output, user_cache, write_json
+from dimr_fast.utils.files import prepare_output, remove_unfinished, user_cache, write_json
 from dimr_fast.utils.validation import require_fields
 
 REPORT = "evaluation.json"
@@ -131,6 +131,7 @@ def evaluate(config: EvaluateConfig, *, network: FeatureNetwork | None = None) -
         if some is not None and some.count < SPLITS:
             raise ValueError(f"{name}: got {some.count} images, expected {SPLITS} or more")
     prepare_output(config.output, (REPORT,))
+    remove_unfinished(config.output, REPORT)
 
     network.to(device)
     real = reference.statistics(network, config.cache or user_cache())
@@ -168,7 +169,8 @@ class _DrawnImages:
         trained = load_model(checkpoint)
         trained.model.to(device)
         shape = trained.model.config.shape
-        decode, size = load_decoder(config.autoencoder, trained.scale, shape, device)
+        autoencoder, size = load_decoder(config.autoencoder, trained.scale, shape, device)
+        decode = None if autoencoder is None else autoencoder.decode
         self._draw = ImageSampler(trained, config.sampler, decode)
         self._labels = balanced_labels(config.count, len(trained.classes))
         self._batch_size = config.sampler.batch_size

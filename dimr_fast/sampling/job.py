@@ -8,6 +8,7 @@ changes an image.
 import difflib
 import importlib.metadata
 import json
+import re
 import shutil
 import time
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,6 @@ from dimr_fast.checkpoint import TrainedModel, demo_model, load_model
 from dimr_fast.data.autoencoder import Decode, load_decoder
 from dimr_fast.data.imagenet import imagenet_labels
 from dimr_fast.errors import CheckpointError
-from dimr_fast.model import DiMR
 from dimr_fast.sampling.sampler import ImageSampler, SamplerConfig, balanced_labels
 from dimr_fast.sampling.writers import SAMPLE_REPORT, is_array, write_array, write_npz, write_png
 from dimr_fast.utils.device import keep_freed_memory, resolve_device
@@ -58,6 +58,8 @@ FILES = (OUTPUTS["grid"], SAMPLE_REPORT)
 SHARDS = "parts"
 NO_CLASS = "none"
 """Name of the null class, unless a class is called so."""
+OF_OTHERS = {"weights": "of other weights", "autoencoder": "of another autoencoder"}
+"""How messages call a job whose record has another digest, by the name of the entry."""
 GRID_ROWS, GRID_COLUMNS = 32, 16
 """Maximum size of a grid in images: about 1,600 × 3,100 pixels for the demo's images."""
 
@@ -138,17 +140,17 @@ def sample(
     processes = choose_process_count(config.processes, worker, device, on_cpu=1)
     stored = _read_unfinished(config.output) if worker.is_main else None
     own_device = torch.device("cpu") if processes > 1 else worker.device(device)
-    trained, decode, size = _load(config, own_device)
+    loaded = _load(config, own_device)
     if not worker.is_main:
         stored = _wait_for_report(config.output, start_timeout)
-    job = _job(config, trained, size, device, stored)
+    job = _job(config, loaded, device, stored)
     if stored is not None:
         _check_same_job(job, stored)
     else:
         outputs = [SHARDS, SAMPLE_REPORT, *(OUTPUTS[format] for format in config.formats)]
         prepare_output(config.output, outputs)
         write_json(config.output / SAMPLE_REPORT, job.record | {"finished": False})
-    sampler = None if processes > 1 else ImageSampler(trained, job.sampler, decode)
+    sampler = None if processes > 1 else ImageSampler(loaded.trained, job.sampler, loaded.decode)
     if not worker.is_main:
         with sign_of_life(job.sign_of(worker.rank)):
             run_sharded(job, sampler, worker, device, processes, "sampling")
@@ -191,10 +193,14 @@ class _Job:
         return self.config.output / SHARDS / f"process-{rank}"
 
     def load(self, device: torch.device) -> ImageSampler:
-        trained, decode, _ = _load(self.config, device)
-        if _weights_digest(trained.model) != self.record["weights"]:
-            raise CheckpointError(f"{self.config.checkpoint}: has changed since the job began")
-        return ImageSampler(trained, self.sampler, decode)
+        loaded = _load(self.config, device)
+        for path, name in (
+            (self.config.checkpoint, "weights"),
+            (self.config.autoencoder, "autoencoder"),
+        ):
+            if loaded.digests[name] != self.record[name]:
+                raise CheckpointError(f"{path}: has changed since the job began")
+        return ImageSampler(loaded.trained, self.sampler, loaded.decode)
 
     def is_written(self, shard: Shard) -> bool:
         """Return whether the file of a shard is there and whole."""
@@ -216,29 +222,40 @@ class _Job:
         progress(len(shard))
 
 
-def _load(
-    config: SampleConfig, device: torch.device
-) -> tuple[TrainedModel, Decode | None, tuple[int, int]]:
-    """Load the model on `device` and, for a latent model, its decoder.
+@dataclass(frozen=True)
+class _Loaded:
+    """A model on its device with the decoder of its outputs (None for pixels)."""
 
-    Returns them and the size (height, width) of images.
-    """
+    trained: TrainedModel
+    decode: Decode | None
+    size: tuple[int, int]
+    """(height, width) of the images."""
+    digests: dict[str, str | None]
+    """SHA-256 of the model's weights and of the autoencoder's, by their names in the record."""
+
+
+def _load(config: SampleConfig, device: torch.device) -> _Loaded:
+    """Load the model on `device` and, for a latent model, its autoencoder."""
     if device.type == "cpu":
         keep_freed_memory()
     trained = load_model(config.checkpoint or demo_model())
     trained.model.to(device)
     shape = trained.model.config.shape
-    decode, size = load_decoder(config.autoencoder, trained.scale, shape, device)
-    return trained, decode, size
+    autoencoder, size = load_decoder(config.autoencoder, trained.scale, shape, device)
+    digests = {
+        "weights": sha256_of_named(trained.model.state_dict()),
+        "autoencoder": None if autoencoder is None else autoencoder.fingerprint(),
+    }
+    return _Loaded(trained, None if autoencoder is None else autoencoder.decode, size, digests)
 
 
 def _job(
     config: SampleConfig,
-    trained: TrainedModel,
-    size: tuple[int, int],
+    loaded: _Loaded,
     device: torch.device,
     stored: dict[str, Any] | None,
 ) -> _Job:
+    trained = loaded.trained
     chosen = select_classes(config.classes, trained.classes)
     if config.formats == ("grid",):
         chosen = chosen[:GRID_ROWS]
@@ -252,17 +269,17 @@ def _job(
     record = {
         "dimr_fast": importlib.metadata.version("dimr_fast"),
         "checkpoint": str(config.checkpoint or "the model that comes with the package"),
-        "weights": _weights_digest(trained.model),
+        "weights": loaded.digests["weights"],
         "count": count,
         "classes": [names[i] for i in chosen.tolist()],
         # Compared when a job is resumed, also one of an earlier version: the text stays as it is.
         "labels": "each class equally often, or once more, going round the classes",
-        "autoencoder": config.autoencoder,
+        "autoencoder": loaded.digests["autoencoder"],
         "formats": list(config.formats),
         "sampler": sampler.recipe(trained, device),
     }
     labels = chosen[balanced_labels(count, len(chosen))]
-    return _Job(config, sampler, labels, size, names, record)
+    return _Job(config, sampler, labels, loaded.size, names, record)
 
 
 def select_classes(wanted: tuple[str, ...], classes: tuple[str, ...]) -> Tensor:
@@ -293,10 +310,6 @@ def select_classes(wanted: tuple[str, ...], classes: tuple[str, ...]) -> Tensor:
                 f"or {NO_CLASS!r}"
             )
     return torch.tensor(list(dict.fromkeys(labels)))
-
-
-def _weights_digest(model: DiMR) -> str:
-    return sha256_of_named(model.state_dict())
 
 
 def _read_report(output: Path) -> dict[str, Any] | None:
@@ -370,10 +383,17 @@ def _check_same_job(job: _Job, stored: dict[str, Any]) -> None:
     """Raise ValueError unless the output was begun with these settings."""
     # A job of an earlier version recorded fewer settings, which had one value then.
     begun = {"schedule": "discrete", **stored, **stored["sampler"]}
+    autoencoder = begun.get("autoencoder")
+    if isinstance(autoencoder, str) and not re.fullmatch("[0-9a-f]{64}", autoencoder):
+        raise ValueError(
+            f"output: got {job.config.output}, where an earlier version began a job and recorded "
+            f"only the name of its autoencoder, {autoencoder!r}: whether its weights are the same "
+            "is unknown; expected another folder"
+        )
     for name, value in {**job.record, **job.record["sampler"]}.items():
         # The same weights may be at another path; the entries of "sampler" are compared singly.
         if name not in ("checkpoint", "dimr_fast", "sampler") and begun.get(name) != value:
-            what = "of other weights" if name == "weights" else f"with {name} {begun.get(name)!r}"
+            what = OF_OTHERS.get(name, f"with {name} {begun.get(name)!r}")
             raise ValueError(
                 f"output: got {job.config.output}, where a job {what} is unfinished; expected the "
                 "same settings, to go on with it, or another folder"
@@ -388,11 +408,12 @@ def _finish(job: _Job) -> list[Path]:
         write_npz(paths, job.labels.numpy(), output / OUTPUTS["npz"])
     if "grid" in job.config.formats:
         _write_grid(job, output / OUTPUTS["grid"])
-    write_json(output / SAMPLE_REPORT, job.record | {"finished": True})
-    shutil.rmtree(output / SHARDS, ignore_errors=True)
+    # Before the report: a finished job is not started again.
     for name in (SAMPLE_REPORT, *OUTPUTS.values()):
         remove_unfinished(output, name)
     remove_unfinished(output / OUTPUTS["png"])
+    write_json(output / SAMPLE_REPORT, job.record | {"finished": True})
+    shutil.rmtree(output / SHARDS, ignore_errors=True)
     return [output / name for name in (*(OUTPUTS[f] for f in job.config.formats), SAMPLE_REPORT)]
 
 

@@ -1,7 +1,9 @@
 """The log of a training run: lines of `log.jsonl`, and TensorBoard."""
 
+import errno
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,11 +36,20 @@ class TrainLog:
     def scalars(self, step: int, **values: float) -> None:
         """Append a line of figures."""
         with _errors_reported():
-            with self._path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            self._append(json.dumps({"step": step, **values}) + "\n")
             if self._board is not None:
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)
+
+    def _append(self, line: str) -> None:
+        """Append a line, or nothing if there is no room for all of it."""
+        data = line.encode()
+        # Without a buffer, which would be written again when the file is closed.
+        with self._path.open("ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(data) < len(data):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
     def has(self, step: int, name: str) -> bool:
         """Return whether the figure `name` is logged for `step`."""

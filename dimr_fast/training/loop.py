@@ -65,6 +65,7 @@ class TrainLoop:
         if state.step:
             # A kill between the last checkpoint and the next step may have prevented these.
             self._keep_milestone()
+            self._save_averages_if_due()
             self.previews.draw_if_due(log, catch_up=True)
         state.model.train()
         with (
@@ -112,8 +113,7 @@ class TrainLoop:
                 if due or _is_multiple(state.step, config.milestone_steps):
                     self._save()
                     saved = state.seconds
-                if _is_multiple(state.step, config.average_steps):
-                    self._save_averages()
+                self._save_averages_if_due()
                 paused = time.monotonic()
                 if not stop:
                     self.previews.draw_if_due(log)
@@ -246,8 +246,10 @@ class TrainLoop:
         else:
             self._keep_milestone()
 
-    def _save_averages(self) -> None:
-        """Write the averages of this step; if that fails, report it."""
+    def _save_averages_if_due(self) -> None:
+        """Write the averages if they are due after this step; if that fails, report it."""
+        if not _is_multiple(self.state.step, self.config.average_steps):
+            return
         try:
             self.state.save_averages(self.config.output / AVERAGES, write=self.communicator.is_main)
         except OSError as error:

@@ -24,6 +24,8 @@ from dimr_fast.utils.files import user_cache
 from dimr_fast.utils.plots import image_grid
 from dimr_fast.utils.seeds import derived_seed
 
+SAMPLES = "samples"
+"""Folder of a run with its preview grids."""
 ROWS, COLUMNS = 8, 8
 """Maximum size of a preview grid in images: one batch of the sampler."""
 
@@ -53,9 +55,10 @@ class Previews:
         if not (wanted and communicator.is_main):
             return
         shape = state.model.config.shape
-        self.decode, size = load_decoder(
+        autoencoder, size = load_decoder(
             config.autoencoder, state.scale, shape, communicator.device
         )
+        self.decode = None if autoencoder is None else autoencoder.decode
         if config.score_steps is not None:
             self.features = EfficientNetLite0Features().to(communicator.device)
             reference = Reference.open(config.score_reference, size)
@@ -91,7 +94,7 @@ class Previews:
         self.communicator.barrier()
 
     def _grid_path(self) -> Path:
-        return self.config.output / "samples" / f"{self.state.step:08d}.png"
+        return self.config.output / SAMPLES / f"{self.state.step:08d}.png"
 
     def _trained_model(self, weights: dict[str, Tensor]) -> TrainedModel:
         config = self.state.model.config

@@ -32,7 +32,7 @@ from dimr_fast.training.log import LOG, require_tensorboard
 from dimr_fast.training.loop import TrainLoop
 from dimr_fast.training.objective import Distillation, NoisePrediction, Objective
 from dimr_fast.training.parallel import check_batch_split, parallelize
-from dimr_fast.training.previews import Previews
+from dimr_fast.training.previews import SAMPLES, Previews
 from dimr_fast.training.state import CHECKPOINT, TrainState, read_state
 from dimr_fast.utils.device import (
     DTYPES,
@@ -152,7 +152,8 @@ def train(
             if not resume:
                 prepare_output(config.output, FILES)
                 locks.enter_context(lock_folder(config.output, lock_timeout))
-            remove_unfinished(config.output)
+            for folder in ("", AVERAGES, SAMPLES):
+                remove_unfinished(config.output / folder)
         communicator.barrier()
         ended_by = _run(run, resume)
         return _summarize(run, ended_by)

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
 
     The old file stays in place until the rename, even if the machine crashes. Exceptions of `write`
     are passed on (OSError with `path` in its message), and the temporary file is removed. Only a
-    killed process leaves a temporary file; see `remove_unfinished`.
+    killed process, or a folder that has become read-only, leaves one; see `remove_unfinished`.
     """
     target = Path(path)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -43,7 +43,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         # Most of these exceptions do not name the file.
         raise OSError(f"{path}: could not be written ({error})") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        # An error here, as in a folder that has become read-only, would hide the one of `write`.
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -153,3 +153,14 @@ def test_a_full_disk_while_the_cache_is_written_is_no_error(
         evaluate(job, network=Wide())
     assert "not cached" in capsys.readouterr().err
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_unfinished_report_of_a_killed_evaluation_is_removed(
+    reference: Path, network: Colours, tmp_path: Path
+) -> None:
+    images = write_folder(random_images(12), tmp_path / "fake")
+    job = small_evaluation(tmp_path, reference, images=images)
+    job.output.mkdir()
+    (job.output / ".evaluation.json.1.part").write_text("half of it")
+    evaluate(job, network=network)
+    assert [path.name for path in job.output.iterdir()] == ["evaluation.json"]

@@ -186,7 +186,8 @@ def test_a_killed_and_resumed_extraction_equals_an_undisturbed_one(
         process.kill()
     assert {path.name for path in parts.output.iterdir()} == {first.name, second.name}
     # A kill while a shard is written leaves an unfinished file.
-    (parts.output / f".{shard(parts, 2).name}.1.part").write_bytes(b"half of it")
+    for name in (shard(parts, 2).name, "manifest.json"):
+        (parts.output / f".{name}.1.part").write_bytes(b"half of it")
     with pytest.raises(ValueError, match="expected a folder that dimr-fast extract has finished"):
         LatentShards(parts.output)
     kept = [os.stat(path).st_mtime_ns for path in (first, second)]

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dimr_fast.checkpoint import TrainedModel
-from dimr_fast.sampling import SamplerConfig, sample
+from dimr_fast.data.autoencoder import Autoencoder
+from dimr_fast.data.scaling import LatentScale
+from dimr_fast.sampling import SampleConfig, SamplerConfig, sample
 from dimr_fast.utils.files import lock_folder
 from dimr_fast.utils.sharded import Silence, sign_of_life
+from tests.support.autoencoder import save_autoencoder
 from tests.support.files import file_size_limit
 from tests.support.models import trained_model, write_checkpoint
 from tests.support.sampling import command_words, contents, small_job
@@ -112,6 +117,50 @@ def test_a_damaged_batch_is_drawn_anew(
     assert parts[3].read_bytes() == written
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     sample(job)
+
+
+@pytest.fixture
+def unfinished_latent_job(trained: TrainedModel, tmp_path: Path) -> SampleConfig:
+    """Return a job with an autoencoder whose batches are written, but not the npz file."""
+    latents = dataclasses.replace(trained, scale=LatentScale(0.5))
+    settings = {"blocks": 2, "latent_channels": 3, "scaling_factor": 0.5}
+    folder = save_autoencoder(tmp_path / "autoencoder", **settings)
+    job = small_job(latents, tmp_path, formats=("npz",), autoencoder=str(folder))
+    with file_size_limit(20_000), pytest.raises(OSError, match=r"samples\.npz"):
+        sample(job)
+    return job
+
+
+def test_a_job_goes_on_with_its_autoencoder_only(
+    unfinished_latent_job: SampleConfig, tmp_path: Path
+) -> None:
+    """Its weights count: the same weights may be in another folder, others in the same one."""
+    job = unfinished_latent_job
+    report = json.loads((job.output / "sample.json").read_text())
+    autoencoder = Autoencoder.load(str(job.autoencoder), torch.device("cpu"))
+    assert report["autoencoder"] == autoencoder.fingerprint()
+    moved = (tmp_path / "autoencoder").rename(tmp_path / "moved")
+    weights = tmp_path / "autoencoder" / "diffusion_pytorch_model.safetensors"
+    shutil.copytree(moved, weights.parent)
+    tensors = load_file(weights)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, weights)
+    with pytest.raises(ValueError, match=r"output: got .* a job of another autoencoder is unfin"):
+        sample(job)
+    sample(dataclasses.replace(job, autoencoder=str(moved)))
+    assert (job.output / "samples.npz").exists()
+
+
+def test_a_job_of_a_version_that_recorded_the_name_of_the_autoencoder_is_refused(
+    unfinished_latent_job: SampleConfig,
+) -> None:
+    job = unfinished_latent_job
+    path = job.output / "sample.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"autoencoder": "someone/vae"}))
+    kept = contents(job.output)
+    message = r"an earlier version .* only the name of its autoencoder, 'someone/vae'.* another fol"
+    with pytest.raises(ValueError, match=message):
+        sample(job)
+    assert contents(job.output) == kept
 
 
 @pytest.mark.parametrize("sampler", [{}, {"steps": 2}, None, "dpm++"])

@@ -136,6 +136,23 @@ def test_an_interrupted_and_resumed_run_stores_the_same_averages(run: Path, tmp_
         assert ours[1] == theirs[1]
 
 
+def test_a_kill_after_a_checkpoint_loses_no_averages(run: Path, tmp_path: Path) -> None:
+    """Averages are written after the checkpoint of the same step."""
+
+    def interrupt(step: int) -> None:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    train_on_plain_images(small_run(tmp_path, average_steps=3), interrupt)
+    # As a kill would have left it.
+    path = tmp_path / AVERAGES / "00000006.safetensors"
+    path.rename(path.with_name(f".{path.name}.1.part"))
+    train_on_plain_images(small_run(tmp_path, average_steps=3), resume=True)
+    assert {p.name for p in path.parent.iterdir()} == {p.name for p in (run / AVERAGES).iterdir()}
+    ours, theirs = (load_checkpoint(folder / AVERAGES / path.name) for folder in (run, tmp_path))
+    assert all(torch.equal(value, theirs[0][name]) for name, value in ours[0].items())
+
+
 def test_a_run_without_averages_says_how_to_keep_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

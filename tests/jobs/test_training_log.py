@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dimr_fast.training.log import TrainLog
+from tests.support.files import file_size_limit
 from tests.support.image_files import random_images, write_folder
 from tests.support.training import log_lines, small_run, train_on_plain_images
 
@@ -41,6 +43,21 @@ def test_a_run_continues_where_its_log_and_samples_cannot_be_written(
     printed = capsys.readouterr()
     assert "not logged: " in printed.out + printed.err
     assert "no samples at step 2: " in printed.out + printed.err
+
+
+def test_a_full_disk_leaves_no_half_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = TrainLog(tmp_path, 0, tensorboard=False)
+    with file_size_limit(8191):  # odd, so that a line is cut off
+        for step in range(1, 1000):
+            log.scalars(step, loss=step / 2)
+    log.scalars(1000, loss=0.0)
+    assert "not logged: " in capsys.readouterr().out
+    *before, last = log_lines(tmp_path)
+    assert last == {"step": 1000, "loss": 0.0}
+    assert before == [{"step": step, "loss": step / 2} for step in range(1, len(before) + 1)]
+    assert 100 < len(before) < 999
 
 
 def test_samples_and_scores_come_on_schedule(

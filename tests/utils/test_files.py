@@ -1,14 +1,16 @@
-"""Locks of output folders."""
+"""Files that are written atomically, and locks of output folders."""
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from dimr_fast.utils.files import lock_folder
+from dimr_fast.errors import Interrupted
+from dimr_fast.utils.files import lock_folder, write_atomically
 
 fcntl = pytest.importorskip("fcntl", reason="the system has no fcntl")
 
@@ -39,3 +41,18 @@ def test_a_lock_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(OSError, match="file"), lock_folder(tmp_path / "file", timeout=0.2):
         pass
+
+
+def test_an_error_is_passed_on_where_the_unfinished_file_cannot_be_removed(tmp_path: Path) -> None:
+    """As in a folder that has become read-only."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+
+    def write(part: Path) -> None:
+        part.unlink()
+        folder.rmdir()
+        folder.write_text("a file instead of the folder")
+        raise Interrupted(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        write_atomically(folder / "file", write)
