@@ -286,8 +286,8 @@ def _check_scheduler(scheduler: Any, trained: TrainedModel) -> None:
     if isinstance(scheduler, DiMRScheduler):
         found = f"{name} of schedule {config.schedule}, solver {config.solver}"
         require(config.schedule == schedule, "scheduler", found, f"the model's schedule {schedule}")
-        fits = trained.evaluations is None or (config.solver, config.spacing) == ("ddim", "time")
-        require(fits, "scheduler", found, "solver ddim, spacing time: the model was distilled")
+        fits = trained.evaluations is None or (config.solver, config.spacing) == ("ddim", "log_snr")
+        require(fits, "scheduler", found, "solver ddim, spacing log_snr: the model was distilled")
         return
     require(trained.evaluations is None, "scheduler", name, "DiMRScheduler: the model is distilled")
     # Others have no such tables, and would not get them either.

@@ -10,7 +10,7 @@ from itertools import count
 from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dimr_fast.checkpoint import TrainedModel
 from dimr_fast.data.autoencoder import Decode
@@ -249,7 +249,7 @@ class ImageSampler:
             dtype = resolve_precision(cast(Precision, self._sampler.precision), self._device)
         else:
             dtype = torch.bfloat16
-        self.network: nn.Module = optimize_for_inference(trained.model, dtype, quantize=quantize)
+        self.network = optimize_for_inference(trained.model, dtype, quantize=quantize)
         self._schedule = noise_schedule(trained.schedule)
         self._trained = trained
 
