@@ -264,7 +264,7 @@ def demo_model(name: str = PACKAGED[0]) -> Path:
     """
     folder = Path(__file__).parent / "pretrained" / name
     if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder}: this installation has no model {name}")
+        raise CheckpointError(f"{folder}: this installation has no {name} model")
     return folder
 
 
