@@ -69,9 +69,10 @@ class SampleConfig:
     """Settings of a sampling job."""
 
     checkpoint: Path | None = None
-    """A training checkpoint, whose EMA weights are used, or the folder of a saved model. None is
-    the model that comes with the package. On the command line also OWNER/REPOSITORY:FILE, a file on
-    the Hugging Face Hub, which is downloaded and converted."""
+    """A training checkpoint, whose EMA weights are used, or the folder of a saved model. None or
+    `demo` is the model that comes with the package, `demo-distilled` its distilled form. On the
+    command line also OWNER/REPOSITORY:FILE, a file on the Hugging Face Hub, which is downloaded and
+    converted."""
     output: Path
     """Output folder. It also gets `sample.json`, which holds all settings. The same command resumes
     an unfinished job in it and refuses a finished one."""
