@@ -103,7 +103,13 @@ def _check_layers(model: DiMR) -> None:
             if not isinstance(module, kind):
                 continue
             found = model.get_submodule(name)
-            if not isinstance(found, kind) or is_parametrized(found):
+            # A subclass may compute anything: only the forward as built, or PyTorch's, is known.
+            known = (type(module).forward, kind.forward)
+            if (
+                not isinstance(found, kind)
+                or type(found).forward not in known
+                or is_parametrized(found)
+            ):
                 raise ValueError(
                     f"model: got {type(found).__name__} as {name}, expected {kind.__name__}: merge "
                     "adapters and parametrisations into the layers first"

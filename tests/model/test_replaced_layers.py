@@ -176,3 +176,29 @@ def test_a_backward_hook_is_called() -> None:
     layer.register_full_backward_hook(lambda *_: called.append(True))
     sum(p.mean() for p in model(**inputs_of(model, 2))).backward()
     assert called == [True]
+
+
+class TwiceLinear(nn.Linear):
+    """A layer with the weight of another one, that computes something else with it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_an_optimised_model_refuses_a_layer_that_computes_something_else() -> None:
+    model = small()
+    name = LINEAR[0]
+    base = model.get_submodule(name)
+    for layer in (nn.Linear, TwiceLinear):
+        other = layer(base.in_features, base.out_features, bias=base.bias is not None)
+        other.load_state_dict(base.state_dict())
+        replace(model, name, other)
+        if layer is nn.Linear:
+            torch.testing.assert_close(
+                optimize_for_inference(model, torch.float32)(**inputs_of(small(), 2)),
+                predictions(model),
+                rtol=1e-3,
+                atol=1e-4,
+            )
+    with pytest.raises(ValueError, match=f"model: got TwiceLinear as {re.escape(name)}, expected"):
+        optimize_for_inference(model)
