@@ -55,6 +55,9 @@ __all__ = [
 
 EMA_PREFIX = "ema."
 SAFETENSORS = ".safetensors"
+INTERVALS = "log_snr"
+"""Spacing of the intervals of a distilled model's evaluations, stored beside their number. Students
+of an earlier method do not have it."""
 PACKAGED = ("demo", "demo-distilled")
 """Models that come with the package, by the names that `load_model` takes. The second is distilled
 from the first and draws in two evaluations."""
@@ -119,8 +122,7 @@ def load_model(path: Path) -> TrainedModel:
     are unusable, do not fit together or do not state the model's classes, input scale and noise
     schedule.
     """
-    if str(path) in PACKAGED and not path.exists():
-        path = demo_model(str(path))
+    path = local_model(path)
     if path.is_dir():
         model, notes = DiMR.from_folder(path)
         return _trained_model(path, model, notes, schedule_of(notes))
@@ -189,6 +191,11 @@ def _trained_model(
         raise CheckpointError(
             f"{path}: evaluations: got {evaluations!r}, expected a positive whole number or none"
         )
+    if evaluations is not None and metadata.get("intervals") != INTERVALS:
+        raise CheckpointError(
+            f"{path}: distilled by the method of an earlier version; distil its teacher again: "
+            "dimr-fast distill"
+        )
     classes, scale = _classes_and_scale(path, metadata, model.config)
     return TrainedModel(model, classes, scale, schedule, defaults, evaluations)
 
@@ -225,6 +232,7 @@ def notes_of(trained: TrainedModel) -> dict[str, Any]:
         "schedule": trained.schedule,
         "sampling_defaults": trained.defaults,
         "evaluations": trained.evaluations,
+        "intervals": None if trained.evaluations is None else INTERVALS,
     }
     return {name: value for name, value in known.items() if value is not None}
 
@@ -266,6 +274,11 @@ def demo_model(name: str = PACKAGED[0]) -> Path:
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder}: this installation has no {name} model")
     return folder
+
+
+def local_model(path: Path) -> Path:
+    """Return the folder of a packaged model for its name, and other paths as they are."""
+    return demo_model(str(path)) if str(path) in PACKAGED and not path.exists() else path
 
 
 @dataclass(frozen=True)

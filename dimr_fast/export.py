@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dimr_fast.checkpoint import load_checkpoint, load_model, save_model
+from dimr_fast.checkpoint import load_checkpoint, load_model, local_model, save_model
+from dimr_fast.data.scaling import LatentScale
 from dimr_fast.errors import CheckpointError
 from dimr_fast.hub.mixin import CONFIG
 from dimr_fast.hub.space import MODEL, require_gradio, write_space
 from dimr_fast.training.averages import LONGEST, average_weights
 from dimr_fast.utils.files import write_folder
-from dimr_fast.utils.validation import require_fields
+from dimr_fast.utils.validation import require, require_fields
 
 PATH_SETTINGS = ("output", "checkpoint")
 """Settings that are private paths and are removed from the recipe."""
@@ -79,11 +80,18 @@ def export(config: ExportConfig) -> Path:
 
 def _fill_space(config: ExportConfig, folder: Path) -> None:
     """Write the files of a Space, and the model, which may be saved already."""
-    if (config.checkpoint / CONFIG).is_file():
-        load_model(config.checkpoint)
-        shutil.copytree(config.checkpoint, folder / MODEL)
+    saved = local_model(config.checkpoint)
+    if (saved / CONFIG).is_file():
+        for name in ("average_length", "scores", "pictures"):
+            given = getattr(config, name)
+            require(not given, name, given, f"none, as {saved} is a saved model")
+        shutil.copytree(saved, folder / MODEL)
     else:
         _export_model(config, folder / MODEL)
+    if isinstance(load_model(folder / MODEL).scale, LatentScale):
+        raise ValueError(
+            "space: got a model of latents, expected one of pixels: a Space has no autoencoder"
+        )
     write_space(folder, config.output.absolute().name, config.license)
 
 

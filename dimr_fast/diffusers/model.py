@@ -7,7 +7,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from dimr_fast.checkpoint import TrainedModel, load_model, notes_of
+from dimr_fast.checkpoint import TrainedModel, load_model, local_model, notes_of
 from dimr_fast.config import DiMRConfig
 from dimr_fast.hub import CONFIG, read_config
 from dimr_fast.inference import InferenceDiMR, optimize_for_inference
@@ -61,7 +61,7 @@ class DiMRModel(ModelMixin):
         device = device_map.get("") if isinstance(device_map, dict) else device_map
         if device_map is not None and device is None:
             raise ValueError(f"device_map: got {device_map!r}, expected one device")
-        path = Path(pretrained_model_name_or_path)
+        path = local_model(Path(pretrained_model_name_or_path))
         trained = load_model(path)
         notes = {}
         if path.is_dir():

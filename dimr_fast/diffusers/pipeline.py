@@ -1,5 +1,6 @@
 """Draw images from a trained model as a diffusers pipeline."""
 
+import difflib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -10,16 +11,17 @@ import huggingface_hub
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from torch import Tensor
 
-from dimr_fast.checkpoint import TrainedModel
-from dimr_fast.data.autoencoder import Autoencoder
+from dimr_fast.checkpoint import TrainedModel, local_model
 from dimr_fast.data.imagenet import imagenet_labels
 from dimr_fast.data.scaling import LatentScale
 from dimr_fast.diffusers.model import DiMRModel
 from dimr_fast.diffusers.scheduler import DiMRScheduler, alphas_cumprod, time_of
 from dimr_fast.diffusion import ConstantGuidance, guided, noise_schedule
+from dimr_fast.errors import CheckpointError
 from dimr_fast.hub.mixin import DOWNLOAD
 from dimr_fast.sampling.sampler import DECODER_BATCH_SIZE, SamplerConfig
 from dimr_fast.utils.files import write_atomically
@@ -71,11 +73,14 @@ class DiMRPipeline(DiffusionPipeline):
         pipeline see diffusers. A repository holds one of the two folders; its options are those of
         `DiMR.from_pretrained`. Raises the errors of `load_model`, of diffusers and of the Hub.
         """
-        path = Path(pretrained_model_name_or_path)
+        path = local_model(Path(pretrained_model_name_or_path))
         if not path.exists():
             options = {name: kwargs.pop(name) for name in DOWNLOAD if name in kwargs}
             name = str(pretrained_model_name_or_path)
-            path = Path(huggingface_hub.snapshot_download(name, **options))
+            try:
+                path = Path(huggingface_hub.snapshot_download(name, **options))
+            except HFValidationError as error:
+                raise CheckpointError(f"{name}: no such file or folder") from error
         if (path / cls.config_name).is_file():
             return super().from_pretrained(str(path), **kwargs)
         dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
@@ -110,7 +115,9 @@ class DiMRPipeline(DiffusionPipeline):
         labels = self.labels
         names = [label] if isinstance(label, str) else list(label)
         for name in names:
-            require(name in labels, "label", name, f"one of {', '.join(labels)}")
+            if name not in labels:
+                near = difflib.get_close_matches(name, labels) or [*labels][:10]
+                require(False, "label", name, f"a class of the model, such as {', '.join(near)}")
         return [labels[name] for name in names]
 
     @property
@@ -237,11 +244,11 @@ class DiMRPipeline(DiffusionPipeline):
             )
             return
         require(latents, "vae", type(self.vae).__name__, "None for a model that draws pixels")
-        found = Autoencoder(self.vae)
+        found = self.vae.config.latent_channels, LatentScale(self.vae.config.scaling_factor)
         require(
-            (found.channels, found.scale) == (trained.model.config.channels, trained.scale),
+            found == (trained.model.config.channels, trained.scale),
             "vae",
-            (found.channels, found.scale),
+            found,
             f"the model's {trained.model.config.channels} channels and {trained.scale}",
         )
 

@@ -23,6 +23,7 @@ NOTES = (
     "schedule",
     "sampling_defaults",
     "evaluations",
+    "intervals",
     "recipe",
     "scores",
     "license",
@@ -135,9 +136,9 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
 
         `config` has further facts about the model for `config.json` and the card, as JSON values:
         `classes`, `scale`, `schedule` (the name of its noise schedule), `sampling_defaults`,
-        `evaluations` (of a distilled model), `recipe`, `scores`, `license`. `push_to_hub` takes it
-        likewise. Other options are those of huggingface_hub's mixin. Raises ValueError for an entry
-        of another name.
+        `evaluations` and `intervals` (of a distilled model), `recipe`, `scores`, `license`.
+        `push_to_hub` takes it likewise. Other options are those of huggingface_hub's mixin. Raises
+        ValueError for an entry of another name.
         """
         folder, notes = Path(save_directory), dict(config or {})
         own = self.config.to_dict()
@@ -145,7 +146,8 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         for name in notes:
             if name not in NOTES:
                 raise ValueError(f"config: got {name!r}, expected only {', '.join(NOTES)}")
-        card = {"name": folder.resolve().name, **notes, **(model_card_kwargs or {})}
+        shown = {name: value for name, value in notes.items() if name != "intervals"}
+        card = {"name": folder.resolve().name, **shown, **(model_card_kwargs or {})}
         return super().save_pretrained(
             folder, config={**own, **notes}, model_card_kwargs=card, **options
         )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dimr_fast.checkpoint import demo_model, load_model
+from dimr_fast.checkpoint import demo_model, load_model, local_model
 from dimr_fast.config import PRESETS, DiMRConfig
 from dimr_fast.errors import CheckpointError
 from dimr_fast.training.config import TrainConfig
@@ -23,7 +23,7 @@ def distillation_config(
     if resume and own.exists():
         words = [] if checkpoint is None else [f"teacher={checkpoint}"]
         return TrainConfig.read(str(own), [*words, *changes], output)
-    teacher = checkpoint or demo_model()
+    teacher = local_model(checkpoint or demo_model())
     trained = load_model(teacher)
     words = [
         f"teacher={teacher}",

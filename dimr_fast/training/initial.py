@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from dimr_fast.checkpoint import published_training, read_weights, schedule_of
+from dimr_fast.checkpoint import local_model, published_training, read_weights, schedule_of
 from dimr_fast.config import DiMRConfig, preset_of
 from dimr_fast.data.scaling import PUBLISHED_PIXELS, LatentScale, PixelScale, scale_from_dict
 from dimr_fast.errors import CheckpointError
@@ -44,7 +44,7 @@ def initial_model(config: DiMRConfig, source: str, *, latents: bool) -> InitialM
     CheckpointError where the weights are unusable, do not fit the model otherwise or are of pixels
     where the examples are latents.
     """
-    path = local_file(Path(source).expanduser())
+    path = local_model(local_file(Path(source).expanduser()))
     stored = read_weights(path)
     model = DiMR(config)
     weights, remarks = _fitted(model.state_dict(), stored.weights, config, stored.config, path)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dimr_fast.checkpoint import EMA_PREFIX, load_checkpoint, save_checkpoint
+from dimr_fast.checkpoint import EMA_PREFIX, INTERVALS, load_checkpoint, save_checkpoint
 from dimr_fast.data.scaling import Scale, scale_from_dict, scale_to_dict
 from dimr_fast.diffusion import ScheduleName
 from dimr_fast.errors import CheckpointError
@@ -88,6 +88,7 @@ class TrainState:
             "schedule": self.schedule,
             "recipe": self.recipe,
             "evaluations": self.evaluations,
+            "intervals": None if self.evaluations is None else INTERVALS,
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "seconds": self.seconds,

@@ -124,7 +124,7 @@ class Studio:
         _check(isinstance(classes, list | tuple), "classes", classes, "a list of names")
         names = self.class_names
         for name in cast(Sequence[object], classes):
-            _check(name in names, "classes", name, "those in the list")
+            _check(name in names, "classes", name, "a class of this model, or none")
         # On a command line a name that starts with "-" would be an option.
         words = [
             str(names.index(name)) if name.startswith("-") else name
@@ -135,9 +135,8 @@ class Studio:
             _number("guided from time", low, (0.0, 1.0)),
             _number("to time", high, (0.0, 1.0)),
         )
-        _check(
-            interval[0] <= interval[1], "guided from time", low, f"at most {high}, the other time"
-        )
+        ordered = interval[0] <= interval[1]
+        _check(ordered, "guided from time", low, f"at most {high}, the value of 'to time'")
         sampler = SamplerConfig(
             solver=cast(SolverName, solver),
             steps=_whole("network evaluations", steps, STEPS),
@@ -202,6 +201,8 @@ class Studio:
             if closed.is_set():
                 raise InterruptedError("nobody waits for these images any more")
             if evaluation % interval == 0 and evaluation < steps:
+                if self.trained.model.device.type == "cuda":
+                    torch.cuda.synchronize()  # the model's own time is not that of the preview
                 begin = time.perf_counter()
                 updates.put(Preview(images(), labels, evaluation, steps))
                 previewing += time.perf_counter() - begin

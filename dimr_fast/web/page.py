@@ -302,7 +302,9 @@ def _title(studio: Studio) -> str:
         f"{len(studio.trained.classes)} classes",
     ]
     if studio.fixed:
-        facts.append(f"distilled: {studio.trained.evaluations} evaluations, without guidance")
+        number = studio.trained.evaluations
+        words = "evaluation" if number == 1 else "evaluations"
+        facts.append(f"distilled: {number} {words}, without guidance")
     return f"# Draw with DiMR\n{' · '.join(facts)}"
 
 

@@ -1,6 +1,7 @@
 """Distillation as a job: trained, resumed, on two processes, sampled, shared, and refused."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -96,6 +97,16 @@ def test_previews_and_an_exported_folder_know_the_number_of_evaluations(
     assert load_model(tmp_path / "again").evaluations == 1
     paths = sample(SampleConfig(checkpoint=tmp_path / "again", output=tmp_path / "out"))
     assert all(path.exists() for path in paths)
+
+
+def test_a_student_of_an_earlier_method_is_refused(teacher: Path, tmp_path: Path) -> None:
+    save_model(dataclasses.replace(load_model(teacher), evaluations=2), tmp_path / "student")
+    config = tmp_path / "student" / "config.json"
+    written = json.loads(config.read_text())
+    del written["intervals"]
+    config.write_text(json.dumps(written))
+    with pytest.raises(CheckpointError, match="method of an earlier version; distil its teacher"):
+        load_model(tmp_path / "student")
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def drawing_of(studio: Studio, **changes: Any) -> Drawing:
 @pytest.mark.parametrize(
     ("entry", "value", "words"),
     [
-        ("classes", ["sea", "desert"], "classes: got 'desert', expected those in the list"),
+        ("classes", ["sea", "desert"], "classes: got 'desert', expected a class of this model"),
         ("classes", None, "classes: got nothing, expected a list of names"),
         ("classes", "sea", "classes: got 'sea', expected a list of names"),
         ("classes", [["sea"]], "classes: got"),
@@ -207,7 +207,7 @@ def test_a_distilled_model_is_offered_with_its_own_settings_only(tmp_path: Path)
     assert (defaults.solver, defaults.steps, defaults.guidance) == ("ddim", 2, 0.0)
     assert len(drawing_of(student, **own).images) == 5
     for other in ({"solver": "heun"}, {"steps": 3}, {"guidance": 1.0}, {"classes": ["none"]}):
-        with pytest.raises(ValueError, match=r"distilled for 2 evaluations|those in the list"):
+        with pytest.raises(ValueError, match=r"distilled for 2 evaluations|a class of this model"):
             student.job(**(ENTRIES | own | other))
 
 

@@ -55,6 +55,9 @@ def answer(folder: Path, path: str, parts: tuple[bytes, ...] = (), method: str =
         "/gradio_api/upload_progress",
         "/gradio_api/proxy=https://example.com/",
         "/gradio_api/stream/1",
+        "/gradio_api/file/https://example.com/",
+        "/gradio_api/process_recording",
+        "/gradio_api/deep_link",
     ],
 )
 def test_other_files_and_addresses_are_refused(tmp_path: Path, path: str) -> None:
@@ -69,6 +72,16 @@ def test_other_files_and_addresses_are_refused(tmp_path: Path, path: str) -> Non
 @pytest.mark.parametrize("path", ["/", "/config", "/gradio_api/file={folder}/a/grid.png"])
 def test_what_the_page_needs_is_let_through(tmp_path: Path, path: str) -> None:
     assert answer(tmp_path, path.format(folder=tmp_path)) == (UNTOUCHED, b"")
+
+
+@pytest.mark.parametrize("kind", ["meta", "m\\u0065ta"])
+def test_a_body_that_names_a_file_is_refused(tmp_path: Path, kind: str) -> None:
+    """Gradio would download it."""
+    file = f'{{"path": "https://example.com/x", "{kind}": {{"_type": "gradio.FileData"}}}}'
+    body = f'{{"data": [[{file}], 1]}}'.encode()
+    assert answer(tmp_path, "/gradio_api/queue/join", (body,), "POST")[0] == 403
+    plain = b'{"data": ["path", "meta"]}'
+    assert answer(tmp_path, "/gradio_api/queue/join", (plain,), "POST") == (UNTOUCHED, plain)
 
 
 def test_a_body_is_let_through_whole_up_to_its_limit(tmp_path: Path) -> None:

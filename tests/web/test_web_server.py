@@ -65,7 +65,6 @@ def test_a_hundred_requests_at_once_are_all_answered(server: tuple[str, Path]) -
         [[], 2, 0, False, "rk4", *SETTINGS[1:], *SETTINGS],
         [[], 2, 0, False, "ddim", 10**9, 0, 0, 1, *SETTINGS],
         [[], 2, 0, True, *SETTINGS, "ddim", 2, 0, 0.9, 0.1],
-        [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, *entries(0)[1:]],
         [],
         [None] * 14,
         "text",
@@ -90,8 +89,12 @@ def test_bad_entries_are_refused_and_the_server_stays_up(
         ("/gradio_api/queue/join", b'{"data": [], "fn_index": 999, "session_hash": "x"}'),
         ("/gradio_api/run/draw", json.dumps({"data": entries(0)}).encode()),
         ("/gradio_api/upload", b"x"),
+        (
+            "/gradio_api/call/draw",
+            b'{"data": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}',
+        ),
     ],
-    ids=["half", "empty", "long", "unknown function", "past the queue", "upload"],
+    ids=["half", "empty", "long", "unknown function", "past the queue", "upload", "file"],
 )
 def test_bad_requests_are_refused_and_the_server_stays_up(
     server: tuple[str, Path], path: str, body: bytes
