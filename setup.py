@@ -105,7 +105,9 @@ class CMakeBuild(build_ext):
 
 
 # Listed for the source distribution; what is compiled, CMake decides.
-SOURCES = ["CMakeLists.txt", *(str(f.relative_to(ROOT)) for f in (ROOT / "csrc").rglob("*.[chp]*"))]
+SUFFIXES = {".c", ".cpp", ".h", ".cu", ".cuh", ".py"}
+FOUND = (f for f in (ROOT / "csrc").rglob("*") if f.suffix in SUFFIXES)
+SOURCES = ["CMakeLists.txt", *(str(f.relative_to(ROOT)) for f in FOUND)]
 
 commands: dict[str, type] = {"build_ext": CMakeBuild}
 # benchmarks/gpu builds in place, perhaps with a setuptools that has no such command.

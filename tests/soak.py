@@ -257,8 +257,8 @@ class Soak:
                 if self._disturb(job, disturbance):
                     happened.append(disturbance.kind)
             problems = self._finish(job)
-        except (TimeoutError, RuntimeError, ValueError) as error:  # ValueError: an unreadable file
-            problems = [str(error)]
+        except Exception as error:  # a damaged file may lead to any
+            problems = [repr(error)]
         self.counts[job.name].update(happened)
         print(f"cycle {self.cycles}, {job.name}: {', '.join(happened)}", flush=True)
         if problems:
@@ -313,7 +313,9 @@ class Soak:
     def _report(self, disturbances: list[Disturbance], problems: list[str]) -> None:
         """Print and keep what is needed to understand a failure."""
         kept = self.failed / str(self.cycles)
-        shutil.copytree(self.output, kept / "output", dirs_exist_ok=True)
+        kept.mkdir(parents=True, exist_ok=True)
+        if self.output.exists():
+            shutil.copytree(self.output, kept / "output", dirs_exist_ok=True)
         shutil.copy(self.log, kept)
         self.failures.append(f"cycle {self.cycles}: {'; '.join(problems)}")
         print("LOST", self.failures[-1], *disturbances, f"see {kept}", sep="\n  ", flush=True)

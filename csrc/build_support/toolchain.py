@@ -21,8 +21,8 @@ DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0")
 """What `TORCH_CUDA_ARCH_LIST=all` compiles for, and the last one also as PTX, for newer GPUs."""
 ALL = "all"
 NO_GPU = (
-    "nvidia-smi finds no GPU; to compile it for another machine, install from source with "
-    "TORCH_CUDA_ARCH_LIST=all or a list of architectures such as '8.0;9.0'"
+    "nvidia-smi is absent, fails or finds no GPU; to compile it for another machine, install from "
+    "source with TORCH_CUDA_ARCH_LIST=all or a list of architectures such as '8.0;9.0'"
 )
 
 
@@ -117,20 +117,23 @@ def plan_cuda(environ: Mapping[str, str] = os.environ) -> CudaPlan | str:
     if skip:
         return "skipped: DIMR_FAST_SKIP_CUDA=1"
     requested = environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if requested == "native":  # torch's word for the GPUs of this machine
+        requested = ""
     if requested not in ("", ALL):
         parse_architectures(requested)
     gpus = () if requested else find_gpus(environ)
     if not (requested or gpus or force):
         return NO_GPU
-    nvcc = why_no_compiler(environ) or find_nvcc(environ)
-    if isinstance(nvcc, Path):
-        supported = supported_architectures(nvcc)
+    plan: CudaPlan | Path | str = why_no_compiler(environ) or find_nvcc(environ)
+    if isinstance(plan, Path):
+        supported = supported_architectures(plan)
         if gpus:
-            return _plan_for_gpus(nvcc, gpus, supported)
-        return CudaPlan(nvcc, choose_architectures(requested or ALL, supported))
-    if force:
-        raise BuildError(f"DIMR_FAST_FORCE_CUDA=1 but the CUDA library cannot be built: {nvcc}")
-    return nvcc
+            plan = _plan_for_gpus(plan, gpus, supported)
+        else:
+            plan = CudaPlan(plan, choose_architectures(requested or ALL, supported))
+    if force and isinstance(plan, str):
+        raise BuildError(f"DIMR_FAST_FORCE_CUDA=1 but the CUDA library cannot be built: {plan}")
+    return plan
 
 
 def find_gpus(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
@@ -142,7 +145,10 @@ def find_gpus(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     if program is None:
         return ()
     query = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    listing = subprocess.run(query, capture_output=True, text=True).stdout
+    try:
+        listing = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):  # a driver that does not answer
+        return ()
     return tuple(sorted(set(re.findall(r"^\s*(\d+\.\d)\s*$", listing, re.M)), key=float))
 
 

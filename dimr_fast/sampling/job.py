@@ -359,11 +359,8 @@ def _wait_for_shards(job: _Job, processes: int, timeout: float) -> None:
 
     Raises TimeoutError where one of those that are not ready gives no sign for `timeout` seconds.
     """
-
-    def missing() -> list[Shard]:
-        return [shard for shard in job.shards if not job.is_written(shard)]
-
-    left, total, silence = missing(), len(job.shards), Silence()
+    left = [shard for shard in job.shards if not job.is_written(shard)]
+    total, silence = len(job.shards), Silence()
     if not left:
         return
     with tqdm(total=total, unit="batch", desc="waiting for other processes") as bar:
@@ -377,7 +374,7 @@ def _wait_for_shards(job: _Job, processes: int, timeout: float) -> None:
                         f"draws the {len(left)} batches that are missing"
                     )
             time.sleep(0.5)
-            left = missing()
+            left = [shard for shard in left if not job.is_written(shard)]
 
 
 def _check_same_job(job: _Job, stored: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     killed process, or a folder that has become read-only, leaves one; see `remove_unfinished`.
     """
     target = Path(path)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
+    unfinished = _unfinished(target)
     try:
         unfinished.touch()
         mode = unfinished.stat().st_mode
@@ -48,6 +49,11 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
             unfinished.unlink()
 
 
+def _unfinished(target: Path) -> Path:
+    # Processes of several machines write to one folder, and may have the same number.
+    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON."""
     write_atomically(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n"))
@@ -62,7 +68,7 @@ def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], object]) -
     target = Path(path).absolute()
     if target.exists():
         raise FileExistsError(f"{path} exists already; choose another output")
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
+    unfinished = _unfinished(target)
     unfinished.mkdir(parents=True)
     try:
         fill(unfinished)

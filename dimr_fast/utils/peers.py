@@ -101,13 +101,15 @@ class _Watch:
                 with suppress(OSError):
                     connection.sendall(loss.encode())
         self.lost.set()
+        # Before the wait: NCCL may end the process when it sees the broken connection.
+        print(f"dimr-fast: {loss}", file=sys.stderr, flush=True)
         if not self.closed.wait(GRACE):
             print(f"dimr-fast: error: {self.message}", file=sys.stderr, flush=True)
             os._exit(1)
 
 
 def _connect(communicator: Communicator) -> dict[socket.socket, str]:
-    """Connect rank 0 with every process of another machine; every process must call this."""
+    """Connect rank 0 with every other process; every process must call this."""
     name = socket.gethostname()
     if communicator.is_main:
         server = _server()
@@ -116,7 +118,12 @@ def _connect(communicator: Communicator) -> dict[socket.socket, str]:
         with server:
             return _accept(server, communicator.world_size - 1, secret)
     host, port, name_of_main, secret = communicator.broadcast(("", 0, "", ""))
-    connection = socket.create_connection((host, port), timeout=CONNECT_TIMEOUT)
+    try:
+        connection = socket.create_connection((host, port), timeout=CONNECT_TIMEOUT)
+    except OSError as error:
+        raise ConnectionError(
+            f"rank 0 is not reached at {host}:{port} ({error}); is a firewall between the machines?"
+        ) from error
     connection.sendall(f"{secret} {communicator.rank} {name}\n".encode())
     return {_kept_alive(connection): f"process 0 on {name_of_main} ({host})"}
 
@@ -148,9 +155,14 @@ def _accept(server: socket.socket, count: int, secret: str) -> dict[socket.socke
                 f"{len(found)} of {count} processes have connected to rank 0 within "
                 f"{CONNECT_TIMEOUT:.0f} s; is a firewall between the machines?"
             ) from error
-        connection.settimeout(CONNECT_TIMEOUT)
-        given, _, words = connection.makefile().readline().partition(" ")
-        if not secrets.compare_digest(given, secret):  # not one of ours
+        # Anybody may connect, and say nothing or anything.
+        connection.settimeout(5.0)
+        try:
+            line = connection.makefile("rb").readline(1024).decode("utf-8", "replace")
+        except OSError:
+            line = ""
+        given, _, words = line.partition(" ")
+        if not secrets.compare_digest(given.encode(), secret.encode()):
             connection.close()
             continue
         rank, _, name = words.strip().partition(" ")

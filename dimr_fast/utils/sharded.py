@@ -145,7 +145,7 @@ class Silence:
         """Return the seconds since `path` was seen to change, or since the first call for it."""
         try:
             touched = path.stat().st_mtime_ns
-        except FileNotFoundError:
+        except OSError:  # not there yet, or a network drive that fails for a moment
             touched = 0
         now = time.monotonic()
         if path not in self._changes or self._changes[path][0] != touched:

@@ -7,12 +7,18 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=04:00:00
+# After the failure of a node the job is queued again: by Slurm, or at the end of this script.
 #SBATCH --requeue
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+status=0
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 \
     --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" \
-    -m dimr_fast "$@"
+    -m dimr_fast "$@" || status=$?
+if [ "$status" -ne 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 5 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -8,7 +8,8 @@
 #SBATCH --time=24:00:00
 # Ten minutes before the time is over the run gets a signal, saves and ends.
 #SBATCH --signal=TERM@600
-# After the failure of a node the job is queued again, and goes on from its checkpoint.
+# After the failure of a node the job is queued again, and goes on from its checkpoint: by Slurm, or
+# at the end of this script, if the run has noticed the failure before Slurm did.
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
@@ -20,7 +21,19 @@ if [ -e "$output/checkpoint.safetensors" ]; then
     set -- "$@" --resume
 fi
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Time to save after the signal. torchrun of torch 2.11 does not have the option.
+grace=()
+if torchrun --help | grep -q -e --shutdown-timeout; then
+    grace=(--shutdown-timeout 540)
+fi
+status=0
 srun --kill-on-bad-exit=1 torchrun \
-    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 --shutdown-timeout 540 \
+    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 "${grace[@]}" \
     --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" \
-    -m dimr_fast.training --output "$output" "$@"
+    -m dimr_fast.training --output "$output" "$@" || status=$?
+# Also after the signal above: the job goes on when it gets time again.
+if [ "$status" -ne 0 ] && [ -e "$output/checkpoint.safetensors" ] &&
+    [ "${SLURM_RESTART_COUNT:-0}" -lt 5 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -67,12 +67,19 @@ def test_sbatch_reads_the_options(path: Path, tmp_path: Path) -> None:
     assert "Invalid --time" in errors(re.sub(r"--time=\S+", "--time=soon", path.read_text()))
 
 
-def run_slurm_script(path: Path, folder: Path, *words: str) -> list[str]:
-    """Run a script with programs that stand for Slurm's; return the words that torchrun gets."""
+def run_slurm_script(
+    path: Path, folder: Path, *words: str, status: int = 0, restarts: int = 0
+) -> list[str]:
+    """Run a script with programs that stand for Slurm's; return the words that torchrun gets.
+
+    `status` is the exit status of torchrun. What the script requeues is in the file `requeued`.
+    """
     for name, text in {
-        "scontrol": "echo host-a; echo host-b",
+        "scontrol": f'if [ "$1" = requeue ]; then echo "$2" >> {folder}/requeued; fi\n'
+        "echo host-a; echo host-b",
         "srun": 'shift; exec "$@"',
-        "torchrun": 'printf "%s\\n" "$@"',
+        "torchrun": 'if [ "$1" = --help ]; then echo --shutdown-timeout; exit; fi\n'
+        f'printf "%s\\n" "$@"; exit {status}',
     }.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (folder / name).chmod(0o755)
@@ -81,11 +88,26 @@ def run_slurm_script(path: Path, folder: Path, *words: str) -> list[str]:
         "SLURM_JOB_NODELIST": "host-[a-b]",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_ID": "17",
+        "SLURM_RESTART_COUNT": str(restarts),
     }
     done = subprocess.run(
-        ["bash", str(path), *words], env=environment, capture_output=True, text=True, check=True
+        ["bash", str(path), *words], env=environment, capture_output=True, text=True
     )
+    assert done.returncode == status, done.stderr
     return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("name", ["slurm-train.sh", "slurm-sample.sh"])
+def test_a_script_that_fails_is_queued_again_a_few_times(tmp_path: Path, name: str) -> None:
+    """The run ends before Slurm notices a lost node, and then Slurm does not queue it again."""
+    run, requeued = tmp_path / "run", tmp_path / "requeued"
+    run.mkdir()
+    (run / "checkpoint.safetensors").touch()
+    run_slurm_script(EXAMPLES / name, tmp_path, str(run))
+    run_slurm_script(EXAMPLES / name, tmp_path, str(run), status=1, restarts=5)
+    assert not requeued.exists()
+    run_slurm_script(EXAMPLES / name, tmp_path, str(run), status=1, restarts=4)
+    assert requeued.read_text() == "17\n"
 
 
 def test_the_script_for_training_resumes_where_there_is_a_checkpoint(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_no_nvcc_serves_a_gpu_that_is_too_old(tools):
 def test_without_a_gpu_the_cuda_library_is_built_on_request_only(tools, programs):
     path = tools(**{"g++": "", "nvcc": CAPABLE, **programs})
     reason = toolchain.plan_cuda({"PATH": path})
-    assert "nvidia-smi finds no GPU" in reason
+    assert "nvidia-smi is absent, fails or finds no GPU" in reason
     assert "TORCH_CUDA_ARCH_LIST=all" in reason
     every = ("8.0", "9.0", "10.0+PTX")
     for request, built in [
