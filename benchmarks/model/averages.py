@@ -21,8 +21,8 @@ from dimr_fast.sampling import ImageSampler
 from dimr_fast.training.averages import average_weights
 
 LENGTHS = (0.02, 0.04, 0.07, 0.1, 0.14, 0.2)
-PHASES = (1.0, 0.75, 0.5, 0.25)
-GUIDES = ((0.125, 0.1), (0.25, 0.1), (0.5, 0.1), (0.25, 0.2))
+PHASES = (1.0, 0.5)
+GUIDES = ((0.25, 0.1), (0.5, 0.1))
 """Phases and lengths of the averages that guide the one at the end of length `GUIDED`."""
 GUIDED = 0.07
 STRENGTHS = (0.25, 0.5, 1.0)
