@@ -157,8 +157,8 @@ def cost_of_an_image(report: Mapping[str, Any]) -> str:
     """Return in words what an image of the packaged model costs, of its student, and before."""
     named = {row["name"]: row for row in report["rows"]}
     parts = [
-        f"{subject} {row['images_per_second']:.0f} images a second on this processor, with "
-        f"{row['evaluations']:g} evaluations each and a Fréchet distance of {row['frechet']:.0f}"
+        f"{subject} {row['images_per_second']:.3g} images a second with {row['evaluations']:g} "
+        f"evaluations each and a Fréchet distance of {row['frechet']:.0f}"
         for name, subject in (
             ("teacher, by default", "the packaged model draws"),
             ("demo-distilled", "its distilled form"),
@@ -166,7 +166,8 @@ def cost_of_an_image(report: Mapping[str, Any]) -> str:
         )
         if (row := named.get(name))
     ]
-    return f"By default {'; '.join(parts)} ({report['images']:,} samples)."
+    threads = f"{report['threads']} thread{'s' if report['threads'] > 1 else ''}"
+    return f"On {threads} {'; '.join(parts)} ({report['images']:,} samples)."
 
 
 def _mean(runs: list[Mapping[str, Any]], name: str) -> float:
