@@ -126,14 +126,17 @@ def averages_text(report: Mapping[str, Any]) -> str:
         for row in report["rows"]
         if row["guide"] is not None
     ]
-    guided = {row["length"] for row in report["rows"] if row["guide"] is not None}
-    return (
+    text = (
         f"Fréchet distance on {report['recipe']} of {report['count']} samples, drawn with averages "
         "of the weights of the packaged model's run: relative lengths, and averages that ended "
-        f"earlier in the run ({machine.summary(report)}).\n\n{table(distances)}\n\n"
-        f"The average of length {', '.join(f'{length:g}' for length in sorted(guided))} at the end "
-        "of the run, guided by an earlier average (autoguidance):\n\n"
-        f"{table(guides)}"
+        f"earlier in the run ({machine.summary(report)}).\n\n{table(distances)}"
+    )
+    if not guides:
+        return text
+    (length,) = {row["length"] for row in report["rows"] if row["guide"] is not None}
+    return (
+        f"{text}\n\nThe average of length {length:g} at the end of the run, guided by an earlier "
+        f"average (autoguidance):\n\n{table(guides)}"
     )
 
 

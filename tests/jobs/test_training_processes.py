@@ -195,7 +195,7 @@ from dimr_fast.training import TrainConfig, train
 
 precision = "fp32" if os.environ["RANK"] == "0" else "bf16"
 changes = [*sys.argv[2:], f"precision={precision}"]
-train(TrainConfig.read(None, changes, pathlib.Path(sys.argv[1])))
+train(TrainConfig.read("demo", changes, pathlib.Path(sys.argv[1])))
 """
 
 
@@ -234,7 +234,9 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(tmp_path: Pa
     }
     (folder / MANIFEST).write_text(json.dumps(manifest))
     run = tmp_path / "run"
-    settings = ("nonfinite=skip", "accumulation=2", "steps=6", "milestone_steps=1")
+    # AdamW: the losses are compared, and Muon amplifies what rounding makes of them.
+    optimizer = ("optimizer=adamw", "learning_rate=4e-3")
+    settings = ("nonfinite=skip", "accumulation=2", "steps=6", "milestone_steps=1", *optimizer)
     finish(command(folder, run, *settings, processes=2))
 
     # A single process trains on the same numbers, including the noise of the latents.
