@@ -203,7 +203,7 @@ def run_logged(words: list[str], environment: dict[str, str], log: Path) -> None
         sys.exit(run_command(words))
     except KeyboardInterrupt:
         sys.exit(130)  # before or after the command
-    except Exception:
+    except Exception:  # this process ends here, with its reason in the log
         traceback.print_exc()
         sys.exit(1)
 

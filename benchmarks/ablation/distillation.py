@@ -9,7 +9,6 @@ students. The teacher is scored with its default sampling and with that of earli
 a second of all are measured at the end, in alternation, and need a quiet machine.
 """
 
-import dataclasses
 import json
 import statistics
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.ablation.recipes import kept
+from benchmarks.ablation.recipes import kept, with_fixed
 from benchmarks.ablation.report import CODE, DISTILLATION_RESULT
 from benchmarks.model.sampling_curve import sampler_of, score
 from benchmarks.utils import machine
@@ -31,7 +30,7 @@ from dimr_fast.sampling import ImageSampler, balanced_labels
 from dimr_fast.training import CHECKPOINT, TrainConfig, distillation_config, train
 from dimr_fast.utils.device import keep_freed_memory
 from dimr_fast.utils.files import write_json
-from dimr_fast.utils.validation import require, require_fields
+from dimr_fast.utils.validation import require_fields
 
 TEACHER = {
     "teacher, by default": {},
@@ -91,12 +90,8 @@ class Settings:
             "device": "cpu",
         }
         words = arm.split()
-        changed = {word.partition("=")[0] for word in words} & set(fixed)
-        require(not changed, "arms", arm, f"none that changes {', '.join(sorted(changed))}")
         config = distillation_config(None, self.state / "_".join(words), words)
-        config = dataclasses.replace(config, **fixed)
-        config.validate()
-        return config
+        return with_fixed(arm, config, fixed)
 
 
 def compare(settings: Settings, tiles: Tiles | None = None) -> Path:

@@ -102,13 +102,20 @@ class Settings:
             "device": "cpu",
         }
         words = arm.split()
-        changed = {word.partition("=")[0] for word in words} & set(fixed)
-        require(not changed, "arms", arm, f"none that changes {', '.join(sorted(changed))}")
         folder = f"{'_'.join(words)}-{seed}"
-        config = TrainConfig.read(None, words, self.state / folder)
-        config = dataclasses.replace(config, **fixed)
-        config.validate()
-        return config
+        return with_fixed(arm, TrainConfig.read(None, words, self.state / folder), fixed)
+
+
+def with_fixed(arm: str, config: TrainConfig, fixed: dict[str, Any]) -> TrainConfig:
+    """Return the settings of an arm with those that all arms share.
+
+    Raises ValueError if the arm changes one of them, or for settings that are out of range.
+    """
+    changed = {word.partition("=")[0] for word in arm.split()} & set(fixed)
+    require(not changed, "arms", arm, f"none that changes {', '.join(sorted(changed))}")
+    config = dataclasses.replace(config, **fixed)
+    config.validate()
+    return config
 
 
 def compare(settings: Settings, tiles: Tiles | None = None) -> Path:

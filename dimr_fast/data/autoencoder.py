@@ -136,6 +136,17 @@ def _from_original_weights(path: Path) -> Any:
 
 def load_decoder(
     path_or_name: str | None, scale: Scale, shape: tuple[int, int, int], device: torch.device
+) -> tuple[Decode | None, tuple[int, int]]:
+    """Load the decoder of a model's outputs; return it and the image size (height, width).
+
+    Arguments and errors are those of `load_autoencoder`. Pixel models have no decoder (None).
+    """
+    autoencoder, size = load_autoencoder(path_or_name, scale, shape, device)
+    return None if autoencoder is None else autoencoder.decode, size
+
+
+def load_autoencoder(
+    path_or_name: str | None, scale: Scale, shape: tuple[int, int, int], device: torch.device
 ) -> tuple[Autoencoder | None, tuple[int, int]]:
     """Load the autoencoder that decodes a model's outputs; return it and the images' (height,
     width).

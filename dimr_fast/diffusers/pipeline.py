@@ -117,7 +117,10 @@ class DiMRPipeline(DiffusionPipeline):
         for name in names:
             if name not in labels:
                 near = difflib.get_close_matches(name, labels) or [*labels][:10]
-                require(False, "label", name, f"a class of the model, such as {', '.join(near)}")
+                known = ", ".join(near)
+                raise ValueError(
+                    f"label: got {name!r}, expected a class of the model, such as {known}"
+                )
         return [labels[name] for name in names]
 
     @property
@@ -299,18 +302,18 @@ def _check_scheduler(scheduler: Any, trained: TrainedModel) -> None:
     require(trained.evaluations is None, "scheduler", name, "DiMRScheduler: the model is distilled")
     # Others have no such tables, and would not get them either.
     discrete = hasattr(scheduler, "alphas_cumprod")
-    way_out = f"; make it by {name}.from_config(DiMRScheduler(schedule={schedule!r}).config)"
-    way_out = way_out if discrete else ", as DDIMScheduler and others of discrete steps do"
+    hint = f"; make it by {name}.from_config(DiMRScheduler(schedule={schedule!r}).config)"
+    hint = hint if discrete else ", as DDIMScheduler and others of discrete steps do"
     kind = config.get("prediction_type")
     found = f"{name} of prediction_type {kind}"
-    require(kind == "epsilon", "scheduler", found, f"one that takes epsilon{way_out}")
+    require(kind == "epsilon", "scheduler", found, f"one that takes epsilon{hint}")
     ours = alphas_cumprod(noise_schedule(schedule))
     theirs = torch.as_tensor(getattr(scheduler, "alphas_cumprod", 0.0)).cpu().double()
     same = theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-3, atol=1e-6)
     found = f"{name} of another noise schedule"
-    require(same, "scheduler", found, f"one that takes the model's{way_out}")
+    require(same, "scheduler", found, f"one that takes the model's{hint}")
     if config.get("clip_sample"):
         needed = max(map(abs, trained.scale.range or (math.inf,)))
         found = f"clip_sample to ±{config.clip_sample_range}"
         fits = config.clip_sample_range >= needed
-        require(fits, "scheduler", found, f"no clip_sample, since it would change images{way_out}")
+        require(fits, "scheduler", found, f"no clip_sample, since it would change images{hint}")

@@ -169,8 +169,7 @@ class _DrawnImages:
         trained = load_model(checkpoint)
         trained.model.to(device)
         shape = trained.model.config.shape
-        autoencoder, size = load_decoder(config.autoencoder, trained.scale, shape, device)
-        decode = None if autoencoder is None else autoencoder.decode
+        decode, size = load_decoder(config.autoencoder, trained.scale, shape, device)
         self._draw = ImageSampler(trained, config.sampler, decode)
         self._labels = balanced_labels(config.count, len(trained.classes))
         self._batch_size = config.sampler.batch_size

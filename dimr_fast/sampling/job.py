@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dimr_fast.checkpoint import TrainedModel, demo_model, load_model
-from dimr_fast.data.autoencoder import Decode, load_decoder
+from dimr_fast.data.autoencoder import Decode, load_autoencoder
 from dimr_fast.data.imagenet import imagenet_labels
 from dimr_fast.errors import CheckpointError
 from dimr_fast.sampling.sampler import ImageSampler, SamplerConfig, balanced_labels
@@ -38,12 +38,12 @@ from dimr_fast.utils.files import (
 )
 from dimr_fast.utils.plots import image_grid
 from dimr_fast.utils.sharded import (
+    Heartbeats,
     Progress,
     Shard,
-    Silence,
     choose_process_count,
+    heartbeat,
     run_sharded,
-    sign_of_life,
     split_into_shards,
 )
 from dimr_fast.utils.tensors import sha256_of_named
@@ -121,13 +121,13 @@ def sample(
     Shards that an earlier run finished are kept. Under torchrun or `accelerate launch` each process
     draws its share; rank 0 waits for the others, writes the files and returns them, and the others
     return an empty list. They wait up to `start_timeout` seconds for rank 0 to begin, and rank 0
-    as long for a sign of life of a process whose images are missing. Rank 0 waits up to
+    as long for a heartbeat of a process whose images are missing. Rank 0 waits up to
     `lock_timeout` seconds for another command that is drawing the same job. Raises, before any
     work, ValueError for an unusable setting and where the output holds another unfinished job;
     CheckpointError for an unusable checkpoint; DataUnavailableError where the autoencoder's package
     is missing; FileExistsError where a file exists already; OSError where nothing can be written,
     another command is drawing the job or a process fails; TimeoutError where rank 0 does not begin
-    or another process is silent.
+    or another process sends no heartbeat.
     """
     config.validate()
     exit_with_launcher()
@@ -153,7 +153,7 @@ def sample(
         write_json(config.output / SAMPLE_REPORT, job.record | {"finished": False})
     sampler = None if processes > 1 else ImageSampler(loaded.trained, job.sampler, loaded.decode)
     if not worker.is_main:
-        with sign_of_life(job.sign_of(worker.rank)):
+        with heartbeat(job.heartbeat_file(worker.rank)):
             run_sharded(job, sampler, worker, device, processes, "sampling")
         return []
     (config.output / SHARDS).mkdir(exist_ok=True)
@@ -189,7 +189,7 @@ class _Job:
             lambda index, start: folder / f"{start:08}.npy",
         )
 
-    def sign_of(self, rank: int) -> Path:
+    def heartbeat_file(self, rank: int) -> Path:
         """Return the file that the process `rank` of a launch touches while it draws."""
         return self.config.output / SHARDS / f"process-{rank}"
 
@@ -242,7 +242,7 @@ def _load(config: SampleConfig, device: torch.device) -> _Loaded:
     trained = load_model(config.checkpoint or demo_model())
     trained.model.to(device)
     shape = trained.model.config.shape
-    autoencoder, size = load_decoder(config.autoencoder, trained.scale, shape, device)
+    autoencoder, size = load_autoencoder(config.autoencoder, trained.scale, shape, device)
     digests = {
         "weights": sha256_of_named(trained.model.state_dict()),
         "autoencoder": None if autoencoder is None else autoencoder.fingerprint(),
@@ -357,19 +357,19 @@ def _wait_for_report(output: Path, timeout: float) -> dict[str, Any]:
 def _wait_for_shards(job: _Job, processes: int, timeout: float) -> None:
     """Wait on rank 0 for the shards of the other processes of the launch.
 
-    Raises TimeoutError where one of those that are not ready gives no sign for `timeout` seconds.
+    Raises TimeoutError if one of those that are not ready sends no heartbeat for `timeout` seconds.
     """
     left = [shard for shard in job.shards if not job.is_written(shard)]
-    total, silence = len(job.shards), Silence()
+    total, heartbeats = len(job.shards), Heartbeats()
     if not left:
         return
     with tqdm(total=total, unit="batch", desc="waiting for other processes") as bar:
         while left:
             bar.update(total - len(left) - bar.n)
             for rank in {shard.index % processes for shard in left}:
-                if silence.seconds(job.sign_of(rank)) > timeout:
+                if heartbeats.age(job.heartbeat_file(rank)) > timeout:
                     raise TimeoutError(
-                        f"{job.config.output}: process {rank} has given no sign of life for "
+                        f"{job.config.output}: process {rank} has sent no heartbeat for "
                         f"{timeout:.0f} s, its own output may say why; the same command again "
                         f"draws the {len(left)} batches that are missing"
                     )

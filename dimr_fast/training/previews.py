@@ -55,10 +55,9 @@ class Previews:
         if not (wanted and communicator.is_main):
             return
         shape = state.model.config.shape
-        autoencoder, size = load_decoder(
+        self.decode, size = load_decoder(
             config.autoencoder, state.scale, shape, communicator.device
         )
-        self.decode = None if autoencoder is None else autoencoder.decode
         if config.score_steps is not None:
             self.features = EfficientNetLite0Features().to(communicator.device)
             reference = Reference.open(config.score_reference, size)

@@ -114,7 +114,7 @@ def run_sharded(
 
 
 @contextmanager
-def sign_of_life(path: Path, interval: float = 5.0) -> Iterator[None]:
+def heartbeat(path: Path, interval: float = 5.0) -> Iterator[None]:
     """Touch the file `path` every `interval` seconds, in a thread, until the block ends.
 
     So a process on another machine that shares the folder can tell slow from dead.
@@ -135,13 +135,13 @@ def sign_of_life(path: Path, interval: float = 5.0) -> Iterator[None]:
         thread.join()
 
 
-class Silence:
-    """Measure how long files have not been touched, by the clock of this process only."""
+class Heartbeats:
+    """Measure the age of heartbeats in files, by the clock of this process only."""
 
     def __init__(self) -> None:
         self._changes: dict[Path, tuple[int, float]] = {}
 
-    def seconds(self, path: Path) -> float:
+    def age(self, path: Path) -> float:
         """Return the seconds since `path` was seen to change, or since the first call for it."""
         try:
             touched = path.stat().st_mtime_ns

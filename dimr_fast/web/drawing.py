@@ -78,8 +78,7 @@ class Studio:
         self.trained: TrainedModel = load_model(checkpoint or demo_model())
         self.trained.model.to(found)
         shape = self.trained.model.config.shape
-        decoder, self.size = load_decoder(autoencoder, self.trained.scale, shape, found)
-        decode = None if decoder is None else decoder.decode
+        decode, self.size = load_decoder(autoencoder, self.trained.scale, shape, found)
         self._sampler = ImageSampler(self.trained, SamplerConfig(precision=precision), decode)
         network = self._sampler.network
         self.implementation = (

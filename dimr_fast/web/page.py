@@ -58,9 +58,10 @@ class WebConfig:
     """Settings of the page."""
 
     checkpoint: Path | None = None
-    """A training checkpoint, whose EMA weights are used, or the folder of a saved model. None is
-    the model that comes with the package. On the command line also OWNER/REPOSITORY:FILE, a file on
-    the Hugging Face Hub, which is downloaded and converted."""
+    """A training checkpoint, whose EMA weights are used, or the folder of a saved model. None or
+    `demo` is the model that comes with the package, `demo-distilled` its distilled form. On the
+    command line also OWNER/REPOSITORY:FILE, a file on the Hugging Face Hub, which is downloaded and
+    converted."""
     run: Path | None = None
     """Folder of a training run to show while it is trained. Without a checkpoint the page shows
     only the run."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from dimr_fast.training.log import LOG
+from dimr_fast.training.previews import SAMPLES
 from dimr_fast.training.run import CONFIG
 
 Curve = tuple[list[int], list[float]]
@@ -56,7 +57,7 @@ def read_run(folder: Path) -> RunState:
         lines = []
     records = [record for record in map(_record, lines) if record is not None]
     curves = {name: _curve(records, name) for name in CURVES}
-    grids = sorted((folder / "samples").glob("*.png"), reverse=True)[:GRIDS]
+    grids = sorted((folder / SAMPLES).glob("*.png"), reverse=True)[:GRIDS]
     logged, ended = _changed(folder / LOG), _changed(folder / SUMMARY)
     # A run that was resumed after its end logs again.
     state = "the run has ended" if ended >= logged else f"logged {_ago(time.time() - logged)} ago"
@@ -119,7 +120,7 @@ def _summary(curves: dict[str, Curve], state: str) -> str:
     """Return the newest figures in a sentence."""
     steps, losses = curves["loss"]
     if not steps:
-        return "The run has not logged a step yet."
+        return "The run has not logged a finite loss yet."
     figures = [f"Step {steps[-1]:,}", f"loss {losses[-1]:.4f}"]
     for name, words in (
         ("images_per_second", "{:,.0f} images/s"),

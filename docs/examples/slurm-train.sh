@@ -20,16 +20,16 @@ shift
 if [ -e "$output/checkpoint.safetensors" ]; then
     set -- "$@" --resume
 fi
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # Time to save after the signal. torchrun of torch 2.11 does not have the option.
 grace=()
-if torchrun --help | grep -q -e --shutdown-timeout; then
+if [[ $(torchrun --help) == *--shutdown-timeout* ]]; then
     grace=(--shutdown-timeout 540)
 fi
 status=0
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 "${grace[@]}" \
-    --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" \
+    --rdzv-backend c10d --rdzv-endpoint "${hosts[0]}:29500" --rdzv-id "$SLURM_JOB_ID" \
     -m dimr_fast.training --output "$output" "$@" || status=$?
 # Also after the signal above: the job goes on when it gets time again.
 if [ "$status" -ne 0 ] && [ -e "$output/checkpoint.safetensors" ] &&

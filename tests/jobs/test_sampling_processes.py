@@ -23,7 +23,7 @@ from dimr_fast.data.autoencoder import Autoencoder
 from dimr_fast.data.scaling import LatentScale
 from dimr_fast.sampling import SampleConfig, SamplerConfig, sample
 from dimr_fast.utils.files import lock_folder
-from dimr_fast.utils.sharded import Silence, sign_of_life
+from dimr_fast.utils.sharded import Heartbeats, heartbeat
 from tests.support.autoencoder import save_autoencoder
 from tests.support.files import file_size_limit
 from tests.support.models import trained_model, write_checkpoint
@@ -252,23 +252,23 @@ def test_rank_0_waits_for_a_silent_process_only_so_long(
     """As when its machine has died. The same command then draws what is missing."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     job = small_job(trained, tmp_path)
-    with pytest.raises(TimeoutError, match=r"process 1 has given no sign .* the 3 batches"):
+    with pytest.raises(TimeoutError, match=r"process 1 has sent no heartbeat .* the 3 batches"):
         sample(job, start_timeout=0.2)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert len(sample(job)) == 4
 
 
-def test_a_slow_process_gives_signs_of_life(tmp_path: Path) -> None:
-    silence, path = Silence(), tmp_path / "process-1"
-    assert silence.seconds(path) < 0.1
-    with sign_of_life(path, interval=0.05):
+def test_a_slow_process_sends_heartbeats(tmp_path: Path) -> None:
+    heartbeats, path = Heartbeats(), tmp_path / "process-1"
+    assert heartbeats.age(path) < 0.1
+    with heartbeat(path, interval=0.05):
         heard = []
         for _ in range(20):
             time.sleep(0.05)
-            heard.append(silence.seconds(path))
+            heard.append(heartbeats.age(path))
     assert max(heard) < 0.5
     time.sleep(0.6)
-    assert silence.seconds(path) > 0.5
+    assert heartbeats.age(path) > 0.5
 
 
 def test_a_job_is_drawn_by_one_command_at_a_time(trained: TrainedModel, tmp_path: Path) -> None:

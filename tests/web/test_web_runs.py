@@ -76,7 +76,7 @@ def test_a_run_that_has_just_begun_has_no_figures(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("{}")
     check_run(tmp_path)
     run = read_run(tmp_path)
-    assert run.summary == "The run has not logged a step yet."
+    assert run.summary == "The run has not logged a finite loss yet."
     assert run.grids == []
 
 
