@@ -73,7 +73,9 @@ def compute_statistics(
         factor = (features.double() - mean).T / math.sqrt(max(statistics.count - 1, 1))
     else:
         factor = covariance_factor(statistics.covariance)
-    return FeatureStatistics(mean, factor, features)
+    # In the layout that a cache returns: another one changes the order of sums in a distance, and
+    # its last bits.
+    return FeatureStatistics(mean, factor.contiguous(), features)
 
 
 @contextmanager

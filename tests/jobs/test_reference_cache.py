@@ -40,6 +40,30 @@ def test_a_reference_is_computed_once(tmp_path: Path, reference: Path) -> None:
     assert len(list(cache.iterdir())) == 2
 
 
+class Projections(Colours):
+    """A feature network of many features: random projections of the pixels."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = images.float().flatten(1)
+        generator = torch.Generator().manual_seed(0)
+        return pixels @ torch.randn(pixels.shape[1], 640, generator=generator)
+
+
+@pytest.mark.parametrize("count", [20, 700])
+def test_a_distance_to_a_cached_reference_is_the_same_to_the_last_bit(
+    tmp_path: Path, count: int
+) -> None:
+    """In memory of another layout, the sums of the distance would have another order."""
+    network: Any = Projections()
+    for seed in range(4):
+        real = TensorImages(random_images(count, seed=10 + seed), f"real {seed}")
+        first, second = (cached_statistics(network, real, tmp_path / "cache") for _ in range(2))
+        assert (first.cached, second.cached) == (False, True)
+        drawn = random_images(12, seed=seed)
+        distances = [frechet_to_reference(network, drawn, found) for found in (first, second)]
+        assert distances[0] == distances[1] > 0
+
+
 def test_a_cache_that_may_only_be_read_is_read(tmp_path: Path, reference: Path) -> None:
     """Such as that of an administrator."""
     network: Any = Colours()
