@@ -22,6 +22,8 @@ from dimr_fast.utils.distributed import Communicator, Worker
 
 CONNECT_TIMEOUT = 60.0
 """Seconds for the processes to connect to rank 0; they have just met in a collective."""
+HELLO_TIMEOUT = 5.0
+"""Seconds in which one that connects says who it is."""
 IDLE, INTERVAL, PROBES = 20, 10, 4
 """Seconds without data before the first probe and between probes, and the probes that may be lost:
 a machine that is silent for a minute is lost."""
@@ -156,7 +158,7 @@ def _accept(server: socket.socket, count: int, secret: str) -> dict[socket.socke
                 f"{CONNECT_TIMEOUT:.0f} s; is a firewall between the machines?"
             ) from error
         # Anybody may connect, and say nothing or anything.
-        connection.settimeout(5.0)
+        connection.settimeout(HELLO_TIMEOUT)
         try:
             line = connection.makefile("rb").readline(1024).decode("utf-8", "replace")
         except OSError:
