@@ -15,15 +15,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import torch
 
 from dimr_fast.utils.distributed import Communicator, Worker
 
-CONNECT_TIMEOUT = 60.0
-"""Seconds for the processes to connect to rank 0; they have just met in a collective."""
-HELLO_TIMEOUT = 5.0
-"""Seconds in which one that connects says who it is."""
 IDLE, INTERVAL, PROBES = 20, 10, 4
 """Seconds without data before the first probe and between probes, and the probes that may be lost:
 a machine that is silent for a minute is lost."""
@@ -33,8 +30,18 @@ that of an error that all processes have."""
 DONE = b"done"
 
 
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds for the processes to connect to rank 0, and for one that connects to name itself."""
+
+    connect: float = 60.0
+    name: float = 5.0
+
+
 @contextmanager
-def watch_peers(communicator: Communicator, hint: str) -> Iterator[None]:
+def watch_peers(
+    communicator: Communicator, hint: str, timeouts: Timeouts = Timeouts()
+) -> Iterator[None]:
     """End this process where one on another machine ends before its own block has ended.
 
     An error of a collective becomes a ConnectionError that names the lost process. A process that
@@ -46,7 +53,7 @@ def watch_peers(communicator: Communicator, hint: str) -> Iterator[None]:
     if worker.world_size in (1, worker.local_world_size):
         yield
         return
-    watch = _Watch(_connect(communicator), communicator.is_main, hint)
+    watch = _Watch(_connect(communicator, timeouts), communicator.is_main, hint)
     try:
         yield
     except BaseException as error:
@@ -110,18 +117,18 @@ class _Watch:
             os._exit(1)
 
 
-def _connect(communicator: Communicator) -> dict[socket.socket, str]:
+def _connect(communicator: Communicator, timeouts: Timeouts) -> dict[socket.socket, str]:
     """Connect rank 0 with every other process; every process must call this."""
     name = socket.gethostname()
     if communicator.is_main:
         server = _server()
-        host, secret = _own_address(), secrets.token_hex(16)
+        host, secret = _own_address(timeouts.connect), secrets.token_hex(16)
         communicator.broadcast((host, server.getsockname()[1], name, secret))
         with server:
-            return _accept(server, communicator.world_size - 1, secret)
+            return _accept(server, communicator.world_size - 1, secret, timeouts)
     host, port, name_of_main, secret = communicator.broadcast(("", 0, "", ""))
     try:
-        connection = socket.create_connection((host, port), timeout=CONNECT_TIMEOUT)
+        connection = socket.create_connection((host, port), timeout=timeouts.connect)
     except OSError as error:
         raise ConnectionError(
             f"rank 0 is not reached at {host}:{port} ({error}); is a firewall between the machines?"
@@ -136,18 +143,20 @@ def _server() -> socket.socket:
     return socket.create_server(("", 0))
 
 
-def _own_address() -> str:
+def _own_address(timeout: float) -> str:
     """Return the address at which other machines reach this one: that which reaches the store."""
     store = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    with socket.create_connection(store, timeout=CONNECT_TIMEOUT) as probe:
+    with socket.create_connection(store, timeout=timeout) as probe:
         address = str(probe.getsockname()[0])
     # The store is on this machine then, and the others know it by its name.
     return store[0] if address.startswith("127.") or address == "::1" else address
 
 
-def _accept(server: socket.socket, count: int, secret: str) -> dict[socket.socket, str]:
+def _accept(
+    server: socket.socket, count: int, secret: str, timeouts: Timeouts
+) -> dict[socket.socket, str]:
     found: dict[socket.socket, str] = {}
-    deadline = time.monotonic() + CONNECT_TIMEOUT
+    deadline = time.monotonic() + timeouts.connect
     while len(found) < count:
         server.settimeout(max(0.1, deadline - time.monotonic()))
         try:
@@ -155,10 +164,10 @@ def _accept(server: socket.socket, count: int, secret: str) -> dict[socket.socke
         except TimeoutError as error:
             raise ConnectionError(
                 f"{len(found)} of {count} processes have connected to rank 0 within "
-                f"{CONNECT_TIMEOUT:.0f} s; is a firewall between the machines?"
+                f"{timeouts.connect:.0f} s; is a firewall between the machines?"
             ) from error
         # Anybody may connect, and say nothing or anything.
-        connection.settimeout(HELLO_TIMEOUT)
+        connection.settimeout(timeouts.name)
         try:
             line = connection.makefile("rb").readline(1024).decode("utf-8", "replace")
         except OSError:

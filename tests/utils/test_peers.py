@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from dimr_fast.utils import peers
 from dimr_fast.utils.distributed import Communicator
+from dimr_fast.utils.peers import Timeouts, watch_peers
 
+DEFAULT = Timeouts()
 Strangers = Callable[[tuple[str, int], str], list[socket.socket]]
 
 
@@ -65,12 +66,16 @@ def strangers(address: tuple[str, int], secret: str) -> list[socket.socket]:
     return found
 
 
-def watch(ranks: tuple[TwoThreads, TwoThreads], blocks: tuple[Callable[[], Any], ...]) -> list[Any]:
+def watch(
+    ranks: tuple[TwoThreads, TwoThreads],
+    blocks: tuple[Callable[[], Any], Callable[[], Any]],
+    timeouts: Timeouts = DEFAULT,
+) -> list[Any]:
     """Run a block as each of two processes that watch each other; return results or errors."""
 
     def run(communicator: TwoThreads, block: Callable[[], Any]) -> Any:
         try:
-            with peers.watch_peers(communicator, "what to do"):
+            with watch_peers(communicator, "what to do", timeouts):
                 return block()
         except Exception as error:
             return error
@@ -103,12 +108,9 @@ def test_strangers_are_neither_peers_nor_a_loss(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == ""
 
 
-def test_a_stranger_who_says_nothing_does_not_keep_the_others_waiting(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(peers, "HELLO_TIMEOUT", 0.2)
+def test_a_stranger_who_says_nothing_does_not_keep_the_others_waiting() -> None:
     ranks = two_ranks(lambda address, secret: connect(address, b"", b"0" * 8))
-    assert watch(ranks, (lambda: 0, lambda: 1)) == [0, 1]
+    assert watch(ranks, (lambda: 0, lambda: 1), Timeouts(name=0.2)) == [0, 1]
     for connection in ranks[0].connections:
         connection.close()
 
@@ -133,12 +135,11 @@ def test_the_loss_of_a_peer_names_it(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err == f"dimr-fast: {name}\n"
 
 
-def test_peers_that_do_not_connect_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "CONNECT_TIMEOUT", 0.3)
+def test_peers_that_do_not_connect_are_an_error() -> None:
     alone = TwoThreads(0, 2, torch.device("cpu"), strangers)
     with (
         pytest.raises(ConnectionError, match="0 of 1 processes have connected to rank 0"),
-        peers.watch_peers(alone, "what to do"),
+        watch_peers(alone, "what to do", Timeouts(connect=0.3)),
     ):
         pytest.fail("watched")
     for connection in alone.connections:
