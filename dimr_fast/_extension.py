@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 
+from dimr_fast.utils.compilation import constant_result
+
 LIBRARIES = ("cpu", "cuda")
 _FOLDER = Path(__file__).parent
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def why_not(library: str) -> str | None:
     """Return why `library` ("cpu" or "cuda") is not loaded, or None if it is.
 
@@ -72,7 +74,7 @@ def _why_not_built(library: str) -> str:
     return f"not built: {json.loads(reasons.read_text()).get(library, 'unknown reason')}"
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def why_not_gpu(index: int | None) -> str | None:
     """Return why the CUDA library cannot run on GPU `index`, or None if it can.
 

@@ -13,6 +13,7 @@ from dimr_fast.inference.cpu import FACTORS, CPUBranch, CPUFeatures, uses_cpu_li
 from dimr_fast.inference.fp8 import check_fp8
 from dimr_fast.layers import TDParameter, is_quantised
 from dimr_fast.model import Branch, DiMR, check_inputs
+from dimr_fast.utils.compilation import not_compiled
 from dimr_fast.utils.cuda_graphs import Capture, CUDAGraphs, capture_graph
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -171,7 +172,7 @@ class InferenceDiMR(nn.Module):
         """Whether calls replay CUDA graphs."""
         return self._graphs is not None
 
-    @torch.compiler.disable(reason="an optimised model is compiled code already")
+    @not_compiled("an optimised model is compiled code already")
     def forward(
         self,
         x: Tensor,

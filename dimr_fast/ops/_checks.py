@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dimr_fast.utils.compilation import constant_result
+
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of features that compiled and Triton kernels take; the reference takes any."""
 
@@ -24,7 +26,7 @@ def autocast_enabled(device: str) -> bool:
 
 
 # Dynamo of torch 2.11 cannot trace this call; its result is constant.
-@torch.compiler.assume_constant_result
+@constant_result
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 

@@ -10,6 +10,7 @@ import torch
 from dimr_fast.ops import packages
 from dimr_fast.ops._checks import why_not_dtype
 from dimr_fast.ops.registration import Implementation
+from dimr_fast.utils.compilation import constant_result
 
 _OLDEST = (3, 6)
 
@@ -38,18 +39,18 @@ def slower(x: torch.Tensor) -> str | None:
     return None if x.is_cuda else "off a GPU the kernels are only interpreted, for tests"
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _interpreting() -> bool:
     # The values that Triton itself accepts.
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _why_not_installed() -> str | None:
     return packages.why_not("triton", "triton", _OLDEST)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _why_not_interpreted() -> str | None:
     (triton, triton_numbers), (numpy, numpy_numbers) = map(packages.version, ("triton", "numpy"))
     if triton_numbers < (3, 7) and numpy_numbers >= (2, 4):
@@ -57,7 +58,7 @@ def _why_not_interpreted() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def why_not_gpu(index: int | None) -> str | None:
     """Return why GPU `index` is too old, or None if it is not. `index` None: the current GPU."""
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):

@@ -12,6 +12,7 @@ from dimr_fast.ops._checks import check_floating
 from dimr_fast.ops._compiled import CPU
 from dimr_fast.ops._triton import TRITON
 from dimr_fast.ops.registration import Implementation, Operator, differentiable
+from dimr_fast.utils.compilation import constant_result
 
 _LARGEST_HEAD_DIM = 128
 
@@ -23,7 +24,7 @@ def _triton_why_not(qkv: Tensor) -> str | None:
     return TRITON.why_not(qkv)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from dimr_fast.ops import _triton, packages
 from dimr_fast.ops._checks import dtype_name
 from dimr_fast.ops.registration import differentiable
+from dimr_fast.utils.compilation import constant_result
 
 
 def head_dim(qkv: Tensor) -> int | None:
@@ -140,6 +141,6 @@ def _why_not_here(qkv: Tensor, module: str, package: str) -> str | None:
     return _why_not_installed(module, package) or _triton.why_not_gpu(qkv.device.index)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _why_not_installed(module: str, package: str) -> str | None:
     return packages.why_not(package, module, *_VERSIONS[package])

@@ -12,6 +12,7 @@ from torch import Tensor
 from dimr_fast import reference
 from dimr_fast.ops import _triton
 from dimr_fast.ops.implementations import Implementations
+from dimr_fast.utils.compilation import constant_result
 
 FP8_MULTIPLE = 16
 """Both sizes of a weight must be multiples of this: the products move 16 bytes at a time."""
@@ -61,7 +62,7 @@ def why_not_fp8(device: torch.device) -> str | None:
     return f"it runs on a GPU or, slowly, on a CPU, not on {device.type}"
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _why_not_gpu(index: int | None) -> str | None:
     if torch.version.hip is not None:
         return "it needs an NVIDIA GPU: AMD's have another FP8 format"

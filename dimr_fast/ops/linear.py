@@ -14,6 +14,7 @@ from torch import Tensor
 from dimr_fast import _extension
 from dimr_fast.ops._checks import check_device, compute_dtype
 from dimr_fast.ops.registration import compiled_operator, differentiable
+from dimr_fast.utils.compilation import constant_result
 
 
 def linear(
@@ -169,7 +170,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, x, weight.mT)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _has_onednn() -> bool:
     mkldnn = torch.ops.mkldnn
     return torch.backends.mkldnn.is_available() and mkldnn._is_mkldnn_bf16_supported()

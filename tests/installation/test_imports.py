@@ -11,8 +11,9 @@ from tests.support.paths import ROOT
 PACKAGE = ROOT / "dimr_fast"
 
 FLOORS = (
-    {"errors", "_extension", "reference"},
+    {"errors", "reference"},
     {"utils"},
+    {"_extension"},
     {"diffusion", "config", "optim", "ops"},
     {"layers", "hub", "data"},
     {"model"},

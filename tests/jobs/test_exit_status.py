@@ -29,6 +29,14 @@ COMMAND = [sys.executable, "-m", "dimr_fast"]
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
+@pytest.fixture(autouse=True)
+def heeded_interrupts() -> Iterator[None]:
+    """Let this process and its commands heed Ctrl-C; a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def training(tmp_path: Path) -> list[str]:
     """Return the command of a run that would take an hour."""

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import checkpoint
 
 from dimr_fast import PRESETS, DiMR, ops
+from dimr_fast.config import DiMRConfig
 from dimr_fast.diffusion import multi_scale_loss
 from tests.support.golden import CASES, Golden, relative_error
 from tests.support.models import randomised
@@ -44,6 +45,13 @@ def tiny_inputs(batch: int = 2) -> dict[str, torch.Tensor]:
 def in_training(model: DiMR) -> DiMR:
     """Return the model in training mode, with noise in every parameter."""
     return randomised(model).train()
+
+
+def one_block_each(**changes: Any) -> DiMRConfig:
+    """Return the tiny preset with one block in a branch, since compiling takes seconds a block."""
+    config = PRESETS["tiny"]
+    branches = [dataclasses.replace(b, num_blocks=1, **changes) for b in config.stage_configs]
+    return dataclasses.replace(config, stage_configs=tuple(branches))
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
@@ -225,11 +233,7 @@ def test_forward_never_waits_for_the_device() -> None:
 @pytest.mark.versions
 @pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 def test_compiles_without_a_graph_break_forward_and_backward(checkpointing: bool | str) -> None:
-    config = PRESETS["tiny"]
-    branches = tuple(
-        dataclasses.replace(b, checkpointing=checkpointing) for b in config.stage_configs
-    )
-    model = in_training(DiMR(dataclasses.replace(config, stage_configs=branches)))
+    model = in_training(DiMR(one_block_each(checkpointing=checkpointing)))
     model.set_implementation("reference")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     inputs = tiny_inputs()
@@ -245,7 +249,7 @@ def test_compiles_without_a_graph_break_forward_and_backward(checkpointing: bool
 
 @pytest.mark.versions
 def test_compiles_without_a_graph_break_without_gradients() -> None:
-    model = in_training(DiMR(PRESETS["tiny"])).set_implementation("reference")
+    model = in_training(DiMR(one_block_each())).set_implementation("reference")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         outputs = zip(compiled(**tiny_inputs()), model(**tiny_inputs()), strict=True)
@@ -258,7 +262,7 @@ def test_compiles_without_a_graph_break_without_gradients() -> None:
 def test_compiled_it_takes_batches_of_any_size(implementation: str) -> None:
     """From the second size on Dynamo knows sizes as symbols, not numbers."""
     torch.compiler.reset()  # models of other tests count towards Dynamo's limit
-    model = in_training(DiMR(PRESETS["tiny"])).set_implementation(implementation)
+    model = in_training(DiMR(one_block_each())).set_implementation(implementation)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for batch, times in ((2, 2), (3, 3), (4, 1)):
         inputs = tiny_inputs(batch)
