@@ -63,16 +63,24 @@ class DiMRScheduler(SchedulerMixin, ConfigMixin):
         self._clip = None if clip is None else (clip[0], clip[1])
         self._schedule = noise_schedule(schedule)
         # Registered here, they do not count as defaults, which from_config would not pass on.
-        self.register_to_config(
-            num_train_timesteps=TRAIN_STEPS,
-            prediction_type="epsilon",
-            timestep_spacing="trailing",  # the first timestep is 999, which is noise
-            clip_sample=False,
-            **_betas(schedule, self._schedule),
-        )
+        self.register_to_config(**_for_other_schedulers(schedule))
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0, dtype=torch.float64)
         self._start([])
+
+    @classmethod
+    def extract_init_dict(
+        cls, config_dict: dict[str, Any], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Split a configuration as every class of diffusers does.
+
+        Without what follows from the schedule: diffusers would warn that it is ignored.
+        """
+        implied: dict[str, Any] = {}
+        if config_dict.get("schedule") in get_args(ScheduleName):
+            implied = _for_other_schedulers(config_dict["schedule"])
+        given = {n: v for n, v in config_dict.items() if n not in implied or v != implied[n]}
+        return super().extract_init_dict(given, **kwargs)
 
     def set_timesteps(
         self, num_inference_steps: int, device: str | torch.device | None = None
@@ -132,10 +140,17 @@ def alphas_cumprod(schedule: Schedule) -> Tensor:
     return (2 * torch.tensor(log_alphas, dtype=torch.float64)).exp()
 
 
-def _betas(name: ScheduleName, schedule: Schedule) -> dict[str, Any]:
-    """Return the noise schedule as diffusers' schedulers take it."""
+def _for_other_schedulers(name: ScheduleName) -> dict[str, Any]:
+    """Return what diffusers' schedulers need to know about a noise schedule, as they name it."""
+    known = {
+        "num_train_timesteps": TRAIN_STEPS,
+        "prediction_type": "epsilon",
+        "timestep_spacing": "trailing",  # the first timestep is 999, which is noise
+        "clip_sample": False,
+    }
     if name == "discrete":
-        return {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    kept = alphas_cumprod(schedule)
+        betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+        return known | betas
+    kept = alphas_cumprod(noise_schedule(name))
     before = torch.cat([torch.ones(1, dtype=kept.dtype), kept[:-1]])
-    return {"trained_betas": (1 - kept / before).tolist()}
+    return known | {"trained_betas": (1 - kept / before).tolist()}

@@ -1,5 +1,7 @@
 """Our solvers as a scheduler of diffusers, and diffusers' schedulers on our models."""
 
+import json
+import logging
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -58,6 +60,25 @@ def test_a_step_after_the_last_and_bad_settings_are_refused() -> None:
             ours.DiMRScheduler(**{"schedule": "discrete", name: value})
     with pytest.raises(ValueError, match="steps: got 0, expected"):
         scheduler.set_timesteps(0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_follows_from_the_schedule_is_read_without_a_warning(
+    schedule: ScheduleName, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("diffusers.configuration_utils")
+    logger.addHandler(caplog.handler)  # diffusers' loggers do not propagate
+    try:
+        ours.DiMRScheduler(schedule=schedule).save_pretrained(tmp_path)
+        ours.DiMRScheduler.from_pretrained(tmp_path)
+        assert not caplog.records
+        file = tmp_path / "scheduler_config.json"
+        changed = json.loads(file.read_text()) | {"clip_sample": True}
+        file.write_text(json.dumps(changed))
+        ours.DiMRScheduler.from_pretrained(tmp_path)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "{'clip_sample': True} were passed to DiMRScheduler" in caplog.text
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
