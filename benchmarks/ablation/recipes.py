@@ -151,7 +151,7 @@ def compare(settings: Settings, tiles: Tiles | None = None) -> Path:
     }
     for seed in settings.seeds:
         for arm in settings.arms:
-            scores = train_and_score(settings, arm, seed, scorer)
+            scores = train_and_score(settings, arm, seed, scorer, commit)
             print(json.dumps(scores), flush=True)
             runs = [json.loads(p.read_text()) for p in sorted(settings.state.glob("*/scores.json"))]
             write_json(result, report | {"runs": runs})
@@ -180,8 +180,13 @@ class Scorer:
         return {name: found[name] for name in ("frechet", "precision", "recall")}
 
 
-def train_and_score(settings: Settings, arm: str, seed: int, scorer: Scorer) -> dict[str, Any]:
-    """Train a run to its end and score it, if it is not yet; return its entry of the report."""
+def train_and_score(
+    settings: Settings, arm: str, seed: int, scorer: Scorer, commit: str
+) -> dict[str, Any]:
+    """Train a run to its end and score it, if it is not yet; return its entry of the report.
+
+    The entry names the `commit` that has scored it.
+    """
     config = settings.run_of(arm, seed)
 
     def scores() -> dict[str, Any]:
@@ -197,6 +202,7 @@ def train_and_score(settings: Settings, arm: str, seed: int, scorer: Scorer) -> 
         return {
             "arm": arm,
             "seed": seed,
+            "commit": commit,
             "optimizer": config.optimizer,
             "half_way_loss": scorer.loss(load_model(config.output / half), dtype),
             "held_out_loss": scorer.loss(end, dtype),

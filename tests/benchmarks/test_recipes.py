@@ -44,9 +44,11 @@ def test_runs_are_scored_once_and_shown_in_a_table(tmp_path: Path) -> None:
         timed_steps=1,
     )
     path = compare(settings, tiles())
-    runs = {run["arm"]: run for run in json.loads(path.read_text())["runs"]}
+    report = json.loads(path.read_text())
+    runs = {run["arm"]: run for run in report["runs"]}
     assert set(runs) == set(settings.arms)
     for run in runs.values():
+        assert run["commit"] == report["commit"]
         # An untrained model predicts almost zero, so the error is the variance of the noise.
         assert run["half_way_loss"] == pytest.approx(1, abs=0.5)
         assert run["held_out_loss"] == pytest.approx(1, abs=0.5)
