@@ -25,7 +25,7 @@ PHASES = (1.0, 0.5)
 GUIDES = ((0.25, 0.1), (0.5, 0.1))
 """Phases and lengths of the averages that guide the one at the end of length `GUIDED`."""
 GUIDED = 0.07
-STRENGTHS = (0.25, 0.5, 1.0)
+STRENGTHS = (0.25, 0.5, 1.0, 2.0, 3.0)
 
 
 def points() -> Iterator[dict[str, Any]]:
