@@ -30,8 +30,8 @@ SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
 @pytest.fixture(autouse=True)
-def heeded_interrupts() -> Iterator[None]:
-    """Let this process and its commands heed Ctrl-C; a shell's background jobs ignore it."""
+def ctrl_c_is_not_ignored() -> Iterator[None]:
+    """Handle SIGINT also where these tests are a background job of a shell, which ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
