@@ -123,8 +123,10 @@ def averages_text(report: Mapping[str, Any]) -> str:
             "precision": f"{row['precision']:.3f}",
             "recall": f"{row['recall']:.3f}",
         }
-        for row in report["rows"]
-        if row["guide"] is not None
+        for row in sorted(
+            (row for row in report["rows"] if row["guide"] is not None),
+            key=lambda row: (row["guide"], row["strength"]),
+        )
     ]
     text = (
         f"Fréchet distance on {report['recipe']} of {report['count']} samples, drawn with averages "
