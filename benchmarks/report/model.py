@@ -153,8 +153,15 @@ def sample_accuracy_text(report: Mapping[str, Any]) -> str:
         if distances
         else ""
     )
+    below = [
+        precision
+        for precision, found in report["psnr_db"].items()
+        if precision != "bf16" and found["median"] < report["required_db"]
+    ]
+    verdict = f" Below that: {', '.join(below)}." if below else ""
     return (
         f"PSNR against fp32 of {report['count']} samples of the demo's model, drawn in "
         f"{report['steps']} steps from the same noise ({machine.summary(report)}); the median of a "
-        f"quantised format must be {report['required_db']:g} dB or more.{scored}\n\n{table(rows)}"
+        f"quantised format must be {report['required_db']:g} dB or more.{verdict}{scored}\n\n"
+        f"{table(rows)}"
     )

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.model import scaling
 from benchmarks.report.cpu_targets import speedup
-from benchmarks.report.model import model_table, target_table
+from benchmarks.report.model import model_table, sample_accuracy_text, target_table
 from benchmarks.report.plots import draw_roofline, draw_scaling, draw_speedups
 from benchmarks.report.results import Group, ModelResults
 from benchmarks.utils.names import (
@@ -128,3 +128,15 @@ def test_deeper_and_larger_configurations() -> None:
     assert scaling.larger(demo, 64).image_size == (64, 64)
     twice = scaling.deeper(demo, 2)
     assert [b.num_blocks // 2 * 2 + 1 for b in twice.stage_configs] == [11, 7, 7]
+
+
+def test_precisions_that_are_too_inaccurate_are_named() -> None:
+    def text(**medians: float) -> str:
+        psnr = {name: {"median": db} for name, db in medians.items()}
+        facts = {"device": "CPU", "threads": 1, "torch": "2", "commit": "0", "date": "2026-01-01"}
+        return sample_accuracy_text(
+            facts | {"count": 96, "steps": 25, "required_db": 45.0, "psnr_db": psnr}
+        )
+
+    assert "must be 45 dB or more. Below that: fp8." in text(bf16=40.0, int8=45.0, fp8=44.9)
+    assert "Below" not in text(bf16=40.0, int8=45.0, fp8=45.0)
