@@ -234,18 +234,26 @@ def _run_words(words: list[str]) -> int:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Raise Interrupted at SIGTERM and SIGHUP, so that unfinished files are removed."""
+    """Raise Interrupted at SIGINT, SIGTERM and SIGHUP, so that unfinished files are removed."""
+    received = []
 
     def receive(number: int, frame: object) -> None:
+        received.append(number)
         raise Interrupted(number)
 
     previous = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            # nohup ignores SIGHUP, a shell's background job SIGINT.
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 previous[number] = signal.signal(number, receive)
     try:
         yield
+    except Exception as error:
+        # C code may replace the exception of a handler by one of its own.
+        if received:
+            raise Interrupted(received[0]) from error
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -80,9 +80,13 @@ def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], object]) -
 def remove_unfinished(folder: Path, name: str = "*") -> None:
     """Remove the temporary files that killed processes left in `folder` for files called `name`.
 
-    No other process may be writing these files.
+    No other process may be writing these files. For all names, those of safetensors are removed,
+    too: it writes a file of tensors under a name of its own first.
     """
-    for path in folder.glob(f".{name}.*.part"):
+    unfinished = [*folder.glob(f".{name}.*.part")]
+    if name == "*":
+        unfinished += folder.glob(".tmp" + 6 * "[A-Za-z0-9]")
+    for path in unfinished:
         if path.is_file():
             path.unlink()
 

@@ -193,3 +193,28 @@ def test_help_through_the_module() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "demo" in done.stdout
+
+
+REPLACES_THE_EXCEPTION = """
+import os, sys
+from dimr_fast import cli
+
+def command(parse):
+    try:
+        os.kill(os.getpid(), int(sys.argv[1]))
+    except BaseException:
+        raise ValueError("could not determine the shape") from None
+
+cli.COMMANDS["info"] = command
+sys.exit(cli.main(["info"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_whose_exception_c_code_replaces_is_no_error(number: signal.Signals) -> None:
+    """As torch does that of a signal while it makes a tensor of a storage."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    words = [sys.executable, "-c", REPLACES_THE_EXCEPTION, str(int(number))]
+    done = subprocess.run(words, capture_output=True, text=True)
+    signal.signal(signal.SIGINT, before)
+    assert (done.returncode, done.stderr) == (128 + number, "dimr-fast: interrupted\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dimr_fast.errors import Interrupted
-from dimr_fast.utils.files import lock_folder, write_atomically
+from dimr_fast.utils.files import lock_folder, remove_unfinished, write_atomically
 
 fcntl = pytest.importorskip("fcntl", reason="the system has no fcntl")
 
@@ -56,3 +56,14 @@ def test_an_error_is_passed_on_where_the_unfinished_file_cannot_be_removed(tmp_p
 
     with pytest.raises(Interrupted):
         write_atomically(folder / "file", write)
+
+
+def test_unfinished_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    """Also those that safetensors names itself, but only where all names are meant."""
+    kept = {"a.safetensors", ".tmp", ".tmpfile", ".tmpAbc123.json"}
+    for name in (*kept, ".a.safetensors.1-ab.part", ".b.json.1-ab.part", ".tmpAbc123"):
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path, "a.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == kept | {".b.json.1-ab.part", ".tmpAbc123"}
+    remove_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept
