@@ -423,8 +423,8 @@ def _finish(
         "skipped": [{"file": name, "reason": reason} for name, reason in skipped],
     }
     write_json(output / MANIFEST, manifest)
-    if worker.world_size == 1:  # other processes of a launch may be writing
-        remove_unfinished(output)
+    if worker.world_size == 1:  # other processes of a launch may be writing the same manifest
+        remove_unfinished(output, MANIFEST)
     return ExtractSummary(
         output,
         int(counts.sum()),

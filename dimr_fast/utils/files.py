@@ -8,7 +8,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,18 @@ the lock for up to five seconds."""
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary path beside `path`, then rename that file to `path`.
+    """Call `write` with a path in a temporary folder beside `path`, then rename it to `path`.
 
     The old file stays in place until the rename, even if the machine crashes. Exceptions of `write`
-    are passed on (OSError with `path` in its message), and the temporary file is removed. Only a
-    killed process, or a folder that has become read-only, leaves one; see `remove_unfinished`.
+    are passed on (OSError with `path` in its message), and the folder is removed, with whatever a
+    library may have added. Only a killed process, or a parent folder that has become read-only,
+    leaves one; see `remove_unfinished`.
     """
     target = Path(path)
-    unfinished = _unfinished(target)
+    folder = _unfinished(target)
+    unfinished = folder / target.name
     try:
+        folder.mkdir()
         unfinished.touch()
         mode = unfinished.stat().st_mode
         write(unfinished)
@@ -45,8 +48,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         raise OSError(f"{path}: could not be written ({error})") from error
     finally:
         # An error here, as in a folder that has become read-only, would hide the one of `write`.
-        with suppress(OSError):
-            unfinished.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _unfinished(target: Path) -> Path:
@@ -78,16 +80,14 @@ def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], object]) -
 
 
 def remove_unfinished(folder: Path, name: str = "*") -> None:
-    """Remove the temporary files that killed processes left in `folder` for files called `name`.
+    """Remove what killed processes left in `folder` of unfinished files and folders called `name`.
 
-    No other process may be writing these files. For all names, those of safetensors are removed,
-    too: it writes a file of tensors under a name of its own first.
+    No other process may be writing these.
     """
-    unfinished = [*folder.glob(f".{name}.*.part")]
-    if name == "*":
-        unfinished += folder.glob(".tmp" + 6 * "[A-Za-z0-9]")
-    for path in unfinished:
-        if path.is_file():
+    for path in folder.glob(f".{name}.*.part"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
             path.unlink()
 
 

@@ -104,7 +104,7 @@ def contents(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        skipped = path.name == ".lock" or (name.startswith("cache/") and path.suffix == ".part")
+        skipped = path.name == ".lock" or (name.startswith("cache/.") and ".part/" in name)
         if path.is_file() and not skipped:
             found[name] = _content(path)
     return found
