@@ -1,4 +1,4 @@
-"""Show the scores of samples over the number of network evaluations."""
+"""Show the scores of samples over the number of steps."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -71,8 +71,10 @@ def sampling_text(report: Mapping[str, Any]) -> str:
     ]
     text = (
         f"Fréchet distance on {report['recipe']} of {report['count']} samples of {model(report)} "
-        "to the held-out tiles, by the number of network evaluations, from the same noise "
-        f"({machine.summary(report)}). Fewer samples have larger distances.\n\n{table(distances)}"
+        "to the held-out tiles, by the number of steps, from the same noise "
+        f"({machine.summary(report)}). Fewer samples have larger distances. A "
+        "step evaluates the network once for each image, and twice with guidance.\n\n"
+        f"{table(distances)}"
     )
     return f"{text}\n\n{table(rates)}" if report.get("rates") else text
 
@@ -143,7 +145,7 @@ def averages_text(report: Mapping[str, Any]) -> str:
 
 
 def draw_sampling_curve(report: Mapping[str, Any], target: Path) -> None:
-    """Plot distance, precision and recall over evaluations, and the distance over images/s."""
+    """Plot distance, precision and recall over steps, and the distance over images/s."""
     measured = bool(report.get("rates"))
     figure, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     shown = {}
@@ -161,7 +163,7 @@ def draw_sampling_curve(report: Mapping[str, Any], target: Path) -> None:
                 linewidth=1,
                 color=color,
             )
-            axes.set(xscale="log", xlabel="network evaluations", ylabel=label)
+            axes.set(xscale="log", xlabel="steps", ylabel=label)
             axes.set_xticks(every, [str(steps) for steps in every])
             axes.set_xticks([], minor=True)
             shown.setdefault(title, line)

@@ -74,7 +74,7 @@ class DiMRScheduler(SchedulerMixin, ConfigMixin):
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Split a configuration as every class of diffusers does.
 
-        Without what follows from the schedule: diffusers would warn that it is ignored.
+        Leave out what follows from the schedule: diffusers would warn that it is ignored.
         """
         implied: dict[str, Any] = {}
         if config_dict.get("schedule") in get_args(ScheduleName):

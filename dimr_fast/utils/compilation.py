@@ -1,6 +1,6 @@
 """What `torch.compile` is told of functions, without the import of Dynamo.
 
-Importing Dynamo takes as long as importing the rest of torch; most jobs never need it.
+Importing Dynamo takes much of the time in which a command starts; most jobs never need it.
 """
 
 import functools
@@ -26,7 +26,8 @@ def constant_result(function: F) -> F:
 def not_compiled(reason: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Return a decorator of functions that `torch.compile` calls as they are, for this reason.
 
-    It does as `torch.compiler.disable`, which imports Dynamo, but only where there is a graph.
+    `torch.compiler.disable` does the same but imports Dynamo at once; here it is called while
+    `torch.compile` traces.
     """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:

@@ -32,10 +32,10 @@ DONE = b"done"
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds for the processes to connect to rank 0, and for one that connects to name itself."""
+    """Seconds for the processes to connect to rank 0, and for the handshake of a connection."""
 
     connect: float = 60.0
-    name: float = 5.0
+    handshake: float = 5.0
 
 
 @contextmanager
@@ -167,7 +167,7 @@ def _accept(
                 f"{timeouts.connect:.0f} s; is a firewall between the machines?"
             ) from error
         # Anybody may connect, and say nothing or anything.
-        connection.settimeout(timeouts.name)
+        connection.settimeout(timeouts.handshake)
         try:
             line = connection.makefile("rb").readline(1024).decode("utf-8", "replace")
         except OSError:

@@ -44,8 +44,8 @@ def test_what_is_not_compiled_is_called_as_it_is() -> None:
         torch.compile(step, backend="eager", fullgraph=True)(x)
 
 
-def test_drawing_pictures_does_not_import_dynamo(tmp_path: Path) -> None:
-    """The import would take as long as drawing them."""
+def test_sampling_does_not_import_dynamo(tmp_path: Path) -> None:
+    """The import would be much of the time of a short command."""
     words = ["sample", "--per-class", "1", "--steps", "1", "--device", "cpu", "--formats", "png"]
     code = f"""
 import sys

@@ -110,7 +110,7 @@ def test_strangers_are_neither_peers_nor_a_loss(capsys: pytest.CaptureFixture[st
 
 def test_a_stranger_who_says_nothing_does_not_keep_the_others_waiting() -> None:
     ranks = two_ranks(lambda address, secret: connect(address, b"", b"0" * 8))
-    assert watch(ranks, (lambda: 0, lambda: 1), Timeouts(name=0.2)) == [0, 1]
+    assert watch(ranks, (lambda: 0, lambda: 1), Timeouts(handshake=0.2)) == [0, 1]
     for connection in ranks[0].connections:
         connection.close()
 
