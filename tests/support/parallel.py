@@ -100,8 +100,11 @@ def large() -> DiMR:
 def peak_memory(rank: int, wrapper: str, out: Path) -> None:
     """Save the bytes that this process has needed at most for a training step.
 
-    The weights are made after they were sharded: no process ever has all of them.
+    The weights are made after they were sharded: no process ever has all of them. A small model is
+    trained first, since the first step of a wrapper imports modules of PyTorch that take memory.
     """
+    warm = small()
+    train(WRAPPERS[wrapper](warm) if wrapper else warm, inputs_of(warm, 1), 1)
     model = large()
     given = inputs_of(model, 1)
     used = memory_from_here()
