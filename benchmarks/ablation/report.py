@@ -34,7 +34,7 @@ def collect(state: Path, commit: str) -> dict[str, Any]:
         **machine.description(),
         "commit": commit,
         "settings": recipe,
-        "arms": {key: describe(key) for key in ARMS},
+        "arms": {key: describe(key) for key in ARMS if any(s["arm"] == key for s in scores)},
         "runs": scores,
     }
 

@@ -1,11 +1,12 @@
 """Train the arms of `models.py` alike, and score the images that they generate.
 
     python -m benchmarks.ablation.run --state FOLDER --minutes 15 --seeds 0 1 2
+    python -m benchmarks.ablation.run --state FOLDER --minutes 45 --arms c d e f --name ablation_long
 
 Every arm gets the same CPU time of one thread, not the same number of steps. The arms take turns in
 slices of that time, so that other load on the machine affects all alike. Each slice ends with a
 checkpoint in the state folder, from which the same command resumes. When the arms of a seed are
-trained they are scored, and `ablation.json` and its plot are rewritten.
+trained they are scored, and `ablation.json`, or NAME.json, and its plot are rewritten.
 """
 
 import fcntl
@@ -55,7 +56,7 @@ both linearly."""
 NOISE_LIMIT = 2.5
 """Bound on the initial noise of samples, the default of `dimr_fast.sampling`."""
 SCORING_BATCH = 64
-RESUME_OVERRIDES = ("state", "output", "seeds", "slice_seconds")
+RESUME_OVERRIDES = ("state", "output", "name", "arms", "seeds", "slice_seconds")
 """Settings that a resumed run may change; the others are its recipe."""
 CPU = torch.device("cpu")
 
@@ -67,7 +68,11 @@ class Settings:
     state: Path
     """Folder of checkpoints and scores, from which the same command resumes."""
     output: Path = RESULT.parent
-    """Folder of `ablation.json` and `plots/ablation.png`."""
+    """Folder of the result, and of `plots/` with its plot."""
+    name: str = RESULT.stem
+    """Name of result and plot, without `.json` and `.png`."""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """Letters of the arms that are trained."""
     minutes: float = 15.0
     """CPU time of one thread for which each arm trains."""
     seeds: tuple[int, ...] = (0,)
@@ -87,6 +92,11 @@ class Settings:
         """Raise ValueError naming a setting that is out of range."""
         require_fields(
             self,
+            name=(self.name == Path(self.name).name != "", "a file name"),
+            arms=(
+                0 < len(self.arms) == len(set(self.arms)) and set(self.arms) <= set(ARMS),
+                f"some of {' '.join(ARMS)}, each once",
+            ),
             minutes=(self.minutes > 0, "a positive number"),
             seeds=(all(seed >= 0 for seed in self.seeds), "numbers, 0 or more"),
             slice_seconds=(self.slice_seconds > 0, "a positive number"),
@@ -275,7 +285,7 @@ class Scorer:
         return frechet_to_reference(self.features, images, self.reference)
 
     def score(self, run: TrainingRun) -> dict[str, Any]:
-        """Return a run's entry for `ablation.json`."""
+        """Return a run's entry of the result."""
         model = run.averaged()
         images = generate(model, self.labels, self.data, self.settings, self.dtype, run.seed)
         return {
@@ -361,7 +371,7 @@ def locked_state(settings: Settings) -> Iterator[torch.dtype]:
 
 
 def ablate(settings: Settings) -> Path:
-    """Train and score all arms that are not yet; return the path of `ablation.json`.
+    """Train and score the arms that are not yet; return the path of the result.
 
     Raises ValueError for a setting out of range or a state folder of another recipe,
     BlockingIOError if another process has locked the folder, DataUnavailableError without the tiles
@@ -372,10 +382,10 @@ def ablate(settings: Settings) -> Path:
     torch.set_num_threads(1)
     keep_freed_memory()
     data, scorer = TileBatches(load_tiles(SIDE, 16)), None
-    result = settings.output / RESULT.name
+    result = settings.output / f"{settings.name}.json"
     with locked_state(settings) as dtype:
         for seed in settings.seeds:
-            runs = [TrainingRun(key, seed, data.null_class + 1) for key in ARMS]
+            runs = [TrainingRun(key, seed, data.null_class + 1) for key in settings.arms]
             for run in runs:
                 if checkpoint_path(settings, run).exists():
                     run.load(checkpoint_path(settings, run))
@@ -387,7 +397,7 @@ def ablate(settings: Settings) -> Path:
                     write_json(path, scorer.score(run))
                 print(f"seed {seed} arm {run.key}: {path.read_text()}", flush=True)
             report = collect(settings.state, commit)
-            plot = settings.output / "plots" / "ablation.png"
+            plot = settings.output / "plots" / f"{settings.name}.png"
             plot.parent.mkdir(parents=True, exist_ok=True)
             write_json(result, report)
             draw_ablation(report, plot)

@@ -194,6 +194,18 @@ def test_a_state_folder_serves_one_recipe_and_one_process(settings: Settings) ->
         pass
 
 
+@pytest.mark.parametrize("arms", [(), ("c", "g"), ("c", "c")])
+def test_unknown_arms_are_refused(arms: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="arms: got"):
+        Settings(state=tmp_path, arms=arms).validate()
+
+
+@pytest.mark.parametrize("name", ["", "plots/ablation"])
+def test_a_name_that_is_no_file_name_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="name: got"):
+        Settings(state=tmp_path, name=name).validate()
+
+
 @pytest.mark.parametrize("name", ["minutes", "samples", "batch_size", "slice_seconds"])
 def test_an_error_names_the_setting_out_of_range(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=name):
@@ -231,6 +243,7 @@ def test_the_report_contains_the_scores(settings: Settings, tmp_path: Path) -> N
         if line.startswith("| ")
     ]
     assert [row.split(".")[0] for row in rows[1:]] == ["| a", "| f"]
+    assert list(report["arms"]) == ["a", "f"]
     assert "205.0 (200.0–210.0) | 5.85 |" in rows[1]
     assert "150.0 | 3.65 |" in rows[2]
     ablation_report.draw_ablation(report, tmp_path / "plot.png")
