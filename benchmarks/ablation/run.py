@@ -1,7 +1,8 @@
 """Train the arms of `models.py` alike, and score the images that they generate.
 
     python -m benchmarks.ablation.run --state FOLDER --minutes 15 --seeds 0 1 2
-    python -m benchmarks.ablation.run --state FOLDER --minutes 45 --arms c d e f --name ablation_long
+    python -m benchmarks.ablation.run --state FOLDER --minutes 45 --arms c d e f \
+        --name ablation_long
 
 Every arm gets the same CPU time of one thread, not the same number of steps. The arms take turns in
 slices of that time, so that other load on the machine affects all alike. Each slice ends with a

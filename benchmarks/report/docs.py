@@ -66,9 +66,10 @@ def whole_model() -> str:
 
 def ablation() -> str:
     """Return the section on the ablation."""
-    text = _from_file("ablation.json", ablation_table)
-    how = "How: [ablation/README.md](ablation/README.md)."
-    return "\n\n".join([how, text, *_plots("ablation.png")])
+    parts = ["How: [ablation/README.md](ablation/README.md)."]
+    for name in ("ablation", "ablation_long"):
+        parts += [_from_file(f"{name}.json", ablation_table), *_plots(f"{name}.png")]
+    return "\n\n".join(parts)
 
 
 def sampling_curve() -> str:

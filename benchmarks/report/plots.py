@@ -50,6 +50,7 @@ def draw_all(folder: Path = PLOTS) -> list[Path]:
     for name, draw_report in (
         ("scaling", draw_scaling),
         ("ablation", draw_ablation),
+        ("ablation_long", draw_ablation),
         ("sampling_curve", draw_sampling_curve),
     ):
         if (RESULTS / f"{name}.json").is_file():
