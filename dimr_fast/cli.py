@@ -89,8 +89,11 @@ class DistillArguments:
     """Network evaluations per image of the distilled model, such as 1, 2 or 4. None: those of the
     recipe distill, 2."""
     guidance: float | None = None
-    """Classifier-free guidance of the teacher; the distilled model is sampled without. None: that
-    of the recipe distill, 0."""
+    """Strength of the teacher's guidance: by --guide, or classifier-free without one; the distilled
+    model is sampled without. None: that of the recipe distill, 0."""
+    guide: Path | None = None
+    """Guide the teacher by this worse model (autoguidance), such as an earlier average of its run:
+    see dimr-fast export --average-step."""
     set: tuple[str, ...] = ()
     """KEY=VALUE, another setting of training to change: minutes, data, learning_rate … It can be
     repeated."""
@@ -110,7 +113,10 @@ def distill(parse: Parse) -> None:
         *([] if given.evaluations is None else [f"evaluations={given.evaluations}"]),
         *([] if given.guidance is None else [f"teacher_guidance={given.guidance}"]),
     ]
-    _train(distillation_config(given.checkpoint, given.output, words, given.resume), given.resume)
+    config = distillation_config(
+        given.checkpoint, given.output, words, given.resume, guide=given.guide
+    )
+    _train(config, given.resume)
 
 
 def sample(parse: Parse) -> None:

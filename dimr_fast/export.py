@@ -37,6 +37,9 @@ class ExportConfig:
     average_length: float | None = None
     """Export an average of the weights of this relative length, 0..0.28, instead of EMA weights.
     The run must have kept averages: see average_steps in docs/training.md."""
+    average_step: int | None = None
+    """End the average at this earlier step, one at which the run stored its averages: a worse model
+    that guides the last one (see docs/distillation.md). None: at the checkpoint's step."""
     scores: Path | None = None
     """A JSON file of scores with their recipe, such as `evaluation.json` or `demo.json`."""
     license: str | None = None
@@ -55,6 +58,10 @@ class ExportConfig:
             self,
             pictures=(not missing, f"files; missing: {', '.join(missing)}"),
             average_length=(length is None or 0 < length < LONGEST, f"0 < length < {LONGEST}"),
+            average_step=(
+                self.average_step is None or length is not None,
+                "none without average_length",
+            ),
         )
 
 
@@ -106,8 +113,11 @@ def _export_model(config: ExportConfig, output: Path) -> None:
     recipe = _recipe(config.checkpoint)
     trained = load_model(config.checkpoint)
     if config.average_length is not None:
-        trained.model.load_state_dict(average_weights(config.checkpoint, config.average_length))
-        recipe["average_length"] = config.average_length
+        length, step = config.average_length, config.average_step
+        trained.model.load_state_dict(average_weights(config.checkpoint, length, step))
+        recipe["average_length"] = length
+        if step is not None:
+            recipe["average_step"] = step
     curve = config.checkpoint.parent / "loss.png"
     pictures = (*config.pictures, *([curve] if curve.is_file() else []))
     save_model(

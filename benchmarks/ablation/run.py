@@ -1,7 +1,7 @@
 """Train the arms of `models.py` alike, and score the images that they generate.
 
     python -m benchmarks.ablation.run --state FOLDER --minutes 15 --seeds 0 1 2
-    python -m benchmarks.ablation.run --state FOLDER --minutes 45 --arms c d e f \
+    python -m benchmarks.ablation.run --state FOLDER --minutes 45 --arms c d e f \\
         --name ablation_long
 
 Every arm gets the same CPU time of one thread, not the same number of steps. The arms take turns in

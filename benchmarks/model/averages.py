@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from benchmarks.model.guidance import SOLVER
 from benchmarks.model.sampling_curve import argument_parser, sampler_of, score_points
 from dimr_fast.checkpoint import TrainedModel, load_checkpoint, load_model
+from dimr_fast.diffusion import Autoguided
 from dimr_fast.sampling import ImageSampler
 from dimr_fast.training.averages import average_weights
 
@@ -36,19 +35,6 @@ def points() -> Iterator[dict[str, Any]]:
     for guide in GUIDES:
         for strength in STRENGTHS:
             yield {"phase": 1.0, "length": GUIDED, "guide": guide, "strength": strength}
-
-
-class Autoguided(nn.Module):
-    """Predict noise by a network, led away from the prediction of a worse one."""
-
-    def __init__(self, main: nn.Module, guide: nn.Module, strength: float) -> None:
-        super().__init__()
-        self.main, self.guide, self.strength = main, guide, strength
-
-    def forward(self, x: Tensor, **arguments: Any) -> list[Tensor]:
-        main = self.main(x, **arguments)
-        guide = self.guide(x, **arguments)
-        return [a + self.strength * (a - b) for a, b in zip(main, guide, strict=True)]
 
 
 def sampler_of_averages(

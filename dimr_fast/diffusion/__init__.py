@@ -7,6 +7,7 @@ from dimr_fast.diffusion.distillation import (
     teacher_target,
 )
 from dimr_fast.diffusion.guidance import (
+    Autoguided,
     ConstantGuidance,
     Guidance,
     ModelFn,
@@ -41,6 +42,7 @@ from dimr_fast.diffusion.solvers import (
 __all__ = [
     "SOLVERS",
     "VPSDE",
+    "Autoguided",
     "ConstantGuidance",
     "DiscreteSchedule",
     "Guidance",

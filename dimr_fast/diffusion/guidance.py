@@ -1,15 +1,16 @@
-"""Classifier-free guidance: extrapolate from the unconditional to the conditional prediction."""
+"""Guidance: lead a prediction away from the unconditional one, or from that of a worse model."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dimr_fast.diffusion.schedule import time_condition
 from dimr_fast.diffusion.solvers import NoiseFn
-from dimr_fast.utils.validation import check_tensors
+from dimr_fast.utils.validation import check_tensors, require
 
 ModelFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A function that predicts noise from `x` [N, ...], the condition (`log_snr`, [1] or [N]) and
@@ -152,6 +153,28 @@ def guided(
         return conditional + extra * (conditional - null)
 
     return noise_fn
+
+
+class Autoguided(nn.Module):
+    """Predict noise by a network, led away from the prediction of a worse one.
+
+    `ε = ε_main + strength·(ε_main − ε_guide)`, for each prediction of a list, with the same inputs.
+    `main` and `guide` are called alike and return lists of the same shapes, as `DiMR` does; `guide`
+    is for instance an earlier average of the weights of `main`. Raises ValueError unless `strength`
+    is finite and at least −1.
+
+    Source: Karras et al. 2024, arXiv 2406.02507.
+    """
+
+    def __init__(self, main: nn.Module, guide: nn.Module, strength: float) -> None:
+        super().__init__()
+        require(-1 <= strength < math.inf, "strength", strength, "a finite number of at least -1")
+        self.main, self.guide, self.strength = main, guide, strength
+
+    def forward(self, x: Tensor, **arguments: Any) -> list[Tensor]:
+        """Return the guided predictions; the arguments are those of both networks."""
+        pairs = zip(self.main(x, **arguments), self.guide(x, **arguments), strict=True)
+        return [main + self.strength * (main - guide) for main, guide in pairs]
 
 
 def _predict(model_fn: ModelFn, x: Tensor, condition: Tensor, y: Tensor) -> Tensor:

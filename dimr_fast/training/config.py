@@ -28,6 +28,7 @@ RESUME_OVERRIDES = {
     "output",
     "data",
     "teacher",
+    "teacher_guide",
     "minutes",
     "steps",
     "accumulation",
@@ -48,8 +49,8 @@ RESUME_OVERRIDES = {
     "nonfinite",
     "device",
 }
-"""Settings that may change when a run is resumed; the others are its recipe. `data` and
-`teacher` may be other paths to the same examples and weights."""
+"""Settings that may change when a run is resumed; the others are its recipe. `data`,
+`teacher` and `teacher_guide` may be other paths to the same examples and weights."""
 
 Nonfinite = Literal["stop", "skip"]
 Optimizer = Literal["adamw", "muon"]
@@ -74,8 +75,11 @@ class TrainConfig:
     `dimr-fast distill`, which also starts from its weights."""
     evaluations: int = 2
     """Network evaluations per image of the distilled model."""
+    teacher_guide: Path | None = None
+    """Guide the teacher by this worse model, such as an earlier average of its run (autoguidance),
+    instead of by its prediction without a class (classifier-free guidance)."""
     teacher_guidance: float = 0.0
-    """Classifier-free guidance of the teacher; the distilled model is sampled without."""
+    """Strength of the teacher's guidance; the distilled model is sampled without."""
     teacher_steps: int = 8
     """Steps of the teacher that the distilled model learns to replace: multistep DPM-Solver++ of
     order 2, uniform in the log signal-to-noise ratio. A multiple of evaluations."""
@@ -181,6 +185,7 @@ class TrainConfig:
         minutes, clip = self.minutes, self.max_grad_norm
         timed = self.steps is not None if minutes is None else minutes > 0
         drawn, learns_noise = self.half_log_snr, self.teacher is None
+        no_guide = self.teacher_guide is None
 
         def often(name: str) -> tuple[bool, str]:
             return getattr(self, name) is None or getattr(self, name) > 0, "a positive number"
@@ -202,7 +207,11 @@ class TrainConfig:
                 "branch indices, 0 or more, none of them in checkpointing",
             ),
             evaluations=(self.evaluations > 0, "1 or more"),
-            teacher_guidance=(-1 <= self.teacher_guidance < math.inf, "a number, -1 or more"),
+            teacher_guide=(no_guide or not learns_noise, "none without a teacher"),
+            teacher_guidance=(
+                -1 <= self.teacher_guidance < math.inf and (no_guide or self.teacher_guidance != 0),
+                "a number, -1 or more, and not 0 with teacher_guide",
+            ),
             teacher_steps=(
                 self.teacher_steps > 0 and self.teacher_steps % max(self.evaluations, 1) == 0,
                 f"a positive multiple of evaluations, {self.evaluations}",
@@ -276,16 +285,19 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values (YAML, JSON)."""
-        values = dataclasses.asdict(self)
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        teacher = None if self.teacher is None else str(self.teacher)
-        return plain | {"output": str(self.output), "teacher": teacher}
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
 
     @property
     def recipe(self) -> dict[str, Any]:
         """The settings that must not change when the run is resumed."""
         values = self.to_dict().items()
         return {name: value for name, value in values if name not in RESUME_OVERRIDES}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def shipped_recipes() -> dict[str, Path]:

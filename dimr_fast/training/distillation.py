@@ -11,18 +11,24 @@ from dimr_fast.training.run import CONFIG
 
 
 def distillation_config(
-    checkpoint: Path | None, output: Path, changes: Sequence[str] = (), resume: bool = False
+    checkpoint: Path | None,
+    output: Path,
+    changes: Sequence[str] = (),
+    resume: bool = False,
+    guide: Path | None = None,
 ) -> TrainConfig:
     """Return the settings of a run that distils a trained model, starting from its weights.
 
     They are those of the recipe `distill`, or with `resume` the run's own, with `changes` as in
-    `TrainConfig.read`. The teacher is `checkpoint`, the packaged model if it is None. Raises
-    CheckpointError where the teacher is unusable, and ValueError as `TrainConfig.read` does.
+    `TrainConfig.read`. The teacher is `checkpoint`, the packaged model if it is None; `guide` is
+    the model that guides it, if any. Raises CheckpointError where the teacher is unusable, and
+    ValueError as `TrainConfig.read` does.
     """
     own = output / CONFIG
+    guided = [] if guide is None else [f"teacher_guide={local_model(guide)}"]
     if resume and own.exists():
         words = [] if checkpoint is None else [f"teacher={checkpoint}"]
-        return TrainConfig.read(str(own), [*words, *changes], output)
+        return TrainConfig.read(str(own), [*words, *guided, *changes], output)
     teacher = local_model(checkpoint or demo_model())
     trained = load_model(teacher)
     words = [
@@ -31,7 +37,7 @@ def distillation_config(
         f"preset={_preset_of(trained.model.config, teacher)}",
         f"schedule={trained.schedule}",
     ]
-    return TrainConfig.read("distill", [*words, *changes], output)
+    return TrainConfig.read("distill", [*words, *guided, *changes], output)
 
 
 def _preset_of(config: DiMRConfig, teacher: Path) -> str:

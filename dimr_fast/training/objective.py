@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dimr_fast.checkpoint import TrainedModel
 from dimr_fast.diffusion import (
+    Autoguided,
     ConstantGuidance,
     Schedule,
     distillation_loss,
@@ -17,6 +17,7 @@ from dimr_fast.diffusion import (
     teacher_target,
 )
 from dimr_fast.inference import optimize_for_inference
+from dimr_fast.training.teacher import Teacher
 
 
 class Objective(Protocol):
@@ -74,27 +75,33 @@ class NoisePrediction:
 class Distillation:
     """Learn to draw in `evaluations` steps what a teacher draws in `teacher_steps`.
 
-    `guidance` is that of the teacher, which the student learns to do without. Computation is in
-    `dtype`, the student's in mixed precision. See `teacher_target`.
+    `guidance` is the strength of the teacher's guidance, which the student learns to do without:
+    by the teacher's guide, if it has one, otherwise classifier-free. Computation is in `dtype`, the
+    student's in mixed precision. See `teacher_target`.
     """
 
     def __init__(
         self,
-        teacher: TrainedModel,
+        teacher: Teacher,
         schedule: Schedule,
+        device: torch.device,
         dtype: torch.dtype,
         *,
         evaluations: int,
         guidance: float,
         teacher_steps: int,
     ) -> None:
-        self.device = next(teacher.model.parameters()).device
-        self.schedule, self.dtype = schedule, dtype
+        self.schedule, self.device, self.dtype = schedule, device, dtype
         self.evaluations, self.teacher_steps = evaluations, teacher_steps
+        self.null_class = teacher.trained.model.config.null_class
+        self.range = teacher.trained.scale.range
+        network = optimize_for_inference(teacher.trained.model.to(device), dtype)
+        self.network: nn.Module = network
         self.guidance = ConstantGuidance(guidance)
-        self.null_class = teacher.model.config.null_class
-        self.range = teacher.scale.range
-        self.network = optimize_for_inference(teacher.model, dtype)
+        if teacher.guide is not None:
+            guide = optimize_for_inference(teacher.guide.model.to(device), dtype)
+            self.network = Autoguided(network, guide, guidance)
+            self.guidance = ConstantGuidance(0.0)
 
     def draw(self, count: int) -> Tensor:
         """Draw numbers uniform in [0, 1), on the CPU, where coefficients are computed."""

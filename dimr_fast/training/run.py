@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dimr_fast.checkpoint import TrainedModel, load_model
 from dimr_fast.config import DiMRConfig, preset
 from dimr_fast.data.examples import Examples
 from dimr_fast.data.images import ImageFolder
@@ -34,6 +33,7 @@ from dimr_fast.training.objective import Distillation, NoisePrediction, Objectiv
 from dimr_fast.training.parallel import check_batch_split, parallelize
 from dimr_fast.training.previews import SAMPLES, Previews
 from dimr_fast.training.state import CHECKPOINT, TrainState, read_state
+from dimr_fast.training.teacher import Teacher, fingerprints, load_teacher
 from dimr_fast.utils.device import (
     DTYPES,
     Precision,
@@ -52,7 +52,6 @@ from dimr_fast.utils.files import (
 )
 from dimr_fast.utils.peers import watch_peers
 from dimr_fast.utils.plots import loss_curve, require_matplotlib
-from dimr_fast.utils.tensors import sha256_of_named
 
 CONFIG = "config.yaml"
 FILES = (CHECKPOINT, CONFIG, LOG, AVERAGES, "loss.png", "train.json")
@@ -201,7 +200,7 @@ def _build(
     config = dataclasses.replace(config, precision=_precision(config, stored, communicator))
     torch.manual_seed(config.seed)
     model, scale = _first_model(config, examples, resume, communicator)
-    teacher = _teacher(config, examples, model.config)
+    teacher = load_teacher(config, examples, model.config)
     model = model.to(device, torch.float32)
     parallel = parallelize(model, config, communicator)
     state = TrainState(
@@ -212,11 +211,7 @@ def _build(
         classes=examples.classes,
         scale=scale,
         schedule=config.schedule,
-        recipe=config.recipe
-        | {
-            "data": _describe(examples, communicator),
-            "teacher": None if teacher is None else sha256_of_named(teacher.model.state_dict()),
-        },
+        recipe=config.recipe | {"data": _describe(examples, communicator)} | fingerprints(teacher),
         evaluations=None if teacher is None else config.evaluations,
         averages={length: EMA(model) for length in LENGTHS if config.average_steps is not None},
     )
@@ -360,40 +355,15 @@ def _first_model(
     return found.model, scale or found.scale or examples.scale
 
 
-def _teacher(config: TrainConfig, examples: Examples, model: DiMRConfig) -> TrainedModel | None:
-    """Load the teacher of a distillation; None for other runs.
-
-    Raises ValueError where it was trained with other classes, size or schedule.
-    """
-    if config.teacher is None:
-        return None
-    teacher = load_model(config.teacher)
-    if teacher.evaluations is not None:
-        raise ValueError(f"teacher: {config.teacher} is distilled itself, expected its teacher")
-    for name, theirs, ours in (
-        ("classes", teacher.classes, examples.classes),
-        ("schedule", teacher.schedule, config.schedule),
-        ("image shape", teacher.model.config.shape, model.shape),
-    ):
-        if theirs != ours:
-            raise ValueError(
-                f"teacher: {config.teacher} has the {name} {theirs}, expected that of this run, "
-                f"{ours}"
-            )
-    return teacher
-
-
-def _objective(
-    config: TrainConfig, teacher: TrainedModel | None, device: torch.device
-) -> Objective:
+def _objective(config: TrainConfig, teacher: Teacher | None, device: torch.device) -> Objective:
     """Create the objective of a run whose precision is decided."""
     schedule, dtype = noise_schedule(config.schedule, device), DTYPES[config.precision]
     if teacher is None:
         return NoisePrediction(schedule, device, dtype, config.half_log_snr, config.min_snr)
-    teacher.model.to(device)
     return Distillation(
         teacher,
         schedule,
+        device,
         dtype,
         evaluations=config.evaluations,
         guidance=config.teacher_guidance,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dimr_fast.diffusion import (
     SOLVERS,
+    Autoguided,
     ConstantGuidance,
     DiscreteSchedule,
     PowerCosineGuidance,
@@ -35,6 +36,36 @@ def test_guidance_is_one_batch_of_twice_the_size() -> None:
     torch.testing.assert_close(condition, torch.tensor([8 * 0.3 - 4]))
     conditional, null = with_class(x, t), without_class(x, t)
     torch.testing.assert_close(noise, conditional + 0.4 * (conditional - null))
+
+
+class Twice(torch.nn.Module):
+    """Predict the input times the label at two resolutions."""
+
+    def forward(self, x: torch.Tensor, *, y: torch.Tensor) -> list[torch.Tensor]:
+        return [x[..., ::2, ::2] * y, x * y]
+
+
+class Thrice(Twice):
+    """Predict half as much more."""
+
+    def forward(self, x: torch.Tensor, *, y: torch.Tensor) -> list[torch.Tensor]:
+        return [1.5 * prediction for prediction in super().forward(x, y=y)]
+
+
+@pytest.mark.parametrize(("strength", "factor"), [(0.0, 1.0), (1.0, 0.5), (2.0, 0.0), (-1.0, 1.5)])
+def test_a_worse_model_leads_every_prediction_away_from_its_own(
+    strength: float, factor: float
+) -> None:
+    x, y = torch.randn(2, 3, 4, 4), torch.tensor(2)
+    found = Autoguided(Twice(), Thrice(), strength)(x, y=y)
+    for prediction, expected in zip(found, Twice()(x, y=y), strict=True):
+        torch.testing.assert_close(prediction, factor * expected)
+
+
+@pytest.mark.parametrize("strength", [-1.5, math.nan, math.inf])
+def test_a_strength_out_of_range_is_refused(strength: float) -> None:
+    with pytest.raises(ValueError, match=f"strength: got {strength}"):
+        Autoguided(Twice(), Thrice(), strength)
 
 
 @pytest.mark.parametrize("guidance", [ConstantGuidance(1.5), PowerCosineGuidance(4.0, 2.0)])

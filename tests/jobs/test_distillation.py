@@ -15,7 +15,8 @@ import torch
 
 from dimr_fast.checkpoint import CheckpointError, load_checkpoint, load_model, save_model
 from dimr_fast.cli import main
-from dimr_fast.sampling import SampleConfig, SamplerConfig, sample, sample_images
+from dimr_fast.diffusion import Autoguided
+from dimr_fast.sampling import ImageSampler, SampleConfig, SamplerConfig, sample, sample_images
 from dimr_fast.training import CHECKPOINT, TrainConfig, distillation_config
 from tests.support.models import randomised
 from tests.support.paths import ROOT
@@ -58,6 +59,48 @@ def test_a_student_draws_in_two_steps_what_its_teacher_draws_in_many(
     after = (drawn - goal).square().mean().sqrt()
     print(f"pixels from the teacher's: {before:.1f} untrained, {after:.1f} distilled")
     assert after < 0.7 * before
+
+
+@pytest.fixture(scope="module")
+def guide(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a worse model than the teacher: its weights, led back to zero."""
+    folder = tmp_path_factory.mktemp("guide") / "worse"
+    trained = load_model(teacher)
+    with torch.no_grad():
+        for parameter in trained.model.parameters():
+            parameter.mul_(0.95)
+    save_model(trained, folder)
+    return folder
+
+
+def test_a_student_learns_what_its_teacher_draws_under_guidance_by_a_worse_model(
+    teacher: Path, guide: Path, tmp_path: Path
+) -> None:
+    labels = torch.arange(6).repeat_interleave(8)
+    many = SamplerConfig(
+        solver="dpm++2m", spacing="log_snr", steps=8, guidance=0.0, noise_limit=9.0
+    )
+    draw = ImageSampler(load_model(teacher), many)
+    unguided = draw(labels).float()
+    draw.network = Autoguided(
+        draw.network, ImageSampler(load_model(guide), many).network, strength=2.0
+    )
+    goal = draw(labels).float()
+    distances = {}
+    for name, changes in (
+        ("guided", {"teacher_guide": guide, "teacher_guidance": 2.0}),
+        ("unguided", {}),
+    ):
+        settings = student_of(
+            teacher, tmp_path / name, steps=200, learning_rate=2e-3, teacher_steps=8, **changes
+        )
+        train_on_plain_images(settings)
+        student = load_model(settings.output / CHECKPOINT)
+        drawn = sample_images(student, labels, SamplerConfig(noise_limit=9.0)).float()
+        distances[name] = (drawn - goal).square().mean().sqrt()
+    apart = (unguided - goal).square().mean().sqrt()
+    print(f"pixels from the guided teacher's: {distances}, unguided teacher: {apart:.1f}")
+    assert distances["guided"] < 0.85 * distances["unguided"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -149,10 +192,35 @@ def test_unusable_teachers_are_refused_before_any_work(teacher: Path, tmp_path: 
             "teacher_steps: got 5, expected a positive multiple of",
         ),
         ({"teacher_guidance": -2.0}, "teacher_guidance: got -2.0"),
+        ({"teacher_guide": teacher}, "teacher_guidance: got 0.0, .* not 0 with teacher_guide"),
+        (
+            {"teacher_guide": tmp_path / "others", "teacher_guidance": 1.0},
+            r"teacher_guide: .*others has the classes .*'A'.*'a'",
+        ),
+        (
+            {"teacher_guide": tmp_path / "student", "teacher_guidance": 1.0},
+            r"teacher_guide: .*student is distilled itself",
+        ),
+        ({"teacher": None, "teacher_guide": teacher}, "teacher_guide: got .*none without"),
     ):
         with pytest.raises(ValueError, match=named):
-            train_on_plain_images(student_of(teacher, run, **changes))
+            train_on_plain_images(student_of(**{"teacher": teacher, "output": run} | changes))
     assert not run.exists()
+
+
+def test_another_guide_or_none_does_not_resume_a_run(
+    teacher: Path, guide: Path, tmp_path: Path
+) -> None:
+    settings = student_of(
+        teacher, tmp_path / "run", steps=2, teacher_guide=guide, teacher_guidance=1.0
+    )
+    train_on_plain_images(settings)
+    for other in (teacher, None):
+        with pytest.raises(CheckpointError, match="was trained with teacher_guide"):
+            train_on_plain_images(dataclasses.replace(settings, teacher_guide=other), resume=True)
+    moved = Path(shutil.copytree(guide, tmp_path / "moved"))
+    again = dataclasses.replace(settings, teacher_guide=moved, steps=3)
+    assert train_on_plain_images(again, resume=True).steps == 3
 
 
 def test_another_teacher_or_none_does_not_resume_a_run(teacher: Path, tmp_path: Path) -> None:
@@ -170,8 +238,8 @@ def test_settings_are_made_from_the_teacher(teacher: Path, tmp_path: Path) -> No
     found = distillation_config(teacher, tmp_path / "run", ["evaluations=4", "minutes=2"])
     assert (found.teacher, found.init, found.preset) == (teacher, str(teacher), "tiny")
     assert (found.evaluations, found.minutes, found.label_dropout) == (4, 2.0, 0.0)
-    packaged = distillation_config(None, tmp_path / "run")
-    assert packaged.preset == "demo"
+    packaged = distillation_config(None, tmp_path / "run", guide=teacher)
+    assert (packaged.preset, packaged.teacher_guide) == ("demo", teacher)
 
 
 @pytest.mark.slow

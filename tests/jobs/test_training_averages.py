@@ -1,5 +1,6 @@
 """Averages of any length: their mathematics, kept by a run, resumed, exported, and refused."""
 
+import dataclasses
 import math
 import os
 import shutil
@@ -117,6 +118,30 @@ def test_a_run_stores_its_averages_and_exports_one_of_any_length(run: Path, tmp_
     short, long = (exported(run, tmp_path / f"again {x}", x) for x in LENGTHS)
     assert distance(short) < distance(between) < distance(long)
     assert '"average_length": 0.07' in (tmp_path / "between" / "config.json").read_text()
+
+
+def test_an_earlier_average_is_exported(run: Path, tmp_path: Path) -> None:
+    settings = ExportConfig(
+        checkpoint=run / CHECKPOINT,
+        output=tmp_path / "earlier",
+        average_length=LENGTHS[0],
+        average_step=3,
+    )
+    export(settings)
+    weights = load_model(tmp_path / "earlier").model.state_dict()
+    stored, _ = load_checkpoint(run / AVERAGES / "00000003.safetensors")
+    for name, value in weights.items():
+        expected = stored[prefix_of(LENGTHS[0]) + name]
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-5)
+    assert '"average_step": 3' in (tmp_path / "earlier" / "config.json").read_text()
+    for changes, named in (
+        ({"average_step": 4}, r"step: got 4, expected one with averages: \[3, 6"),
+        ({"average_length": None}, "average_step: got 3, expected none without average_length"),
+    ):
+        output = tmp_path / "no output"
+        with pytest.raises(ValueError, match=named):
+            export(dataclasses.replace(settings, output=output, **changes))
+        assert not output.exists()
 
 
 def test_an_interrupted_and_resumed_run_stores_the_same_averages(run: Path, tmp_path: Path) -> None:
