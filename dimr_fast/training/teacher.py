@@ -21,7 +21,7 @@ def load_teacher(config: TrainConfig, examples: Examples, model: DiMRConfig) -> 
     """Load the teacher of a distillation and its guide; None for other runs.
 
     `model` is the student's configuration. Raises ValueError where one of them is distilled itself
-    or was trained with other classes, size or schedule.
+    or was trained with other classes, size, schedule or, for the guide, another scale of inputs.
     """
     if config.teacher is None:
         return None
@@ -42,7 +42,16 @@ def load_teacher(config: TrainConfig, examples: Examples, model: DiMRConfig) -> 
                 )
         return found
 
-    return Teacher(load("teacher"), None if config.teacher_guide is None else load("teacher_guide"))
+    trained = load("teacher")
+    if config.teacher_guide is None:
+        return Teacher(trained, None)
+    guide = load("teacher_guide")
+    if guide.scale != trained.scale:
+        raise ValueError(
+            f"teacher_guide: {config.teacher_guide} has the scale {guide.scale}, expected that of "
+            f"the teacher, {trained.scale}"
+        )
+    return Teacher(trained, guide)
 
 
 def fingerprints(teacher: Teacher | None) -> dict[str, str | None]:

@@ -15,6 +15,7 @@ import torch
 
 from dimr_fast.checkpoint import CheckpointError, load_checkpoint, load_model, save_model
 from dimr_fast.cli import main
+from dimr_fast.data.scaling import PixelScale
 from dimr_fast.diffusion import Autoguided
 from dimr_fast.sampling import ImageSampler, SampleConfig, SamplerConfig, sample, sample_images
 from dimr_fast.training import CHECKPOINT, TrainConfig, distillation_config
@@ -180,6 +181,7 @@ def test_unusable_teachers_are_refused_before_any_work(teacher: Path, tmp_path: 
         train_on_plain_images(student_of(tmp_path / "others", run, init=None))
     with pytest.raises(ValueError, match=r"teacher: .* has the schedule discrete, .* vp-sde"):
         train_on_plain_images(student_of(teacher, run, schedule="vp-sde", init=None))
+    save_model(dataclasses.replace(trained, scale=PixelScale(0.0, 1.0)), tmp_path / "scaled")
     save_model(dataclasses.replace(trained, evaluations=1), tmp_path / "student")
     with pytest.raises(ValueError, match=r"teacher: .*student is distilled itself"):
         train_on_plain_images(student_of(tmp_path / "student", run))
@@ -200,6 +202,10 @@ def test_unusable_teachers_are_refused_before_any_work(teacher: Path, tmp_path: 
         (
             {"teacher_guide": tmp_path / "student", "teacher_guidance": 1.0},
             r"teacher_guide: .*student is distilled itself",
+        ),
+        (
+            {"teacher_guide": tmp_path / "scaled", "teacher_guidance": 1.0},
+            r"teacher_guide: .*scaled has the scale PixelScale\(mean=0.0, std=1.0\)",
         ),
         ({"teacher": None, "teacher_guide": teacher}, "teacher_guide: got .*none without"),
     ):
