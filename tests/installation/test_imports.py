@@ -38,6 +38,7 @@ FLOORS = (
         "training.parallel",
         "training.previews",
         "training.state",
+        "training.teacher",
         "training.throughput",
     },
     {
