@@ -34,7 +34,7 @@ def collect(state: Path, commit: str) -> dict[str, Any]:
         **machine.description(),
         "commit": commit,
         "settings": recipe,
-        "arms": {key: describe(key) for key in ARMS if any(s["arm"] == key for s in scores)},
+        "arms": {key: describe(key) for key in sorted({score["arm"] for score in scores})},
         "runs": scores,
     }
 
@@ -69,8 +69,6 @@ def ablation_table(report: Mapping[str, Any]) -> str:
     rows = []
     for key, arm in report["arms"].items():
         found = [run for run in runs if run["arm"] == key]
-        if not found:
-            continue
         mean = {
             name: statistics.fmean(run[name] for run in found)
             for name in ("images_per_cpu_second", "steps", "held_out_loss")
@@ -192,11 +190,10 @@ def draw_ablation(report: Mapping[str, Any], target: Path) -> None:
     )
     for place, (key, arm) in enumerate(arms.items()):
         found = [run["frechet"] for run in report["runs"] if run["arm"] == key]
-        if found:
-            mean = statistics.fmean(found)
-            ours.barh(place, mean, 0.6, color=OUR_COLOR)
-            ours.scatter(found, [place] * len(found), color="black", s=14, zorder=3)
-            _label(ours, place, f"{mean:.0f}")
+        mean = statistics.fmean(found)
+        ours.barh(place, mean, 0.6, color=OUR_COLOR)
+        ours.scatter(found, [place] * len(found), color="black", s=14, zorder=3)
+        _label(ours, place, f"{mean:.0f}")
         papers.barh(place, arm["paper_fid"], 0.6, color=PAPER_COLOR)
         _label(papers, place, f"{arm['paper_fid']:.2f}")
     ours.set_yticks(range(len(arms)), [f"{key}. {arm['title']}" for key, arm in arms.items()])

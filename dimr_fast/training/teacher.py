@@ -11,7 +11,7 @@ from dimr_fast.utils.tensors import sha256_of_named
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained model from which a student learns, with the worse one that guides it, if any."""
+    """A trained model from which a student learns, and the worse model that guides it, if any."""
 
     trained: TrainedModel
     guide: TrainedModel | None

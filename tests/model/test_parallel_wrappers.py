@@ -49,4 +49,4 @@ def test_sharded_blocks_need_less_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     whole = parallel.run(parallel.peak_memory, "", processes=1)
     half = parallel.run(parallel.peak_memory, "FSDP2, blocks")
     print(f"{whole / 1e6:.0f} MB, sharded {half / 1e6:.0f} MB")
-    assert 0 < half < 0.8 * whole
+    assert 0 < half < 0.75 * whole

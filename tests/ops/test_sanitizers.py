@@ -18,7 +18,7 @@ from tests.support.package_copy import copy_package
 from tests.support.paths import ROOT
 
 FLAGS = [
-    "-O0",  # the sanitizers make any optimisation of vector code slow
+    "-O0",  # optimising vector code with these checks takes the compiler minutes
     "-g1",
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",

@@ -101,10 +101,10 @@ def peak_memory(rank: int, wrapper: str, out: Path) -> None:
     """Save the bytes that this process has needed at most for a training step.
 
     The weights are made after they were sharded: no process ever has all of them. A small model is
-    trained first, since the first step of a wrapper imports modules of PyTorch that take memory.
+    trained first: in its first step a wrapper imports modules of PyTorch, which take memory.
     """
-    warm = small()
-    train(WRAPPERS[wrapper](warm) if wrapper else warm, inputs_of(warm, 1), 1)
+    first = small()
+    train(WRAPPERS[wrapper](first) if wrapper else first, inputs_of(first, 1), 1)
     model = large()
     given = inputs_of(model, 1)
     used = memory_from_here()
