@@ -30,6 +30,7 @@ def counted_over_gloo(rank: int, sharding: str, path: object) -> None:
         torch.save((collectives.totals(), seen), str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "fsdp2"])
 def test_two_real_processes_send_what_was_counted(sharding: str) -> None:
     with fake_processes(2) as communicator:

@@ -257,6 +257,7 @@ def test_compiles_without_a_graph_break_without_gradients() -> None:
         assert relative_error(actual, expected) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 def test_compiled_it_takes_batches_of_any_size(implementation: str) -> None:

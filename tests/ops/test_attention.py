@@ -291,7 +291,7 @@ def test_gradient_of_batched_products_in_each_precision(
 
 
 @pytest.mark.versions
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_batched_products_compile_as_one_graph(backend: str) -> None:
     torch._dynamo.reset()
     run = torch.compile(by("bmm", 2), fullgraph=True, backend=backend)
